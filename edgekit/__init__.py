@@ -1,0 +1,27 @@
+"""EdgeKit: compress a trained PyTorch model, export it to phones and boards, and prove what it is worth."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+# In a checkout `quant`, `exporters`, `runtimes` and `examples` lie beside this folder; a wheel maps them in.
+if (Path(__file__).parents[1] / "pyproject.toml").is_file():
+    __path__.append(str(Path(__file__).parents[1]))
+
+__version__ = "0.1.0"
+
+# Public name → the module that holds it, imported when the name is first used (PEP 562): torch alone takes a second.
+_PUBLIC = {
+    "export": "pipeline",
+    "compare": "pipeline",
+    "profile": "pipeline",
+    "verify": "pipeline",
+    "EdgeKitError": "errors",
+}
+__all__ = ["EdgeKitError", "compare", "export", "profile", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'edgekit' has no attribute {name!r}")
+    return getattr(import_module(f"edgekit.{_PUBLIC[name]}"), name)

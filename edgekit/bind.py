@@ -1,0 +1,387 @@
+"""Bind a module to its inputs: find their names, make the example, run it, and name the outputs."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+from edgekit.errors import EdgeKitError
+from edgekit.flat import SLOT, Flat, OnnxReference, leaves
+from edgekit.openers import Opened, release_modes
+from edgekit.results import TensorSpec
+
+_SHAPES_HELP = "give one --input per input, such as --input 1x3x224x224, or --data with samples"
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A flat module with the example it was run on, and the specs of both sides."""
+
+    module: torch.nn.Module
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    example: tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One argument of a forward method."""
+
+    name: str
+    required: bool
+    keyword_only: bool
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The arguments of a forward method; `variadic` where it takes `*args` as well."""
+
+    parameters: tuple[Parameter, ...]
+    variadic: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all arguments, in order."""
+        return [p.name for p in self.parameters]
+
+    @property
+    def required(self) -> list[str]:
+        """The names of those without a default."""
+        return [p.name for p in self.parameters if p.required]
+
+    def __str__(self) -> str:
+        """The arguments as a person reads them, optional ones in brackets."""
+        shown = [p.name if p.required else f"[{p.name}]" for p in self.parameters] + ["*inputs"] * self.variadic
+        return ", ".join(shown) or "none"
+
+
+Named = list[tuple[str, torch.Tensor]]
+
+
+def copied(module: torch.nn.Module) -> torch.nn.Module:
+    """A deep copy, so that the caller's module stays as it is; EdgeKitError where it cannot be copied."""
+    try:
+        return copy.deepcopy(module)
+    except Exception as error:
+        raise EdgeKitError(
+            f"the {type(module).__name__} cannot be copied: {_line(error)}", "pass a factory instead"
+        ) from error
+
+
+def tidy(opened: Opened) -> None:
+    """Bring `opened.module` to eval mode, the CPU, float32, contiguous and gradient-free; note what that changed.
+
+    Raises EdgeKitError for weights that are quantized, complex, not loaded at all, or not finite.
+    """
+    module, notes = opened.module, opened.notes
+    wrappers = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
+    while isinstance(module, wrappers) or hasattr(module, "_orig_mod"):
+        notes.append(f"taken out of its {type(module).__name__} wrapper")
+        module = module.module if isinstance(module, wrappers) else module._orig_mod
+    opened.module = module
+    if opened.form in ("module", "object", "torchscript") and any(m.training for m in module.modules()):
+        notes.append("was in training mode: switched to eval mode")
+    tensors = dict([*module.named_parameters(), *module.named_buffers()])
+    ready = {k: t for k, t in tensors.items() if not torch.nn.parameter.is_lazy(t)}
+    _check_kinds(ready, opened.name)
+    module.eval()
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    if any(t.device.type != "cpu" for t in ready.values()):
+        module.cpu()
+        notes.append("moved to the CPU")
+    floats = {t.dtype for t in ready.values() if t.is_floating_point()} - {torch.float32}
+    if floats:
+        module.float()
+        notes.append(f"{', '.join(sorted(str(d).removeprefix('torch.') for d in floats))} weights cast to float32")
+    ready = {k: t for k, t in [*module.named_parameters(), *module.named_buffers()] if k in ready}
+    check_finite(ready.items(), opened.name)
+    strided = [t for t in ready.values() if not t.is_contiguous()]
+    for tensor in strided:
+        tensor.data = tensor.data.contiguous()
+    if strided:
+        notes.append(f"{len(strided)} weights with another memory format (channels_last) made contiguous")
+
+
+def _check_kinds(tensors: Mapping[str, torch.Tensor], what: str) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_quantized:
+            raise EdgeKitError(
+                f"{what} is quantized already (weight {name!r})", "load the float model, EdgeKit quantizes it"
+            )
+        if tensor.is_meta:
+            raise EdgeKitError(
+                f"the weight {name!r} of {what} was never loaded (meta device)", "load the weights first"
+            )
+        if tensor.is_complex() or tensor.layout is not torch.strided:
+            raise EdgeKitError(
+                f"the weight {name!r} of {what} is complex or sparse", "no runtime here can run such weights"
+            )
+
+
+def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], what: str) -> None:
+    """Raise EdgeKitError naming the first tensor with NaN, or with Inf unless it is a buffer such as a mask."""
+    for name, tensor in tensors:
+        if not tensor.is_floating_point() or torch.isfinite(tensor).all():
+            continue
+        if torch.isnan(tensor).any():
+            raise EdgeKitError(
+                f"the weight {name!r} of {what} contains NaN", "the training diverged: load an earlier checkpoint"
+            )
+        if isinstance(tensor, torch.nn.Parameter) or name.endswith(("running_mean", "running_var")):
+            raise EdgeKitError(
+                f"the weight {name!r} of {what} contains Inf", "the training diverged: load an earlier checkpoint"
+            )
+
+
+def bind(opened: Opened, specs: Sequence[TensorSpec], example: Sequence[Any] | Mapping[str, Any] | None) -> Bound:
+    """Settle the inputs (from `specs`, else `example`, else the file), run the module on them, and name the outputs.
+
+    Raises EdgeKitError where inputs are missing, unknown or do not fit, where the module does not run on them, or
+    where it returns something that is no tensor.
+    """
+    signature = _signature(opened)
+    samples = _samples(example, opened.notes)
+    if specs:
+        given = _made(specs, samples, signature)
+    elif samples is not None:
+        given = samples
+    else:
+        given = _from_file(opened, signature)
+    as_dict = _is_one_dict(given, signature) and not specs
+    inputs = given if as_dict else _arranged(given, signature, opened.name)
+    tensors = tuple(t for _, t in inputs)
+    if isinstance(opened.module, OnnxReference):
+        module: torch.nn.Module = opened.module
+        results = _run(module, tensors, inputs, opened.name)
+        pairs = list(zip([o.name for o in opened.onnx.graph.output], results, strict=True))
+    else:
+        in_spec, template = opened.call or _call(inputs, signature, as_dict)
+        module = Flat(opened.module, in_spec, template)
+        raw = _run(module.raw, tensors, inputs, opened.name)
+        if opened.form == "torchscript":
+            module = _converted(opened, module, tensors, raw)
+        pairs = _outputs(raw, opened)
+    input_specs = tuple(_spec(name, t) for name, t in inputs)
+    taken = {name for name, _ in inputs}
+    outputs = tuple(_spec(f"{name}_out" if name in taken else name, t) for name, t in pairs)
+    return Bound(module, input_specs, outputs, tensors)
+
+
+def _signature(opened: Opened) -> Signature:
+    if opened.form in ("pt2", "onnx"):
+        return Signature(tuple(Parameter(s.name, True, False) for s in opened.specs))
+    if opened.form == "torchscript":
+        arguments = opened.module.forward.schema.arguments[1:]
+        return Signature(tuple(Parameter(a.name, not a.has_default_value(), a.kwarg_only) for a in arguments))
+    found = inspect.signature(opened.module.forward).parameters.values()
+    named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return Signature(
+        tuple(Parameter(p.name, p.default is p.empty, p.kind is p.KEYWORD_ONLY) for p in found if p.kind in named),
+        variadic=any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in found),
+    )
+
+
+def _samples(example: Sequence[Any] | Mapping[str, Any] | None, notes: list[str]) -> Named | None:
+    """The caller's arrays as named tensors; those given by position have an empty name."""
+    if example is None:
+        return None
+    pairs = list(example.items()) if isinstance(example, Mapping) else [("", v) for v in example]
+    named = []
+    for name, value in pairs:
+        array = value if isinstance(value, torch.Tensor) else np.ascontiguousarray(value)
+        try:
+            tensor = torch.as_tensor(array).detach().cpu().clone(memory_format=torch.contiguous_format)
+        except TypeError as error:
+            raise EdgeKitError(
+                f"the sample {name!r} is no array of numbers ({array.dtype})", "give numeric arrays"
+            ) from error
+        if tensor.is_floating_point() and tensor.dtype is not torch.float32:
+            notes.append(
+                f"the samples {name or 'of an input'} are {tensor.dtype}, cast to float32".replace("torch.", "")
+            )
+            tensor = tensor.float()
+        named.append((name, tensor))
+    return named
+
+
+def _from_file(opened: Opened, signature: Signature) -> Named:
+    """Inputs as the file knows them: its samples, else made from its shapes."""
+    if opened.example:
+        return [(s.name, t) for s, t in zip(opened.specs, opened.example, strict=True)]
+    if not opened.specs or any(0 in s.shape for s in opened.specs):
+        names = str(signature)
+        raise EdgeKitError(
+            f"the shapes of the inputs of {opened.name} are not known; its inputs: {names}", _SHAPES_HELP
+        )
+    return _made(opened.specs, None, signature)
+
+
+def _made(specs: Sequence[TensorSpec], samples: Named | None, signature: Signature) -> Named:
+    """One tensor per spec: the sample that belongs to it, else normal random numbers (floats) or zeros (integers)."""
+    generator = torch.Generator().manual_seed(0)
+    by_name = {name: t for name, t in samples or [] if name}
+    in_order = [t for _, t in samples or []]
+    given: Named = []
+    for i, spec in enumerate(specs):
+        dtype = getattr(torch, spec.dtype)
+        name = spec.name or (signature.names[i] if i < len(signature.names) else "")
+        sample = by_name.get(name, in_order[i] if i < len(in_order) else None)
+        if sample is not None:
+            given.append((spec.name, _cut(sample, spec, dtype)))
+        elif dtype.is_floating_point:
+            given.append((spec.name, torch.randn(spec.shape, generator=generator, dtype=dtype)))
+        else:
+            given.append((spec.name, torch.zeros(spec.shape, dtype=dtype)))
+    return given
+
+
+def _cut(sample: torch.Tensor, spec: TensorSpec, dtype: torch.dtype) -> torch.Tensor:
+    """The sample with the batch of the spec: its first rows, repeated from the start where there are too few."""
+    shape = tuple(sample.shape)
+    if sample.dtype is not dtype or len(shape) != len(spec.shape) or shape[1:] != spec.shape[1:]:
+        raise EdgeKitError(f"the samples are {_spec(spec.name, sample)}, but --input says {spec}", "make the two agree")
+    if shape == spec.shape:
+        return sample
+    return sample[torch.arange(spec.shape[0]) % shape[0]].contiguous()
+
+
+def _is_one_dict(given: Named, signature: Signature) -> bool:
+    """Whether named tensors, none of which the model knows, are meant as the one dict that its forward takes."""
+    unknown = len(given) > 1 and all(name and name not in signature.names for name, _ in given)
+    return unknown and len(signature.required) == 1
+
+
+def _arranged(given: Named, signature: Signature, what: str) -> Named:
+    """The tensors under the model's own names, in the model's order."""
+    names = signature.names
+    if (
+        len(given) == 1
+        and len(signature.required) <= 1
+        and given[0][0] not in names
+        and given[0][0] in ("", "x", "input")
+    ):
+        given = [("", given[0][1])]  # a data file calls its one array `x`, whatever the model calls it
+    unknown = [name for name, _ in given if name and name not in names]
+    if unknown:
+        raise EdgeKitError(
+            f"{what} has no input {unknown[0]!r}; its inputs: {signature}", "name the inputs as the model does"
+        )
+    placed = {name: t for name, t in given if name}
+    if len(placed) < sum(bool(name) for name, _ in given):
+        raise EdgeKitError(f"an input of {what} is given twice", "give each input once")
+    free = [n for n in names if n not in placed]
+    loose = [t for name, t in given if not name]
+    if len(loose) > len(free) and not signature.variadic:
+        raise EdgeKitError(
+            f"{what} has {len(names)} inputs ({signature}), but {len(given)} were given", "give one per input"
+        )
+    placed.update(zip(free, loose, strict=False))
+    missing = [n for n in signature.required if n not in placed]
+    if missing:
+        raise EdgeKitError(
+            f"{what} needs the inputs {', '.join(missing)} as well; its inputs: {signature}", _SHAPES_HELP
+        )
+    rest = loose[len(free) :]
+    extra = [("input" if len(rest) == 1 and not placed else f"input_{i}", t) for i, t in enumerate(rest)]
+    return [(n, placed[n]) for n in names if n in placed] + extra
+
+
+def _call(inputs: Named, signature: Signature, as_dict: bool) -> tuple[pytree.TreeSpec, tuple[object, ...]]:
+    """How the tensors make up `(args, kwargs)`: by position up to the first argument left out, by name from there."""
+    if as_dict:
+        args, kwargs = ({name: SLOT for name, _ in inputs},), {}
+    else:
+        by_name = {p.name: p for p in signature.parameters}
+        args, kwargs = (), {}
+        for i, (name, _) in enumerate(inputs):
+            parameter = by_name.get(name)
+            in_place = parameter is None or (not parameter.keyword_only and signature.names[i] == name)
+            if in_place:
+                args = (*args, SLOT)
+            else:
+                kwargs[name] = SLOT
+    template, in_spec = pytree.tree_flatten((args, kwargs))
+    return in_spec, tuple(template)
+
+
+def _run(call: Any, tensors: tuple[torch.Tensor, ...], inputs: Named, what: str) -> Any:
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return call(*tensors)
+    except Exception as error:
+        shapes = ", ".join(str(_spec(name, t)) for name, t in inputs)
+        raise EdgeKitError(
+            f"{what} does not run on {shapes or 'no inputs'}: {_line(error)}",
+            "give the shapes and types it was trained with: --input, or --data",
+        ) from error
+
+
+def _outputs(raw: object, opened: Opened) -> Named:
+    """Names and tensors of what the module returned; names are unique."""
+    found: Named = []
+    dropped = []
+    for name, leaf in leaves(raw):
+        if leaf is None:
+            dropped.append(name)
+        elif isinstance(leaf, torch.Tensor):
+            while any(name == other for other, _ in found):
+                name += "_"
+            found.append((name, leaf))
+        else:
+            raise EdgeKitError(
+                f"{opened.name} returns a {type(leaf).__name__} as {name!r}, and only tensors can be exported",
+                "wrap the model in one that returns its tensors, and name that with --code",
+            )
+    if not found:
+        raise EdgeKitError(f"{opened.name} returns no tensors", "its forward must return the outputs to export")
+    if dropped:
+        opened.notes.append(f"outputs that are None left out: {', '.join(dropped)}")
+    return found
+
+
+def _converted(opened: Opened, script: Flat, tensors: tuple[torch.Tensor, ...], raw: object) -> Flat:
+    """A TorchScript module as an exportable one, checked against the script's own outputs."""
+    from torch._export.converter import TS2EPConverter
+
+    args, kwargs = pytree.tree_unflatten(list(tensors), script.in_spec)
+    help_ = "load the model from its state_dict with --code"
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program = TS2EPConverter(opened.module, args, kwargs).convert()
+            inner: Any = program.module(check_guards=False)
+            release_modes(inner)
+            module = Flat(inner.requires_grad_(False), script.in_spec, [SLOT] * len(tensors))
+            got = module(*tensors)
+    except Exception as error:
+        raise EdgeKitError(
+            f"{opened.name} cannot be turned from TorchScript into a graph: {_line(error)}", help_
+        ) from error
+    want = [leaf for _, leaf in leaves(raw) if isinstance(leaf, torch.Tensor)]
+    same = len(got) == len(want) and all(
+        a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=1e-4, atol=1e-5)
+        for a, b in zip(got, want, strict=True)
+    )
+    if not same:
+        raise EdgeKitError(f"{opened.name} computes something else as a graph than as TorchScript", help_)
+    opened.notes.append("TorchScript turned into a graph; it gives the same outputs on the example")
+    return module
+
+
+def _spec(name: str, tensor: torch.Tensor) -> TensorSpec:
+    return TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+
+
+def _line(error: BaseException) -> str:
+    """The first line of a message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

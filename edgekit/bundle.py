@@ -1,0 +1,186 @@
+"""The bundle: a folder with the exported files, `edgekit.json` that describes them, and golden inputs and outputs."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgekit import files
+from edgekit.errors import EdgeKitError
+from edgekit.results import Artifact, TensorSpec
+from edgekit.targets import SUFFIXES
+
+if TYPE_CHECKING:
+    import numpy as np
+
+MANIFEST = "edgekit.json"
+GOLDEN = "golden.npz"
+GOLDEN_SAMPLES = 8
+SCHEMA = 1
+VERSIONED = (
+    "edgekit",
+    "torch",
+    "torchao",
+    "executorch",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "ai-edge-litert",
+    "numpy",
+)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An exported bundle on disk."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+
+    @property
+    def artifacts(self) -> tuple[Artifact, ...]:
+        """The bundle's files."""
+        inputs, outputs = (_specs(self.manifest[key]) for key in ("inputs", "outputs"))
+        precision = self.manifest["precision"]
+        return tuple(
+            Artifact(self.path / entry["file"], entry["format"], precision, inputs, outputs)
+            for entry in self.manifest["artifacts"]
+        )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of this export."""
+        return tuple(self.manifest["notes"])
+
+
+def file_name(format: str) -> str:
+    """Returns the name of a format's file inside a bundle."""
+    return f"model{SUFFIXES[format]}"
+
+
+def versions() -> dict[str, str]:
+    """Returns the installed version of every package that has a part in an export."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from edgekit import __version__
+
+    found = {"edgekit": __version__}
+    for name in VERSIONED[1:]:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def describe(
+    folder: Path,
+    *,
+    model: Mapping[str, Any],
+    target: str,
+    precision: str,
+    recipe: Mapping[str, Any],
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    preprocessing: Mapping[str, Any] | None,
+    labels: Sequence[str],
+    qparams: Mapping[str, Any],
+    artifacts: Sequence[Mapping[str, Any]],
+    notes: Sequence[str],
+) -> None:
+    """Writes the manifest of the files in `folder`: sizes and hashes are taken from the files themselves."""
+    entries = [
+        {**entry, "size_bytes": (folder / entry["file"]).stat().st_size, "sha256": files.sha256(folder / entry["file"])}
+        for entry in artifacts
+    ]
+    files.write_json(
+        folder / MANIFEST,
+        {
+            "schema": SCHEMA,
+            "model": dict(model),
+            "target": target,
+            "precision": precision,
+            "recipe": dict(recipe),
+            "versions": versions(),
+            "inputs": [asdict(spec) for spec in inputs],
+            "outputs": [asdict(spec) for spec in outputs],
+            "layout": "NCHW",
+            "preprocessing": preprocessing,
+            "labels": list(labels),
+            "qparams": dict(qparams),
+            "artifacts": entries,
+            "golden": {"file": GOLDEN, "sha256": files.sha256(folder / GOLDEN)},
+            "notes": list(notes),
+        },
+    )
+
+
+def write_golden(
+    folder: Path,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    feeds: Sequence[np.ndarray],
+    results: Mapping[str, Sequence[np.ndarray]],
+) -> None:
+    """Writes golden pairs: `input/<name>` arrays (runs, *shape) and `<format or original>/<output name>` ones."""
+    import numpy as np
+
+    arrays = {f"input/{spec.name}": array for spec, array in zip(inputs, feeds, strict=True)}
+    for source, values in results.items():
+        arrays |= {f"{source}/{spec.name}": array for spec, array in zip(outputs, values, strict=True)}
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    files.write(folder / GOLDEN, buffer.getvalue())
+
+
+def read_golden(bundle: Bundle) -> dict[str, np.ndarray]:
+    """Reads the golden pairs; raises EdgeKitError where the file is missing or damaged."""
+    import numpy as np
+
+    path = bundle.path / GOLDEN
+    check_hash(path, bundle.manifest["golden"]["sha256"])
+    return dict(np.load(path, allow_pickle=False))
+
+
+def check_hash(path: Path, expected: str) -> None:
+    """Raises EdgeKitError where a bundle's file is missing or is not the one that was exported."""
+    if not path.is_file():
+        raise EdgeKitError(f"{path} is missing from the bundle", "export it again")
+    if files.sha256(path) != expected:
+        raise EdgeKitError(f"{path} has changed since it was exported", "export it again, or restore the file")
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether `path` is a bundle folder or its manifest."""
+    return (path / MANIFEST).is_file() or (path.name == MANIFEST and path.is_file())
+
+
+def read(path: Path) -> Bundle:
+    """Opens a bundle; raises EdgeKitError for a folder without a manifest, or one that cannot be read."""
+    folder = path.parent if path.name == MANIFEST else path
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        raise EdgeKitError(
+            f"{folder} is not an EdgeKit bundle: it has no {MANIFEST}", "name the folder that export wrote"
+        )
+    try:
+        content = json.loads(manifest.read_text("utf-8"))
+        known = content["schema"]
+        bundle = Bundle(folder, content)
+        names = [artifact.path.name for artifact in bundle.artifacts]
+        _ = (content["golden"]["sha256"], content["notes"], [entry["sha256"] for entry in content["artifacts"]])
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise EdgeKitError(f"{manifest} is damaged: {error!r}", "export the model again") from None
+    if known != SCHEMA:
+        raise EdgeKitError(f"{manifest} has schema {known}, this EdgeKit reads {SCHEMA}", "export with this version")
+    if any(Path(entry["file"]).name != entry["file"] for entry in content["artifacts"]) or not names:
+        raise EdgeKitError(f"{manifest} is damaged: it names files outside its folder", "export the model again")
+    return bundle
+
+
+def _specs(entries: Sequence[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(e["name"], e["dtype"], tuple(e["shape"])) for e in entries)

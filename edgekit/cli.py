@@ -1,0 +1,361 @@
+"""The command line: one function per command, which parses, calls once and prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from edgekit.errors import EdgeKitError
+
+app = typer.Typer(
+    name="edgekit",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Compress PyTorch models, export them to ExecuTorch, ONNX and TFLite, and prove every file.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+LOG = Path("edgekit.log")
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Model file, FILE.py:factory or package.module:factory.")
+]
+CodeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--code", metavar="FILE.py|MODULE[:NAME]", help="Where the classes or the factory of a weights file live."
+    ),
+]
+InputOption = Annotated[
+    list[str] | None,
+    typer.Option("--input", metavar="SPEC", help="Input shape: 1x3x224x224 or name:float32[1,3,224,224]; repeatable."),
+]
+DataOption = Annotated[
+    str | None, typer.Option("--data", metavar="DATA", help=".npz, .pt, folder of class folders, or FILE.py:function.")
+]
+MeanOption = Annotated[
+    str | None, typer.Option("--mean", metavar="M[,M,M]", help="Mean per channel of images scaled to 0..1.")
+]
+StdOption = Annotated[str | None, typer.Option("--std", metavar="S[,S,S]", help="Standard deviation per channel.")]
+JsonOption = Annotated[
+    str | None, typer.Option("--json", metavar="FILE|-", help="Write the results as JSON; - is standard output.")
+]
+ThreadsOption = Annotated[int, typer.Option("--threads", min=1, metavar="N", help="Threads of each runtime.")]
+DeviceOption = Annotated[
+    str, typer.Option("--device", metavar="URI", help="Where files run: local: or python:/path/to/python.")
+]
+VerboseOption = Annotated[bool, typer.Option("--verbose", help=f"Keep what the libraries say in {LOG}.")]
+
+
+@app.command()
+def export(
+    model: ModelArgument,
+    target: Annotated[str, typer.Option("--target", metavar="NAME", help="android, ios, linux-arm64 or x86.")],
+    format: Annotated[
+        str | None, typer.Option("--format", metavar="F[,F]", help="Of executorch, onnx, tflite.")
+    ] = None,
+    precision: Annotated[str | None, typer.Option("--precision", metavar="P", help="fp32, fp16 or int8.")] = None,
+    data: DataOption = None,
+    input: InputOption = None,
+    code: CodeOption = None,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder that the bundle is written into.")] = Path(),
+    mean: MeanOption = None,
+    std: StdOption = None,
+    json: JsonOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Compress and export a model for a target, and check every file against the original."""
+    with session(verbose, json) as ui:
+        from edgekit import pipeline, report
+
+        bundle = pipeline.export(
+            model,
+            target=target,
+            formats=format,
+            precision=precision,
+            data=data,
+            inputs=tuple(input or ()),
+            code=code,
+            out=out,
+            mean=numbers(mean),
+            std=numbers(std),
+            progress=ui.progress,
+        )
+        ui.show(report.bundle_report(bundle), {"path": str(bundle.path), **bundle.manifest})
+
+
+@app.command()
+def compare(
+    model: ModelArgument,
+    artifacts: Annotated[
+        list[str], typer.Argument(metavar="ARTIFACT|BUNDLE...", help="Exported files or bundle folders.")
+    ],
+    data: Annotated[
+        str, typer.Option("--data", metavar="DATA", help=".npz, .pt, folder of class folders, or FILE.py:function.")
+    ],
+    input: InputOption = None,
+    code: CodeOption = None,
+    metric: Annotated[str, typer.Option("--metric", metavar="NAME", help="top1 or top5.")] = "top1",
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            "--max-drop", metavar="POINTS", help="Gate: exit with 3 unless the drop is proven to be at most this."
+        ),
+    ] = None,
+    device: DeviceOption = "local:",
+    baseline_device: Annotated[
+        str, typer.Option("--baseline-device", metavar="cpu|cuda", help="Where the original runs.")
+    ] = "cpu",
+    threads: ThreadsOption = 1,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    json: JsonOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Measure exported files against the original: accuracy, latency, memory, size."""
+    with session(verbose, json) as ui:
+        from edgekit import pipeline, report
+
+        comparison = pipeline.compare(
+            model,
+            artifacts,
+            data=data,
+            inputs=tuple(input or ()),
+            code=code,
+            metric=metric,
+            max_drop=max_drop,
+            device=device,
+            baseline_device=baseline_device,
+            threads=threads,
+            mean=numbers(mean),
+            std=numbers(std),
+            progress=ui.progress,
+        )
+        ui.show(report.comparison_report(comparison), comparison.to_dict())
+        if max_drop is not None and any(not m.within(max_drop) for m in comparison.artifacts):
+            ui.fail_gate(f"a drop of at most {max_drop:g} points is not proven for every artifact")
+
+
+@app.command()
+def profile(
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A .pte, .onnx or .tflite file.")],
+    device: DeviceOption = "local:",
+    threads: ThreadsOption = 1,
+    json: JsonOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Measure latency, load time and memory of one exported file."""
+    with session(verbose, json) as ui:
+        from edgekit import pipeline, report
+
+        result = pipeline.profile(artifact, device=device, threads=threads, progress=ui.progress)
+        ui.show(report.profile_report(result), result.to_dict())
+
+
+@app.command()
+def verify(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that export wrote.")],
+    device: DeviceOption = "local:",
+    json: JsonOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Check a bundle's hashes and replay its golden inputs."""
+    with session(verbose, json) as ui:
+        from edgekit import pipeline, report
+
+        replays = pipeline.verify(bundle, device=device, progress=ui.progress)
+        ui.show(report.replay_report(replays), {"artifacts": [replay.to_dict() for replay in replays]})
+        if any(replay.problem for replay in replays):
+            ui.fail_gate("the bundle is not what was exported")
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL|ARTIFACT", help="A model in any form, or an exported file.")],
+    input: InputOption = None,
+    data: DataOption = None,
+    code: CodeOption = None,
+    json: JsonOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Show a model's layers, or an exported file's ops, delegates, inputs and outputs."""
+    with session(verbose, json) as ui:
+        from edgekit import stages, summary
+
+        if Path(model).is_file() and summary.is_artifact(Path(model)):
+            result: Any = summary.inspect_artifact(Path(model))
+        else:
+            loaded, _ = stages.load(model, data=data, inputs=tuple(input or ()), code=code, mean=(), std=())
+            result = summary.inspect_model(loaded)
+        ui.show(summary.render(result), result.to_dict())
+
+
+@app.command()
+def doctor(
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Also import every dependency, each in a process of its own.")
+    ] = False,
+    json: JsonOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Show what works on this machine, and what to install."""
+    with session(verbose, json) as ui:
+        from edgekit import doctor as doctoring
+
+        diagnosis = doctoring.diagnose(deep=deep)
+        ui.show(doctoring.render(diagnosis), diagnosis.to_dict())
+        if not diagnosis.ok:
+            raise EdgeKitError("something that EdgeKit needs is missing or broken", "install what the table names")
+
+
+@app.command()
+def targets(json: JsonOption = None, verbose: VerboseOption = False) -> None:
+    """List the deployment targets."""
+    with session(verbose, json) as ui:
+        from dataclasses import asdict
+
+        from edgekit import report
+        from edgekit.targets import TARGETS
+
+        ui.show(report.targets_report(), {name: asdict(target) for name, target in TARGETS.items()})
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder that the bundle is written into.")] = Path(
+        "edgekit-demo"
+    ),
+    json: JsonOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Export the Fashion-MNIST example at int8 and prove it: every step on a model that comes with EdgeKit."""
+    with session(verbose, json) as ui:
+        from edgekit import pipeline, report
+
+        here = example_folder()
+        given = {"code": str(here / "model.py"), "data": str(here / "data.npz"), "progress": ui.progress}
+        bundle = pipeline.export(str(here / "model.pt"), name="fashion_mnist", target="android", out=out, **given)
+        comparison = pipeline.compare(str(here / "model.pt"), [bundle], **given)
+        ui.show(report.bundle_report(bundle))
+        ui.show(report.comparison_report(comparison), comparison.to_dict())
+
+
+def example_folder() -> Path:
+    """Returns the folder of the example that EdgeKit carries, in a checkout as in a wheel."""
+    from importlib.resources import files
+
+    return Path(str(files("edgekit.examples.fashion_mnist")))
+
+
+def numbers(text: str | None) -> tuple[float, ...]:
+    """Parses comma-separated numbers; raises EdgeKitError for anything else."""
+    if text is None:
+        return ()
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise EdgeKitError(f"'{text}' is not a list of numbers", "write them as 0.485,0.456,0.406") from None
+
+
+class Terminal:
+    """The user's own terminal: tables go to standard output, progress and errors to standard error."""
+
+    def __init__(self, out: int, err: int, json_to: str | None) -> None:
+        from rich.console import Console
+
+        from edgekit.progress import Terminal as TerminalProgress
+
+        self.json_to = json_to
+        # With --json -, standard output is the JSON alone.
+        self.out = Console(file=os.fdopen(out, "w", closefd=False), highlight=False)
+        self.err = Console(file=os.fdopen(err, "w", closefd=False), highlight=False)
+        if not self.out.is_terminal:
+            self.out.width = max(self.out.width, 160)  # a pipe has no width of its own: do not wrap tables at 80
+        self.progress = TerminalProgress(self.err)
+        self.exit_code = 0
+
+    def show(self, renderable: Any, result: Any = None) -> None:
+        """Prints a table for people, and writes `result` as JSON where --json asks for it."""
+        if self.json_to != "-":
+            self.out.print(renderable)
+        if self.json_to is None or result is None:
+            return
+        if self.json_to == "-":
+            self.out.file.write(json.dumps(result, indent=2, allow_nan=False) + "\n")
+        else:
+            from edgekit.files import write_json
+
+            write_json(Path(self.json_to), result)
+
+    def error(self, error: EdgeKitError) -> None:
+        """Prints what went wrong and what to do."""
+        self.err.print(f"[bold red]error:[/bold red] {_plain(error.what)}", soft_wrap=True)
+        if error.help:
+            self.err.print(f"  [cyan]help:[/cyan] {_plain(error.help)}", soft_wrap=True)
+
+    def fail_gate(self, why: str) -> None:
+        """Makes the command end with exit code 3."""
+        self.err.print(f"[bold red]gate failed:[/bold red] {_plain(why)}", soft_wrap=True)
+        self.exit_code = 3
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+@contextmanager
+def session(verbose: bool, json_to: str | None) -> Iterator[Terminal]:
+    """Runs a command: keeps library chatter out of the terminal, and turns errors into exit codes.
+
+    Libraries write to file descriptors 1 and 2 as well as through logging and warnings, so both descriptors lead
+    to the log while the command runs. A bug's traceback still reaches the terminal.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    out, err = os.dup(1), os.dup(2)
+    log = os.open(LOG if verbose else os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    ui = Terminal(out, err, json_to)
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        yield ui
+    except EdgeKitError as error:
+        ui.error(error)
+        ui.exit_code = 1
+    except KeyboardInterrupt:
+        ui.err.print("[bold red]interrupted:[/bold red] nothing was left behind")
+        ui.exit_code = 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        ui.out.file.flush()
+        ui.err.file.flush()
+        os.dup2(out, 1)
+        os.dup2(err, 2)
+        for descriptor in (out, err, log):
+            os.close(descriptor)
+    if ui.exit_code:
+        raise typer.Exit(ui.exit_code)
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Runs the command line."""
+    app()

@@ -1,0 +1,433 @@
+"""Calibration and evaluation data: arrays, image folders and the user's own iterables, as one stream of batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgekit.errors import EdgeKitError
+from edgekit.results import TensorSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Arrays = Mapping[str | int, np.ndarray]  # one array per input, by name or by position, batched along axis 0
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
+CALIBRATION_SAMPLES = 512  # the most that calibration reads; more change the ranges of a CNN by under 1 %
+RESERVED = {"x", "y", "calib_x", "calib_y", "mean", "std", "labels"}
+HELP = "give --data an .npz with x and y, a .pt likewise, a folder of class folders, or FILE.py:function"
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How uint8 images became model input: (x · scale − mean) / std, per channel."""
+
+    scale: float
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Returns float32 NCHW images of uint8 ones (N, C, H, W)."""
+        import numpy as np
+
+        result = images.astype(np.float32) * np.float32(self.scale)
+        if self.mean:
+            shape = (1, -1, 1, 1)
+            result = (result - np.float32(self.mean).reshape(shape)) / np.float32(self.std).reshape(shape)
+        return result
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the manifest's form."""
+        return {"scale": self.scale, "mean": list(self.mean), "std": list(self.std), "layout": "NCHW"}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some samples: one array per input (batched along axis 0) and one target per sample, or None."""
+
+    inputs: Arrays
+    target: np.ndarray | None
+
+    def __len__(self) -> int:
+        return len(next(iter(self.inputs.values())))
+
+
+@dataclass(frozen=True)
+class Data:
+    """A source of samples. `calibration` and `evaluation` can each be read any number of times."""
+
+    source: str
+    calibration: Iterable[Batch]
+    evaluation: Iterable[Batch]
+    preprocessing: Preprocessing | None = None
+    labels: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def example(self) -> Arrays:
+        """Returns the first sample, with a batch dimension of 1."""
+        for batch in self.calibration:
+            return {key: array[:1] for key, array in batch.inputs.items()}
+        raise EdgeKitError(f"{self.source} holds no samples", HELP)
+
+
+def load(
+    source: Any,
+    *,
+    image_size: tuple[int, int, int] | None = None,
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+) -> Data:
+    """Opens a data source.
+
+    `source` is a path (.npz, .pt, a folder of class folders), `FILE.py:function` or `package.module:function`, a
+    mapping of arrays, or an iterable of (inputs, target). `image_size` is (channels, height, width), needed for
+    folders. `mean` and `std`, per channel, normalize uint8 images after scaling to 0..1.
+
+    Raises EdgeKitError for a source that is missing, empty, of an unknown form, or inconsistent.
+    """
+    if bool(mean) != bool(std):
+        raise EdgeKitError("normalization needs both a mean and a standard deviation", "give --mean and --std together")
+    if isinstance(source, Mapping):
+        return _from_arrays("the given arrays", source, mean, std)
+    if not isinstance(source, (str, Path)):
+        return _from_iterable("the given iterable", source)
+    path = Path(source)
+    if path.is_dir():
+        return _from_folder(path, image_size, mean, std)
+    if path.is_file() and path.suffix != ".py":
+        return _from_arrays(str(path), _read_arrays(path), mean, std)
+    text = str(source)
+    if ":" in text:
+        from edgekit.code import import_code
+
+        return _from_iterable(text, import_code(text).get())
+    if path.suffix == ".py" and path.is_file():
+        raise EdgeKitError(f"{text} names a file but no function in it", f"write --data {text}:function")
+    raise EdgeKitError(f"no data at {text}", HELP)
+
+
+def batches(
+    stream: Iterable[Batch], inputs: Sequence[TensorSpec]
+) -> Iterator[tuple[tuple[np.ndarray, ...], int, np.ndarray | None]]:
+    """Cuts a stream into batches of the model's own size.
+
+    Yields (one array per model input shaped exactly as `inputs` say, how many of its samples are real, their
+    targets). The last batch is padded by repeating its last sample. Raises EdgeKitError where samples do not fit
+    the model's inputs.
+    """
+    import numpy as np
+
+    size = inputs[0].shape[0] if inputs[0].shape else 1
+    held: list[np.ndarray] = []
+    held_target: np.ndarray | None = None
+    for batch in stream:
+        arrays = [conform(array, spec) for array, spec in zip(_in_order(batch.inputs, inputs), inputs, strict=True)]
+        if len({len(a) for a in arrays}) > 1:
+            raise EdgeKitError(f"the inputs of one batch differ in length: {[len(a) for a in arrays]}", HELP)
+        held = [np.concatenate(pair) for pair in zip(held, arrays, strict=True)] if held else arrays
+        if batch.target is not None:
+            held_target = batch.target if held_target is None else np.concatenate([held_target, batch.target])
+        start = 0
+        while len(held[0]) - start >= size:
+            stop = start + size
+            yield tuple(a[start:stop] for a in held), size, None if held_target is None else held_target[start:stop]
+            start = stop
+        held = [a[start:] for a in held]
+        held_target = None if held_target is None else held_target[start:]
+    rest = len(held[0]) if held else 0
+    if rest:
+        fill = [np.concatenate([a, np.repeat(a[-1:], size - rest, axis=0)]) for a in held]
+        yield tuple(fill), rest, held_target
+
+
+def conform(array: np.ndarray, spec: TensorSpec) -> np.ndarray:
+    """Returns `array` as the contiguous dtype of `spec`; raises EdgeKitError where values or shapes do not fit."""
+    import numpy as np
+
+    wanted = np.dtype(spec.dtype)
+    if array.shape[1:] != spec.shape[1:]:
+        has, takes = ("x".join(map(str, shape)) for shape in (array.shape[1:], spec.shape[1:]))
+        raise EdgeKitError(
+            f"the data's samples are {has or 'scalars'}, the model's input '{spec.name}' takes {takes or 'scalars'}",
+            "check --data and --input: shapes here leave the batch dimension out",
+        )
+    if array.dtype != wanted:
+        if np.issubdtype(array.dtype, np.floating) and not np.issubdtype(wanted, np.floating):
+            raise EdgeKitError(f"input '{spec.name}' takes {spec.dtype}, but the data holds {array.dtype}", HELP)
+        array = array.astype(wanted)
+    if np.issubdtype(wanted, np.floating) and not np.isfinite(array).all():
+        raise EdgeKitError(f"the data for input '{spec.name}' holds NaN or infinite values", "clean the data first")
+    return np.ascontiguousarray(array)
+
+
+def _in_order(arrays: Arrays, inputs: Sequence[TensorSpec]) -> list[np.ndarray]:
+    if len(arrays) != len(inputs):
+        raise EdgeKitError(
+            f"the data has {len(arrays)} inputs, the model takes {len(inputs)}: {', '.join(s.name for s in inputs)}",
+            HELP,
+        )
+    missing = [spec.name for i, spec in enumerate(inputs) if spec.name not in arrays and i not in arrays]
+    if missing:
+        raise EdgeKitError(
+            f"the data lacks the model's input '{missing[0]}'; it has {', '.join(map(str, arrays))}", HELP
+        )
+    return [arrays[spec.name] if spec.name in arrays else arrays[i] for i, spec in enumerate(inputs)]
+
+
+@dataclass(frozen=True)
+class _Slices:
+    """Batches of 64 out of whole arrays, uint8 images made float as they are read."""
+
+    arrays: Arrays
+    target: np.ndarray | None
+    preprocessing: Preprocessing | None = None
+    indices: np.ndarray | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        import numpy as np
+
+        count = len(next(iter(self.arrays.values())))
+        indices = np.arange(count) if self.indices is None else self.indices
+        for start in range(0, len(indices), 64):
+            part = indices[start : start + 64]
+            inputs = {
+                key: self.preprocessing(array[part]) if self.preprocessing and _is_image(array) else array[part]
+                for key, array in self.arrays.items()
+            }
+            yield Batch(inputs, None if self.target is None else self.target[part])
+
+
+def _is_image(array: np.ndarray) -> bool:
+    return array.dtype.name == "uint8" and array.ndim == 4
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    import pickle
+    import zipfile
+
+    import numpy as np
+
+    with path.open("rb") as file:
+        magic = file.read(6)
+    if magic == b"\x93NUMPY":
+        return {"x": _guarded(path, lambda: np.load(path, allow_pickle=False))}
+    if path.suffix == ".npz":
+        return _guarded(path, lambda: dict(np.load(path, allow_pickle=False)))
+    if not zipfile.is_zipfile(path):
+        raise EdgeKitError(f"{path} is neither an .npz nor a .pt file", HELP)
+    import torch
+
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise EdgeKitError(f"{path} is not a .pt file of plain tensors: {str(error).splitlines()[0]}", HELP) from None
+    if isinstance(content, torch.Tensor):
+        content = {"x": content}
+    if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):
+        raise EdgeKitError(f"{path} does not hold a dict of tensors", HELP)
+    return {key: value.numpy() for key, value in content.items()}
+
+
+def _guarded(path: Path, read: Any) -> Any:
+    import zipfile
+    import zlib
+
+    try:
+        return read()
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise EdgeKitError(
+            f"{path} cannot be read: {str(error).splitlines()[0]}", "write it again with numpy.savez"
+        ) from None
+
+
+def _from_arrays(source: str, arrays: Mapping[str, Any], mean: Sequence[float], std: Sequence[float]) -> Data:
+    import numpy as np
+
+    arrays = {key: np.asarray(value) for key, value in arrays.items()}
+    inputs: dict[str | int, np.ndarray] = {k: v for k, v in arrays.items() if k not in RESERVED}
+    if "x" in arrays:
+        inputs = {0: arrays["x"], **inputs}
+    if not inputs:
+        raise EdgeKitError(f"{source} has no inputs: it holds {', '.join(arrays) or 'nothing'}", HELP)
+    for key, array in inputs.items():
+        if array.ndim == 0 or array.dtype.kind not in "fiub":
+            raise EdgeKitError(f"array '{_shown(key)}' of {source} is not a batch of numbers", HELP)
+    target = arrays.get("y")
+    lengths = {_shown(key): len(array) for key, array in inputs.items()} | (
+        {"y": len(target)} if target is not None else {}
+    )
+    if len(set(lengths.values())) > 1:
+        raise EdgeKitError(f"the arrays of {source} differ in length: {lengths}", "give each sample one label")
+    if 0 in lengths.values():
+        raise EdgeKitError(f"{source} holds no samples", HELP)
+    preprocessing, notes = None, []
+    images = [array for array in inputs.values() if _is_image(array)]
+    if images:
+        mean = mean or tuple(float(v) for v in np.ravel(arrays.get("mean", ())))
+        std = std or tuple(float(v) for v in np.ravel(arrays.get("std", ())))
+        preprocessing = _preprocessing(images[0].shape[1], mean, std)
+        if not mean:
+            notes.append("uint8 images are scaled to 0..1 and not normalized: no mean and std given")
+    if "calib_x" in arrays and len(inputs) == 1 and 0 in inputs:
+        calibration = _Slices({0: arrays["calib_x"]}, None, preprocessing, _spaced(len(arrays["calib_x"])))
+    else:
+        count = len(next(iter(inputs.values())))
+        calibration = _Slices(inputs, None, preprocessing, _spaced(count))
+        notes.append(f"calibration reads samples that evaluation reads too: {source} has no calib_x of its own")
+    labels = tuple(str(label) for label in arrays.get("labels", ()))
+    return Data(source, calibration, _Slices(inputs, target, preprocessing), preprocessing, labels, tuple(notes))
+
+
+def _shown(key: str | int) -> str:
+    return "x" if key == 0 else str(key)
+
+
+def _spaced(count: int) -> np.ndarray:
+    """Returns the indices of at most CALIBRATION_SAMPLES samples, spread evenly: sorted sources stay balanced."""
+    import numpy as np
+
+    return np.unique(np.linspace(0, count - 1, min(count, CALIBRATION_SAMPLES)).astype(int))
+
+
+def _preprocessing(channels: int, mean: Sequence[float], std: Sequence[float]) -> Preprocessing:
+    for name, values in (("mean", mean), ("std", std)):
+        if values and len(values) not in (1, channels):
+            raise EdgeKitError(f"{name} has {len(values)} values, the images have {channels} channels", None)
+    if any(value == 0 for value in std):
+        raise EdgeKitError("std holds a zero", "give the standard deviation of each channel on the 0..1 scale")
+    return Preprocessing(1 / 255, tuple(map(float, mean)), tuple(map(float, std)))
+
+
+@dataclass(frozen=True)
+class _Images:
+    """Batches of 16 out of image files: short side resized, center cropped, normalized."""
+
+    files: Sequence[tuple[Path, int]]
+    size: tuple[int, int, int]
+    preprocessing: Preprocessing
+
+    def __iter__(self) -> Iterator[Batch]:
+        import numpy as np
+
+        for start in range(0, len(self.files), 16):
+            part = self.files[start : start + 16]
+            images = np.stack([_read_image(path, self.size) for path, _ in part])
+            yield Batch({0: self.preprocessing(images)}, np.array([label for _, label in part]))
+
+
+def _read_image(path: Path, size: tuple[int, int, int]) -> np.ndarray:
+    import numpy as np
+    from PIL import Image, UnidentifiedImageError
+
+    channels, height, width = size
+    try:
+        with Image.open(path) as image:
+            image = image.convert("L" if channels == 1 else "RGB")
+            # The usual evaluation crop: 224 out of a short side of 256.
+            factor = max(height / image.height, width / image.width) * 256 / 224
+            image = image.resize(
+                (math.ceil(image.width * factor), math.ceil(image.height * factor)), Image.Resampling.BILINEAR
+            )
+    except (UnidentifiedImageError, OSError) as error:
+        raise EdgeKitError(f"{path} is not a readable image: {error}", "remove it from the data folder") from None
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    pixels = np.asarray(image.crop((left, top, left + width, top + height)), dtype=np.uint8)
+    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+
+
+def _from_folder(
+    folder: Path, image_size: tuple[int, int, int] | None, mean: Sequence[float], std: Sequence[float]
+) -> Data:
+    classes = sorted(entry for entry in folder.iterdir() if entry.is_dir())
+    numbered = bool(classes) and all(entry.name.isdecimal() for entry in classes)
+    files = [
+        (path, int(entry.name) if numbered else index)
+        for index, entry in enumerate(classes)
+        for path in sorted(entry.rglob("*"))
+        if path.suffix.lower() in IMAGE_SUFFIXES
+    ]
+    if not files:
+        raise EdgeKitError(f"{folder} holds no images in class folders", "expected FOLDER/<class>/<image>.jpg")
+    if image_size is None:
+        raise EdgeKitError(f"{folder} does not tell the size that the model takes", "add --input 1x3x224x224")
+    if image_size[0] not in (1, 3):
+        raise EdgeKitError(f"images have 1 or 3 channels, the model takes {image_size[0]}", HELP)
+    preprocessing = _preprocessing(image_size[0], mean, std)
+    notes = ["calibration reads images that evaluation reads too"]
+    if not mean:
+        notes.append("images are scaled to 0..1 and not normalized: no --mean and --std given")
+    calibration = [files[i] for i in _spaced(len(files))]
+    return Data(
+        str(folder),
+        _Images(calibration, image_size, preprocessing),
+        _Images(files, image_size, preprocessing),
+        preprocessing,
+        tuple(entry.name for entry in classes),
+        tuple(notes),
+    )
+
+
+@dataclass(frozen=True)
+class _Iterable:
+    """Batches out of the user's own iterable, or of what the user's function returns anew at each reading."""
+
+    source: str
+    make: Any
+    limit: int | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        from edgekit.code import running
+
+        with running(self.source):
+            items = self.make() if callable(self.make) else self.make
+            if not isinstance(items, Iterable) and not hasattr(items, "__getitem__"):
+                raise EdgeKitError(f"{self.source} is not an iterable of (inputs, target)", HELP)
+            iterator = iter(items)
+        count = 0
+        while self.limit is None or count < self.limit:
+            with running(self.source):
+                item = next(iterator, None)
+            if item is None:
+                break
+            batch = _as_batch(self.source, item)
+            yield batch
+            count += len(batch)
+        if count == 0:
+            raise EdgeKitError(f"{self.source} gave no samples", HELP)
+
+
+def _from_iterable(source: str, made: Any) -> Data:
+    if not callable(made) and iter(made) is made:
+        made = list(made)  # a generator can be read once only
+    notes = ("calibration reads samples that evaluation reads too",)
+    return Data(source, _Iterable(source, made, CALIBRATION_SAMPLES), _Iterable(source, made), notes=notes)
+
+
+def _as_batch(source: str, item: Any) -> Batch:
+    if not isinstance(item, (tuple, list)) or len(item) != 2:
+        raise EdgeKitError(f"{source} must give pairs (inputs, target), not {type(item).__name__}", HELP)
+    inputs, target = item
+    if isinstance(inputs, Mapping):
+        arrays: dict[str | int, np.ndarray] = {key: _array(value) for key, value in inputs.items()}
+    elif isinstance(inputs, (tuple, list)):
+        arrays = {i: _array(value) for i, value in enumerate(inputs)}
+    else:
+        arrays = {0: _array(inputs)}
+    target = None if target is None else _array(target)
+    count = len(next(iter(arrays.values())))
+    if target is not None and len(target) != count:
+        raise EdgeKitError(f"{source} gave {count} samples with {len(target)} labels", "give each sample one label")
+    return Batch(arrays, target)
+
+
+def _array(value: Any) -> np.ndarray:
+    import numpy as np
+
+    array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
+    if array.ndim == 0 or array.dtype.kind not in "fiub":
+        raise EdgeKitError("data must be batched along the first dimension and hold numbers", HELP)
+    return array

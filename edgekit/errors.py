@@ -1,0 +1,17 @@
+"""The one error that EdgeKit raises for everything its user can mend."""
+
+
+class EdgeKitError(Exception):
+    """What went wrong, and what to do about it, worded for the person at the keyboard.
+
+    `what` is one sentence without a trailing period; `help` is the next step, or None where `what` already
+    says it all. The command line prints both and exits with 1. Any other exception is a bug in EdgeKit.
+    """
+
+    def __init__(self, what: str, help: str | None = None) -> None:
+        super().__init__(what)
+        self.what = what
+        self.help = help
+
+    def __str__(self) -> str:
+        return f"{self.what}\n  help: {self.help}" if self.help else self.what

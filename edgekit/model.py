@@ -1,0 +1,106 @@
+"""LOAD: every form of model file becomes a Model, and no file runs code that the user did not name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgekit.errors import EdgeKitError
+from edgekit.results import TensorSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx
+    import torch
+
+_DTYPES = ("float32", "int64", "int32", "int16", "int8", "uint8", "bool")
+_SPEC = re.compile(r"(?:(?P<name>[A-Za-z_][\w./]*):)?(?P<dtype>[a-z]+\d*)\[(?P<dims>[^\]]*)\]")
+_SPEC_HELP = "write 1x3x224x224 or name:float32[1,3,224,224]"
+
+
+@dataclass(frozen=True)
+class Model:
+    """One loaded model, ready for quantization and export.
+
+    `module` is in eval mode on the CPU with contiguous float32 parameters that require no gradient; it is called
+    with one tensor per entry of `inputs` and returns a flat tuple with one tensor per entry of `outputs`.
+    `form` is `state_dict`, `checkpoint`, `module`, `torchscript`, `pt2`, `safetensors`, `onnx`, `factory` or `object`.
+    `example` holds one tensor per input: the caller's samples, or made-up values. `notes` tell what was done to the
+    model. For the form `onnx`, `onnx` is the checked graph, and `module` runs it in ONNX Runtime (not exportable).
+    """
+
+    module: torch.nn.Module
+    name: str
+    form: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    example: tuple[torch.Tensor, ...]
+    notes: tuple[str, ...]
+    onnx: onnx.ModelProto | None
+
+
+def load(
+    source: str | Path | torch.nn.Module,
+    *,
+    code: str | None = None,
+    inputs: Sequence[str] = (),
+    example: Sequence[np.ndarray] | Mapping[str, np.ndarray] | None = None,
+) -> Model:
+    """Load a model file, the code that makes a model, or a module object, and try it on example inputs.
+
+    The static input shapes (batch included) come from `inputs` (see `parse_spec`), else from `example` (arrays by
+    position or by input name), else from the file where it holds them. Where there are no samples, the example is
+    seeded: normal random numbers for float inputs, zeros for integers and booleans. A module object is copied, never
+    changed.
+
+    Raises EdgeKitError for everything that is wrong with the file, the code, the weights or the inputs.
+    """
+    from torch import nn
+
+    from edgekit.bind import Bound, bind, copied, tidy
+    from edgekit.openers import Opened, open_source
+
+    specs = [parse_spec(text) for text in inputs]
+    if isinstance(source, nn.Module):
+        opened = Opened(copied(source), type(source).__name__, "object")
+    else:
+        opened = open_source(str(source), code)
+    if opened.onnx is None:
+        tidy(opened)
+    bound: Bound = bind(opened, specs, example)
+    return Model(
+        bound.module,
+        opened.name,
+        opened.form,
+        bound.inputs,
+        bound.outputs,
+        bound.example,
+        tuple(opened.notes),
+        opened.onnx,
+    )
+
+
+def parse_spec(text: str) -> TensorSpec:
+    """Read `1x3x224x224` (float32, no name) or `name:float32[1,3,224,224]` (the name may be left out).
+
+    Raises EdgeKitError where the text has another form, a dimension is not a positive number, or the dtype is none
+    of float32, int64, int32, int16, int8, uint8, bool.
+    """
+    text = text.strip()
+    if re.fullmatch(r"\d+([x×]\d+)*", text):
+        dtype, name, dims = "float32", "", re.split("[x×]", text)
+    elif match := _SPEC.fullmatch(text):
+        dtype, name = match["dtype"], match["name"] or ""
+        dims = [d.strip() for d in match["dims"].split(",")] if match["dims"].strip() else []
+    else:
+        raise EdgeKitError(f"cannot read the input {text!r}", _SPEC_HELP)
+    if dtype not in _DTYPES:
+        raise EdgeKitError(f"unknown type {dtype!r} in the input {text!r}", f"it can be {', '.join(_DTYPES)}")
+    if not all(d.isdecimal() and int(d) > 0 for d in dims):
+        raise EdgeKitError(
+            f"the input {text!r} has a dimension that is not a positive number", f"shapes are static: {_SPEC_HELP}"
+        )
+    return TensorSpec(name, dtype, tuple(map(int, dims)))

@@ -1,0 +1,310 @@
+"""The jobs, each readable on one screen: export a model, compare files with it, profile a file, verify a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from edgekit import bundle as bundles
+from edgekit import files, judge, stages, targets
+from edgekit.errors import EdgeKitError
+from edgekit.progress import Progress, Silent
+from edgekit.results import Artifact, Baseline, Comparison, Latency, Measurement, Profile, Replay
+from edgekit.runtimes import Timing
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from edgekit.model import Model
+
+ROUNDS = 3  # processes that time each artifact, taken in turn: machines drift
+TIMING = Timing(warmup_runs=50, seconds=0.6, min_runs=20, max_runs=5000)
+NO_DATA_INT8 = (
+    "add --data with some 100 real samples (an .npz with x, a folder of images, FILE.py:function), or choose "
+    "--precision fp16, which needs none"
+)
+
+
+def export(
+    model: Any,
+    *,
+    target: str = "android",
+    formats: str | None = None,
+    precision: str | None = None,
+    data: Any = None,
+    inputs: Sequence[str] = (),
+    code: str | None = None,
+    out: str | Path = ".",
+    name: str | None = None,
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+    progress: Progress | None = None,
+) -> bundles.Bundle:
+    """Exports `model` for `target`, checks every file against the original, and returns the bundle.
+
+    `model` is a torch.nn.Module or any source that `edgekit.model.load` takes; `data` any that `edgekit.data.load`
+    takes (int8 calibrates on it; every precision is checked on it). Writes OUT/<name>-<target>/ whole or not at
+    all. Raises EdgeKitError for bad input, and for a file that is not faithful to the model.
+    """
+    from edgekit.quant.recipes import RECIPES
+
+    progress = progress or Silent()
+    row = targets.find(target)
+    chosen = targets.find_formats(formats, row)
+    recipe = RECIPES.get(precision or row.precision)
+    if recipe is None:
+        raise EdgeKitError(f"unknown precision '{precision}'", f"choose one of {', '.join(RECIPES)}")
+    if recipe.needs_data and data is None:
+        raise EdgeKitError(
+            f"{recipe.name} needs data to calibrate on: EdgeKit does not guess activation ranges", NO_DATA_INT8
+        )
+    with progress.step("Loading"):
+        original, source = stages.load(model, data=data, inputs=inputs, code=code, mean=mean, std=std)
+    folder = Path(out) / f"{name or original.name}-{target}"
+    with files.new_folder(folder, bundles.MANIFEST) as building:
+        program = stages.compress(original, source, recipe.name, progress)
+        feeds, samples = stages.golden_feeds(original, source)
+        with progress.step("Running the original"):
+            reference = stages.run_module(original.module, feeds)
+            graph = stages.run_module(program.module(check_guards=False), feeds) if program is not None else reference
+        graph_parity = judge.parity(stages.flat(reference), stages.flat(graph))
+        results, entries = {"original": reference}, []
+        notes = [*original.notes, *(source.notes if source else ("checked on random inputs: no --data was given",))]
+        for format, exported in stages.emit(original, program, chosen, recipe.half_weights, progress):
+            path = building / bundles.file_name(format)
+            files.write(path, exported.data)
+            with progress.step(f"Checking {path.name}"):
+                artifact = Artifact(path, format, recipe.name, original.inputs, original.outputs)
+                results[format] = stages.run(artifact, feeds).outputs
+            agreement = judge.parity(stages.flat(reference), stages.flat(results[format]))
+            why = judge.faithful(recipe.name, agreement, graph_parity)
+            if why is not None:
+                raise EdgeKitError(
+                    f"{path.name} is not faithful to the model: it {why}",
+                    f"nothing was written; leave {format} out with --format, and report this model",
+                )
+            facts = {"parity": {**agreement.to_dict(), "samples": samples}, **exported.facts}
+            entries.append({"format": format, "file": path.name, **facts})
+            notes += exported.notes
+        bundles.write_golden(building, original.inputs, original.outputs, feeds, results)
+        bundles.describe(
+            building,
+            model={"name": original.name, "form": original.form},
+            target=target,
+            precision=recipe.name,
+            recipe={"name": recipe.name, "summary": recipe.summary},
+            inputs=original.inputs,
+            outputs=original.outputs,
+            preprocessing=source.preprocessing.to_dict() if source and source.preprocessing else None,
+            labels=source.labels if source else (),
+            qparams=stages.qparams(original, program),
+            artifacts=entries,
+            notes=list(dict.fromkeys(notes)),
+        )
+    return bundles.read(folder)
+
+
+def compare(
+    model: Any,
+    artifacts: Sequence[str | Path | bundles.Bundle],
+    *,
+    data: Any,
+    inputs: Sequence[str] = (),
+    code: str | None = None,
+    metric: str = "top1",
+    max_drop: float | None = None,
+    device: str = "local:",
+    baseline_device: str = "cpu",
+    threads: int = 1,
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+    progress: Progress | None = None,
+) -> Comparison:
+    """Measures files or bundles against the original `model` on labeled `data`: accuracy, latency, memory, size.
+
+    Every file runs in processes of its own on `device`; latencies are taken in turn over ROUNDS processes each,
+    pinned to `threads` cores, beside the fp32 file of the same runtime (exported here where none is given). Raises
+    EdgeKitError for bad input and for a file that its runtime cannot run.
+    """
+    progress = progress or Silent()
+    judge.check_metric(metric)
+    with progress.step("Loading"):
+        original, source = stages.load(model, data=data, inputs=inputs, code=code, mean=mean, std=std)
+        assert source is not None
+        given = expand(artifacts, original)
+    with progress.step("Running the original"):
+        evaluation = stages.evaluation_set(source, original)
+        reference = evaluation.cut(stages.run_module(original.module, evaluation.feeds, baseline_device))
+        right = None if evaluation.target is None else judge.correct(metric, reference[0], evaluation.target)
+    outputs = {}
+    for artifact in given:
+        with progress.step(f"Running {artifact.path.name} ({artifact.precision})"):
+            outputs[artifact] = evaluation.cut(
+                stages.run(artifact, evaluation.feeds, device=device, threads=threads).outputs
+            )
+    with ExitStack() as stack:
+        references = fp32_references(original, given, stack, progress)
+        files_to_time = [*given, *(r for r in references.values() if r not in given)]
+        baseline_latency, timed = race(original, files_to_time, evaluation, device, baseline_device, threads, progress)
+    measured = []
+    for artifact in given:
+        last, latency = timed[artifact]
+        near = judge.parity(reference, outputs[artifact])
+        result = None
+        if right is not None:
+            result = judge.accuracy(metric, right, judge.correct(metric, outputs[artifact][0], evaluation.target))
+        fp32 = None if artifact.precision == "fp32" else timed[references[artifact.format]][1]
+        verdict = judge.verdict(artifact.precision, result, latency, fp32, near, max_drop)
+        measured.append(
+            Measurement(
+                artifact,
+                last.runtime,
+                last.device,
+                near,
+                result,
+                latency,
+                fp32,
+                baseline_latency,
+                last.load_ms,
+                last.first_ms,
+                last.peak_rss_bytes,
+                verdict,
+            )
+        )
+    accuracy = None if right is None else float(right.mean())
+    baseline = Baseline(
+        original.name,
+        baseline_device,
+        accuracy,
+        metric if right is not None else None,
+        len(reference[0]),
+        baseline_latency,
+    )
+    return Comparison(baseline, tuple(measured), (*original.notes, *source.notes))
+
+
+def expand(artifacts: Sequence[str | Path | bundles.Bundle], original: Model) -> list[Artifact]:
+    """Turns bundles into their files, and bare files into artifacts with the original's inputs and outputs."""
+    from edgekit.runtimes import format_of
+
+    found: list[Artifact] = []
+    for item in artifacts:
+        if isinstance(item, bundles.Bundle) or bundles.is_bundle(Path(item)):
+            bundle = item if isinstance(item, bundles.Bundle) else bundles.read(Path(item))
+            for artifact, entry in zip(bundle.artifacts, bundle.manifest["artifacts"], strict=True):
+                bundles.check_hash(artifact.path, entry["sha256"])
+                found.append(artifact)
+            continue
+        path = Path(item)
+        if not path.is_file():
+            raise EdgeKitError(f"no artifact at {path}", "name a .pte, .onnx or .tflite file, or a bundle folder")
+        manifest = path.parent / bundles.MANIFEST
+        known = [a for a in bundles.read(manifest).artifacts if a.path.name == path.name] if manifest.is_file() else []
+        found += known or [
+            Artifact(path, format_of(path), stages.precision_of(path), original.inputs, original.outputs)
+        ]
+    if not found:
+        raise EdgeKitError("no artifacts to compare", "name files or bundle folders after the model")
+    return list(dict.fromkeys(found))
+
+
+def fp32_references(
+    original: Model, given: Sequence[Artifact], stack: ExitStack, progress: Progress
+) -> dict[str, Artifact]:
+    """Returns one fp32 file per format that needs one to compare with: a given one, or one exported for the while."""
+    references = {artifact.format: artifact for artifact in given if artifact.precision == "fp32"}
+    missing = sorted({a.format for a in given if a.precision != "fp32"} - references.keys())
+    if missing:
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="edgekit-")))
+        program = stages.compress(original, None, "fp32", progress)
+        for format, exported in stages.emit(original, program, missing, False, progress):
+            path = folder / bundles.file_name(format)
+            files.write(path, exported.data)
+            references[format] = Artifact(path, format, "fp32", original.inputs, original.outputs)
+    return references
+
+
+def race(
+    original: Model,
+    artifacts: Sequence[Artifact],
+    evaluation: stages.Evaluation,
+    device: str,
+    baseline_device: str,
+    threads: int,
+    progress: Progress,
+) -> tuple[Latency, dict[Artifact, tuple[Any, Latency]]]:
+    """Times the original and every artifact in turn, ROUNDS times; returns latencies and each one's last result."""
+    feeds = [feed[: bundles.GOLDEN_SAMPLES] for feed in evaluation.feeds]
+    eager: list[tuple[float, ...]] = []
+    results: dict[Artifact, list[Any]] = {artifact: [] for artifact in artifacts}
+    with progress.step("Measuring latency", ROUNDS * (len(artifacts) + 1)) as advance:
+        for _ in range(ROUNDS):
+            eager.append(stages.time_module(original.module, feeds, baseline_device, threads, TIMING))
+            advance()
+            for artifact in artifacts:
+                results[artifact].append(stages.run(artifact, feeds, device=device, threads=threads, timing=TIMING))
+                advance()
+    timed = {a: (runs[-1], Latency(tuple(r.latency_ms for r in runs), threads)) for a, runs in results.items()}
+    return Latency(tuple(eager), threads), timed
+
+
+def profile(
+    artifact: str | Path, *, device: str = "local:", threads: int = 1, progress: Progress | None = None
+) -> Profile:
+    """Measures latency, load time and memory of one file on `device`, over ROUNDS processes, on random inputs."""
+    from edgekit.summary import inspect_artifact
+
+    path = Path(artifact)
+    found = inspect_artifact(path)
+    manifest = path.parent / bundles.MANIFEST
+    known = [a for a in bundles.read(manifest).artifacts if a.path.name == path.name] if manifest.is_file() else []
+    subject = (
+        known[0] if known else Artifact(path, found.format, stages.precision_of(path), found.inputs, found.outputs)
+    )
+    feeds = stages.random_feeds(subject.inputs)
+    with (progress or Silent()).step("Measuring latency", ROUNDS) as advance:
+        runs = []
+        for _ in range(ROUNDS):
+            runs.append(stages.run(subject, feeds, device=device, threads=threads, timing=TIMING))
+            advance()
+    last = runs[-1]
+    latency = Latency(tuple(r.latency_ms for r in runs), threads)
+    return Profile(subject, last.runtime, last.device, latency, last.load_ms, last.first_ms, last.peak_rss_bytes)
+
+
+def verify(bundle: str | Path, *, device: str = "local:", progress: Progress | None = None) -> tuple[Replay, ...]:
+    """Replays a bundle's golden inputs on `device` and compares with the outputs that were recorded at export.
+
+    A file whose hash has changed is not run. Raises EdgeKitError for a folder that is no bundle.
+    """
+    opened = bundles.read(Path(bundle))
+    golden = bundles.read_golden(opened)
+    replays = []
+    for artifact, entry in zip(opened.artifacts, opened.manifest["artifacts"], strict=True):
+        with (progress or Silent()).step(f"Replaying {artifact.path.name}"):
+            replays.append(_replay(artifact, entry, golden, opened.manifest["qparams"], device))
+    return tuple(replays)
+
+
+def _replay(
+    artifact: Artifact,
+    entry: Mapping[str, Any],
+    golden: Mapping[str, np.ndarray],
+    qparams: Mapping[str, Any],
+    device: str,
+) -> Replay:
+    try:
+        bundles.check_hash(artifact.path, entry["sha256"])
+        feeds = [golden[f"input/{spec.name}"] for spec in artifact.inputs]
+        outputs = stages.run(artifact, feeds, device=device).outputs
+    except EdgeKitError as error:
+        return Replay(artifact, None, str(error.what))
+    recorded = [golden[f"{artifact.format}/{spec.name}"] for spec in artifact.outputs]
+    near = judge.parity(stages.flat(recorded), stages.flat(outputs))
+    steps = [
+        qparams["outputs"][spec.name]["scale"] for spec in artifact.outputs if spec.name in qparams.get("outputs", {})
+    ]
+    return Replay(artifact, near, judge.reproduced(artifact.precision, near, max(steps, default=0.0)))

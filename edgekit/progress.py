@@ -1,0 +1,51 @@
+"""What long work says while it runs: named steps, each with an optional count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+Advance = Callable[[], None]
+
+
+class Progress(Protocol):
+    """Told about each step of long work."""
+
+    def step(self, name: str, total: int | None = None) -> AbstractContextManager[Advance]:
+        """Opens a step; the yielded function counts one of its `total` units as done."""
+        ...
+
+
+class Silent:
+    """Shows nothing: the default of the Python API."""
+
+    @contextmanager
+    def step(self, name: str, total: int | None = None) -> Iterator[Advance]:
+        """Opens a step that nobody sees."""
+        yield lambda: None
+
+
+class Terminal:
+    """Shows the running step with its time, and leaves one line for each finished one that took over two seconds."""
+
+    def __init__(self, console: object) -> None:
+        self.console = console
+
+    @contextmanager
+    def step(self, name: str, total: int | None = None) -> Iterator[Advance]:
+        """Opens a step, shown until it ends."""
+        from time import monotonic
+
+        from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bar
+
+        columns = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
+        if total is not None:
+            columns += [BarColumn(bar_width=24), MofNCompleteColumn()]
+        started = monotonic()
+        with Bar(*columns, console=self.console, transient=True) as bar:
+            task = bar.add_task(name, total=total)
+            yield lambda: bar.advance(task)
+        if monotonic() - started >= 2:
+            self.console.print(f"[dim]{name}: {monotonic() - started:.1f} s[/dim]")

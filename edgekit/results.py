@@ -1,0 +1,279 @@
+"""The facts that flow through EdgeKit: frozen dataclasses, raw samples kept, statistics as properties."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, numpy dtype name (`float32`, `int64`, …) and static shape of one model input or output."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.dtype}[{','.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One exported file, with the names and specs of its inputs and outputs where they are known."""
+
+    path: Path
+    format: str
+    precision: str
+    inputs: tuple[TensorSpec, ...] = ()
+    outputs: tuple[TensorSpec, ...] = ()
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the file in bytes."""
+        return self.path.stat().st_size
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How near one set of outputs is to another, over all outputs and samples.
+
+    `sqnr_db` is 10·log10(Σ ref² / Σ (out − ref)²) of the worst output, inf where they are equal; `max_abs` the
+    largest absolute and `max_rel` the largest difference relative to the largest |ref| of its output; `cosine` the
+    lowest mean cosine of an output; `agreement` the share of samples with the same arg max of the first output,
+    None where it has no classes.
+    """
+
+    sqnr_db: float
+    max_abs: float
+    max_rel: float
+    cosine: float
+    agreement: float | None
+    samples: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns JSON-ready values; infinite SQNR is null."""
+        values = asdict(self)
+        values["sqnr_db"] = finite(self.sqnr_db)
+        return values
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Raw latencies in ms of one artifact: a tuple of samples for each process that measured it."""
+
+    processes: tuple[tuple[float, ...], ...]
+    threads: int
+
+    @property
+    def samples(self) -> tuple[float, ...]:
+        """All samples of all processes."""
+        return tuple(value for process in self.processes for value in process)
+
+    def percentile(self, q: float) -> float:
+        """Returns the q-th percentile (0–100) of all samples, linearly interpolated, in ms."""
+        from edgekit.measure import percentile
+
+        return percentile(self.samples, q)
+
+    @property
+    def p50(self) -> float:
+        """Median over the processes of each process's median, in ms: one disturbed process does not move it."""
+        from edgekit.measure import percentile
+
+        return percentile([percentile(process, 50) for process in self.processes], 50)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the JSON form: percentiles in ms, number of samples, threads."""
+        return {
+            "p50": self.p50,
+            "p90": self.percentile(90),
+            "p99": self.percentile(99),
+            "n": len(self.samples),
+            "processes": len(self.processes),
+            "threads": self.threads,
+        }
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A metric of an artifact against the original's on the same samples; `drop` and `ci95` in points."""
+
+    metric: str
+    n: int
+    value: float
+    baseline: float
+    ci95: tuple[float, float]
+
+    @property
+    def drop(self) -> float:
+        """Baseline minus value, in points (percent of samples for top-1)."""
+        return 100 * (self.baseline - self.value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the JSON form."""
+        return {
+            "metric": self.metric,
+            "n": self.n,
+            "value": self.value,
+            "baseline": self.baseline,
+            "drop_points": self.drop,
+            "ci95_points": list(self.ci95),
+        }
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`ship`, `reject` or `inconclusive`, and why."""
+
+    word: str
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Everything that was measured of one artifact."""
+
+    artifact: Artifact
+    runtime: str
+    device: str
+    parity: Parity
+    accuracy: Accuracy | None
+    latency: Latency
+    fp32_latency: Latency | None
+    baseline_latency: Latency
+    load_ms: float
+    first_ms: float
+    peak_rss_bytes: int | None
+    verdict: Verdict
+
+    @property
+    def speedup(self) -> float:
+        """How many times faster than the original model the artifact is, by p50."""
+        return self.baseline_latency.p50 / self.latency.p50
+
+    @property
+    def speedup_fp32(self) -> float | None:
+        """How many times faster than the fp32 file in the same runtime, by p50; None for fp32 files themselves."""
+        return self.fp32_latency.p50 / self.latency.p50 if self.fp32_latency else None
+
+    def within(self, max_drop: float) -> bool:
+        """Whether the drop is proven to be at most `max_drop` points: by the bound of its interval."""
+        return self.accuracy is not None and self.accuracy.ci95[1] <= max_drop
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the JSON form of `compare --json`."""
+        return {
+            "path": str(self.artifact.path),
+            "format": self.artifact.format,
+            "precision": self.artifact.precision,
+            "runtime": self.runtime,
+            "device": self.device,
+            "size_bytes": self.artifact.size_bytes,
+            "accuracy": self.accuracy.to_dict() if self.accuracy else None,
+            "parity": self.parity.to_dict(),
+            "latency_ms": self.latency.to_dict(),
+            "baseline_latency_ms": self.baseline_latency.to_dict(),
+            "fp32_latency_ms": self.fp32_latency.to_dict() if self.fp32_latency else None,
+            "speedup": self.speedup,
+            "speedup_fp32": self.speedup_fp32,
+            "load_ms": self.load_ms,
+            "first_ms": self.first_ms,
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "verdict": self.verdict.word,
+            "reasons": list(self.verdict.reasons),
+        }
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The original model as it was measured."""
+
+    model: str
+    device: str
+    accuracy: float | None
+    metric: str | None
+    samples: int
+    latency: Latency
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the JSON form."""
+        return {
+            "model": self.model,
+            "device": self.device,
+            "metric": self.metric,
+            "accuracy": self.accuracy,
+            "n": self.samples,
+            "latency_ms": self.latency.to_dict(),
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The original and every artifact, measured in one run."""
+
+    baseline: Baseline
+    artifacts: tuple[Measurement, ...]
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the JSON form of `compare --json`."""
+        return {
+            "baseline": self.baseline.to_dict(),
+            "artifacts": [measurement.to_dict() for measurement in self.artifacts],
+            "notes": list(self.notes),
+        }
+
+
+def finite(value: float) -> float | None:
+    """Returns `value`, or None where JSON has no number for it."""
+    return value if math.isfinite(value) else None
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One file's speed and memory on one device."""
+
+    artifact: Artifact
+    runtime: str
+    device: str
+    latency: Latency
+    load_ms: float
+    first_ms: float
+    peak_rss_bytes: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the JSON form of `profile --json`."""
+        return {
+            "path": str(self.artifact.path),
+            "format": self.artifact.format,
+            "precision": self.artifact.precision,
+            "runtime": self.runtime,
+            "device": self.device,
+            "size_bytes": self.artifact.size_bytes,
+            "latency_ms": self.latency.to_dict(),
+            "load_ms": self.load_ms,
+            "first_ms": self.first_ms,
+            "peak_rss_bytes": self.peak_rss_bytes,
+        }
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Golden inputs replayed through one file: how near its outputs are to the recorded ones, and what is wrong."""
+
+    artifact: Artifact
+    parity: Parity | None
+    problem: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the JSON form of `verify --json`."""
+        return {
+            "path": str(self.artifact.path),
+            "format": self.artifact.format,
+            "ok": self.problem is None,
+            "parity": self.parity.to_dict() if self.parity else None,
+            "problem": self.problem,
+        }

@@ -1,0 +1,283 @@
+"""The stages that the pipeline is made of: load, compress, emit, run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgekit import bundle as bundles
+from edgekit import data as sources
+from edgekit.errors import EdgeKitError
+from edgekit.progress import Progress
+from edgekit.results import Artifact, TensorSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx
+    import torch
+    from torch.export import ExportedProgram
+
+    from edgekit.model import Model
+    from edgekit.runtimes import Timing
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One format's bytes, and what there is to say about them."""
+
+    data: bytes
+    facts: dict[str, Any]
+    notes: tuple[str, ...]
+
+
+def load(
+    model: Any, *, data: Any, inputs: Sequence[str], code: str | None, mean: Sequence[float], std: Sequence[float]
+) -> tuple[Model, sources.Data | None]:
+    """Loads the model and opens its data, each telling the other what it does not know: shapes, or an image size."""
+    from edgekit.model import load as load_model
+    from edgekit.model import parse_spec
+
+    if data is None:
+        return load_model(model, code=code, inputs=inputs), None
+    size = None
+    if inputs:
+        shape = parse_spec(inputs[0]).shape
+        size = (shape[1], shape[2], shape[3]) if len(shape) == 4 else None
+    source = sources.load(data, image_size=size, mean=mean, std=std)
+    loaded = load_model(model, code=code, inputs=inputs, example=_named(source.example()))
+    first = next(iter(sources.batches(source.evaluation, loaded.inputs)))[0]  # tells now whether the data fits
+    return replace(loaded, example=_tensors(first)), source
+
+
+def compress(
+    original: Model, source: sources.Data | None, precision: str, progress: Progress
+) -> ExportedProgram | None:
+    """Applies the recipe called `precision`; None for an ONNX file, which is not taken apart."""
+    from edgekit.quant.recipes import RECIPES
+
+    recipe = RECIPES[precision]
+    if original.onnx is not None:
+        if recipe.needs_data:
+            raise EdgeKitError(
+                f"{precision} starts from a PyTorch model, and {original.name} is an ONNX file",
+                "give the PyTorch model, or export the ONNX file with --precision fp32 or fp16",
+            )
+        return None
+    if not recipe.needs_data:
+        with progress.step("Capturing the graph"):
+            return recipe.apply(original.module, original.example, ())
+    assert source is not None
+    rows = -(-sources.CALIBRATION_SAMPLES // max(original.inputs[0].shape[0], 1))
+    with progress.step(f"Calibrating {precision}") as advance:
+        return recipe.apply(
+            original.module, original.example, _counted(_calibration(source, original.inputs, rows), advance)
+        )
+
+
+def _calibration(source: sources.Data, inputs: Sequence[TensorSpec], most: int) -> Iterator[tuple[torch.Tensor, ...]]:
+    for index, (arrays, _, _) in enumerate(sources.batches(source.calibration, inputs)):
+        if index >= most:
+            return
+        yield _tensors(arrays)
+
+
+def _counted(items: Iterable[Any], advance: Any) -> Iterator[Any]:
+    for item in items:
+        yield item
+        advance()
+
+
+def emit(
+    original: Model, program: ExportedProgram | None, formats: Sequence[str], half_weights: bool, progress: Progress
+) -> Iterator[tuple[str, Exported]]:
+    """Yields each format's file. TFLite is lowered from the very ONNX model that is exported."""
+    proto = None
+    if "onnx" in formats or "tflite" in formats:
+        with progress.step("Exporting ONNX"):
+            proto = _onnx(original, program, half_weights)
+    for format in formats:
+        if format == "onnx":
+            assert proto is not None
+            yield format, Exported(proto.SerializeToString(), {"opset": proto.opset_import[0].version}, ())
+        elif format == "tflite":
+            from edgekit.exporters.tflite import convert_with_notes
+
+            with progress.step("Lowering to TFLite"):
+                converted = convert_with_notes(proto)
+            yield format, Exported(converted.data, {}, tuple(f"TFLite: {note}" for note in converted.notes))
+        else:
+            yield format, _executorch(original, program, half_weights, progress)
+
+
+def _onnx(original: Model, program: ExportedProgram | None, half_weights: bool) -> onnx.ModelProto:
+    from edgekit.exporters.to_onnx import halve, to_onnx
+
+    if program is None:
+        return halve(original.onnx) if half_weights else original.onnx
+    names = [spec.name for spec in original.inputs], [spec.name for spec in original.outputs]
+    return to_onnx(program, *names, half_weights=half_weights)
+
+
+def _executorch(original: Model, program: ExportedProgram | None, half_weights: bool, progress: Progress) -> Exported:
+    from edgekit.exporters.to_executorch import to_executorch
+
+    if program is None:
+        raise EdgeKitError(
+            f"ExecuTorch starts from a PyTorch model, and {original.name} is an ONNX file", "add --format onnx,tflite"
+        )
+    with progress.step("Lowering to ExecuTorch"):
+        if half_weights:
+            from edgekit.quant.recipes import half_compute
+
+            program = half_compute(original.module, original.example)
+        lowered = to_executorch(program)
+    notes = []
+    if lowered.undelegated:
+        ops = ", ".join(f"{count} {name}" for name, count in lowered.undelegated.items())
+        notes.append(
+            f"ExecuTorch: outside the XNNPACK delegate run {ops}; the network is cut into {lowered.delegates} parts"
+        )
+    if half_weights:
+        notes.append(
+            "ExecuTorch: fp16 computes in half precision and stores convolution weights in fp32, so the file is not smaller"
+        )
+    return Exported(lowered.data, {"delegates": lowered.delegates, "undelegated": lowered.undelegated}, tuple(notes))
+
+
+def golden_feeds(original: Model, source: sources.Data | None) -> tuple[tuple[np.ndarray, ...], int]:
+    """Returns inputs for eight runs, (runs, *shape) each, and how many real samples they hold (0: random ones)."""
+    import numpy as np
+
+    if source is None:
+        return random_feeds(original.inputs), 0
+    feeds, count = [], 0
+    for arrays, real, _ in sources.batches(source.evaluation, original.inputs):
+        feeds.append(arrays)
+        count += real
+        if len(feeds) == bundles.GOLDEN_SAMPLES:
+            break
+    return tuple(np.stack(arrays) for arrays in zip(*feeds, strict=True)), count
+
+
+def random_feeds(inputs: Sequence[TensorSpec], runs: int = bundles.GOLDEN_SAMPLES) -> tuple[np.ndarray, ...]:
+    """Returns seeded inputs, (runs, *shape) each: normal for floats, zeros for integers, which may be indices."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    return tuple(
+        rng.standard_normal((runs, *spec.shape)).astype(spec.dtype)
+        if np.issubdtype(np.dtype(spec.dtype), np.floating)
+        else np.zeros((runs, *spec.shape), spec.dtype)
+        for spec in inputs
+    )
+
+
+def qparams(original: Model, program: ExportedProgram | None) -> dict[str, Any]:
+    """Returns scale and zero point of each quantized input and output, by name."""
+    if program is None:
+        return {}
+    from edgekit.quant.recipes import io_qparams
+
+    return io_qparams(program, [s.name for s in original.inputs], [s.name for s in original.outputs])
+
+
+def run_module(module: torch.nn.Module, feeds: Sequence[np.ndarray], device: str = "cpu") -> tuple[np.ndarray, ...]:
+    """Runs a torch module in this process on (runs, *shape) inputs; returns (runs, *shape) outputs."""
+    import os
+
+    import numpy as np
+
+    from edgekit.runtimes import eager
+
+    session = eager.load(module, device=device, threads=os.cpu_count() or 1)
+    results = [session.run({f"input_{i}": feed[run] for i, feed in enumerate(feeds)}) for run in range(len(feeds[0]))]
+    session.close()
+    return tuple(np.stack([result[name] for result in results]) for name in results[0])
+
+
+def run(artifact: Artifact, feeds: Sequence[np.ndarray], **options: Any) -> Any:
+    """Runs an artifact in a process of its own."""
+    from edgekit.runtimes import run_artifact
+
+    names = {"inputs": [s.name for s in artifact.inputs], "outputs": [s.name for s in artifact.outputs]}
+    return run_artifact(artifact.path, feeds, **names, **options)
+
+
+def flat(outputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Joins runs and batch: (runs, batch, …) → (runs·batch, …)."""
+    return [array.reshape(-1, *array.shape[2:]) if array.ndim > 1 else array for array in outputs]
+
+
+def _named(example: sources.Arrays) -> list[np.ndarray] | dict[str, np.ndarray]:
+    if all(isinstance(key, int) for key in example):
+        return list(example.values())
+    return {"x" if key == 0 else str(key): array for key, array in example.items()}
+
+
+def _tensors(arrays: Sequence[np.ndarray]) -> tuple[torch.Tensor, ...]:
+    import torch
+
+    return tuple(torch.from_numpy(array) for array in arrays)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All evaluation samples as feeds of whole batches, and how many of the padded samples are real."""
+
+    feeds: tuple[np.ndarray, ...]
+    count: int
+    target: np.ndarray | None
+
+    def cut(self, outputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Joins (runs, batch, …) outputs to one row a sample and drops the padding."""
+        return [array[: self.count] for array in flat(outputs)]
+
+
+def evaluation_set(source: sources.Data, original: Model) -> Evaluation:
+    """Reads all evaluation samples of `source`, batched as the model takes them."""
+    import numpy as np
+
+    feeds, targets, count = [], [], 0
+    for arrays, real, target in sources.batches(source.evaluation, original.inputs):
+        feeds.append(arrays)
+        count += real
+        if target is not None:
+            targets.append(target[:real])
+    target = np.concatenate(targets) if targets else None
+    if target is not None and len(target) != count:
+        raise EdgeKitError(f"the data has {count} samples but {len(target)} labels", "give each sample one label")
+    return Evaluation(tuple(np.stack(arrays) for arrays in zip(*feeds, strict=True)), count, target)
+
+
+def time_module(
+    module: torch.nn.Module, feeds: Sequence[np.ndarray], device: str, threads: int, timing: Timing
+) -> tuple[float, ...]:
+    """Times the original in this process, on `device` with `threads` threads; returns latencies in ms."""
+    import os
+    from itertools import cycle
+
+    import torch
+
+    from edgekit import measure
+    from edgekit.runtimes import eager
+
+    cores, before = os.sched_getaffinity(0), torch.get_num_threads()
+    session = eager.load(module, device=device, threads=threads)
+    samples = cycle([{f"input_{i}": feed[run] for i, feed in enumerate(feeds)} for run in range(len(feeds[0]))])
+    try:
+        measure.pin(threads)
+        return tuple(measure.time_runs(lambda: session.run(next(samples)), **asdict(timing)))
+    finally:
+        session.close()
+        os.sched_setaffinity(0, cores)
+        torch.set_num_threads(before)
+
+
+def precision_of(path: Path) -> str:
+    """Returns the precision of a bare file by what its weights are stored in: int8, fp16 or fp32."""
+    from edgekit.summary import inspect_artifact
+
+    sizes = inspect_artifact(path).parameter_bytes
+    return next((name for dtype, name in (("int8", "int8"), ("float16", "fp16")) if sizes.get(dtype)), "fp32")

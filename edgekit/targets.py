@@ -1,0 +1,45 @@
+"""TARGETS: what a deployment target takes. A target is a row; no code knows one by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edgekit.errors import EdgeKitError
+
+SUFFIXES = {"executorch": ".pte", "onnx": ".onnx", "tflite": ".tflite"}
+
+
+@dataclass(frozen=True)
+class Target:
+    """Formats that the platform's runtimes read, the precision that pays there, and how to reach a device."""
+
+    formats: tuple[str, ...]
+    precision: str
+    device: str
+    summary: str
+
+
+TARGETS = {
+    "android": Target(("executorch", "onnx", "tflite"), "int8", "adb", "phones and tablets, ARM64"),
+    "ios": Target(("executorch", "onnx", "tflite"), "int8", "ssh", "iPhone and iPad, CPU runtimes"),
+    "linux-arm64": Target(("executorch", "onnx", "tflite"), "int8", "ssh", "Raspberry Pi and other ARM64 boards"),
+    "x86": Target(("executorch", "onnx", "tflite"), "int8", "local", "PCs and servers"),
+}
+
+
+def find(name: str) -> Target:
+    """Returns the target called `name`; raises EdgeKitError that lists the known ones."""
+    if name not in TARGETS:
+        raise EdgeKitError(f"unknown target '{name}'", f"choose one of {', '.join(TARGETS)}")
+    return TARGETS[name]
+
+
+def find_formats(names: str | None, target: Target) -> tuple[str, ...]:
+    """Parses `executorch,onnx,tflite` (None: all of the target's); raises EdgeKitError for an unknown one."""
+    if names is None:
+        return target.formats
+    formats = tuple(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    unknown = [name for name in formats if name not in SUFFIXES]
+    if unknown or not formats:
+        raise EdgeKitError(f"unknown format '{''.join(unknown[:1])}'", f"choose of {', '.join(SUFFIXES)}")
+    return formats

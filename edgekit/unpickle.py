@@ -1,0 +1,215 @@
+"""Read what torch.save wrote without running anything that the file asks for.
+
+torch's own weights-only unpickler does the work; this module decides which names it may look up. A name in the
+file is never imported: it is looked up among classes that exist already, and must be one of
+
+- torch's defaults (tensors, storages, dtypes),
+- a class defined in `torch.nn.modules.*` that is an `nn.Module`, or a plain activation function,
+- an `nn.Module`, dataclass or enum of the code that the user named with `--code`,
+- training bookkeeping that is no part of a network (NumPy scalars, `argparse.Namespace`, …): an inert stand-in.
+
+Everything else stops the load with the list of names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import io
+import pickle
+import pickletools
+import sys
+import warnings
+import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from edgekit.errors import EdgeKitError
+
+if TYPE_CHECKING:
+    from edgekit.code import UserCode
+
+# The pickle that opens every file of torch.save's format before 1.6.
+LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+
+_WRAPPERS = ("torch.nn.parallel.data_parallel.DataParallel", "torch.nn.parallel.distributed.DistributedDataParallel")
+_ACTIVATIONS = (
+    ("torch.nn.functional", ("relu", "relu6", "silu", "leaky_relu", "elu", "selu", "mish", "hardswish")),
+    ("torch._C._nn", ("gelu", "silu", "softplus")),
+)  # fmt: skip
+_BOOKKEEPING = frozenset({
+    "numpy._core.multiarray.scalar", "numpy.core.multiarray.scalar", "numpy.dtype", "numpy.ndarray",
+    "numpy._core.multiarray._reconstruct", "numpy.core.multiarray._reconstruct", "numpy.dtypes.Float64DType",
+    "numpy.dtypes.Float32DType", "numpy.dtypes.Int64DType", "argparse.Namespace", "pathlib.PosixPath",
+    "pathlib.WindowsPath", "pathlib.PurePosixPath", "pathlib._local.PosixPath", "pathlib._local.WindowsPath",
+    "datetime.datetime", "datetime.date", "datetime.timedelta", "collections.defaultdict",
+})  # fmt: skip
+
+
+class Inert:
+    """Stands in for bookkeeping: takes any arguments and any state, keeps nothing, does nothing."""
+
+    def __new__(cls, *_args: object) -> Inert:
+        """An empty object."""
+        return super().__new__(cls)
+
+    def __setstate__(self, _state: object) -> None:
+        """Forget the state."""
+
+
+def read_pickle(path: Path, code: UserCode | None) -> tuple[Any, list[str]]:
+    """Load a file of torch.save's zip or legacy format to the CPU with `weights_only=True`.
+
+    Returns the object and the bookkeeping names that were replaced by inert stand-ins. Raises EdgeKitError with the
+    names that the file asks for where one is not allowed, or where the file is damaged.
+    """
+    import torch
+
+    asked = globals_of(path)
+    known = set(torch._weights_only_unpickler._get_allowed_globals())
+    allowed: list[Any] = []
+    inert, refused = [], []
+    for name in sorted(asked - known):
+        found = resolve(name, code)
+        if found is not None:
+            allowed.append((found, name))
+        elif name in _BOOKKEEPING:
+            inert.append(name)
+            # A class of its own for each name: the unpickler tells them apart by the class.
+            allowed.append((type("Inert", (Inert,), {}), name))
+        else:
+            refused.append(name)
+    if refused:
+        raise refusal(path.name, refused, code)
+    with warnings.catch_warnings(), torch.serialization.safe_globals(allowed):
+        warnings.simplefilter("ignore")
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True), inert
+        except pickle.UnpicklingError as error:
+            raise EdgeKitError(
+                f"{path.name} cannot be loaded without running code from it: {_reason(error)}",
+                "load it where you trust it, and save model.state_dict() with torch.save",
+            ) from error
+        except Exception as error:
+            raise EdgeKitError(
+                f"{path.name} is damaged or cut short: {_reason(error)}", "copy or download the file again"
+            ) from error
+
+
+def refusal(what: str, names: list[str], code: UserCode | None) -> EdgeKitError:
+    """The error that lists the names a file asks for, with advice for the likeliest reason."""
+    shown = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+    error = f"{what} asks for code that EdgeKit does not run: {shown}"
+    if all(_is_user_class(name) for name in names):
+        if code is None:
+            return EdgeKitError(error, "if you trust it, name the code that defines them: --code FILE.py")
+        return EdgeKitError(error, f"{code.text} does not define them; name the file that does with --code")
+    return EdgeKitError(error, "only a file you trust should ask for these; save model.state_dict() and load that")
+
+
+def _is_user_class(name: str) -> bool:
+    root = name.partition(".")[0]
+    return root == "__main__" or (root not in sys.stdlib_module_names and root != "torch")
+
+
+def resolve(name: str, code: UserCode | None) -> Any | None:
+    """The object that `module.qualname` in a pickle may stand for, or None. Imports nothing."""
+    from torch import nn
+
+    for module_name, functions in _ACTIVATIONS:
+        if name in {f"{module_name}.{f}" for f in functions}:
+            return getattr(sys.modules[module_name], name.rpartition(".")[2])
+    if name.startswith("torch.nn.modules.") or name in _WRAPPERS:
+        module_name, _, qualname = name.rpartition(".")
+        found = vars(sys.modules.get(module_name, object)).get(qualname)
+        genuine = isinstance(found, type) and issubclass(found, nn.Module)
+        return found if genuine and f"{found.__module__}.{found.__qualname__}" == name else None
+    if code is None or name.partition(".")[0] in ("torch", "builtins"):
+        return None
+    return _user_class(name, code)
+
+
+def _user_class(name: str, code: UserCode) -> type | None:
+    """The class of the user's code that was pickled under `name`, be it as `__main__.Net` or under its module."""
+    parts = name.split(".")
+    for cut in range(1, len(parts)):  # pkg.mod.Outer.Inner: the module is any leading part
+        module, qualname = ".".join(parts[:cut]), parts[cut:]
+        owners = [code.module]
+        beside = sys.modules.get(module)
+        origin = getattr(beside, "__file__", None)
+        if beside is not None and origin and Path(origin).resolve().is_relative_to(code.folder):
+            owners.insert(0, beside)
+        for owner in owners:
+            found: object = owner
+            for part in qualname:
+                found = vars(found).get(part) if hasattr(found, "__dict__") else None
+            if isinstance(found, type) and _holds_data(found):
+                return found
+    return None
+
+
+def _holds_data(found: type) -> bool:
+    """Whether a user's class is a network or plain data: constructing it from a file's values is what it is for."""
+    from torch import nn
+
+    if issubclass(found, nn.Module):
+        return not found.__module__.startswith("torch.")
+    return dataclasses.is_dataclass(found) or issubclass(found, enum.Enum)
+
+
+def globals_of(path: Path) -> set[str]:
+    """Every name that the pickles of a torch.save file ask for, read without unpickling."""
+    try:
+        with path.open("rb") as file:
+            if zipfile.is_zipfile(path):
+                with zipfile.ZipFile(path) as archive:
+                    member = next(n for n in archive.namelist() if n.endswith("/data.pkl") or n == "data.pkl")
+                    return pickle_globals(io.BytesIO(archive.read(member)))
+            # magic, protocol, system information, the object; raw storages follow.
+            legacy = file.read(len(LEGACY_MAGIC)) == LEGACY_MAGIC
+            file.seek(0)
+            return set().union(*(pickle_globals(file) for _ in range(4 if legacy else 1)))
+    except EdgeKitError:
+        raise
+    except Exception as error:
+        raise EdgeKitError(
+            f"{path.name} is damaged or cut short: {_reason(error)}", "copy or download the file again"
+        ) from error
+
+
+def pickle_globals(stream: IO[bytes]) -> set[str]:
+    """The names that the next pickle in `stream` looks up (GLOBAL, INST and STACK_GLOBAL), as `module.qualname`."""
+    names: set[str] = set()
+    strings: list[str] = []
+    memo: dict[int, str | None] = {}
+    last: str | None = None
+    for opcode, arg, _ in pickletools.genops(stream):
+        if opcode.name in ("GLOBAL", "INST"):
+            names.add(_python3(*str(arg).split(" ", 1)))
+        elif opcode.name == "STACK_GLOBAL":
+            names.add(_python3(*strings[-2:]) if len(strings) >= 2 else "?.?")
+        elif opcode.name == "MEMOIZE" or opcode.name.endswith("PUT"):
+            memo[len(memo) if arg is None else int(arg)] = last
+            continue
+        elif opcode.name.endswith("GET"):
+            last = memo.get(int(arg)) if arg is not None else None
+        else:
+            last = arg if isinstance(arg, str) else None
+        if last is not None:
+            strings.append(last)
+    return names
+
+
+def _python3(module: str, name: str) -> str:
+    module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+    return f"{module}.{name}"
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, without torch's advice on how to switch its safety off."""
+    text = str(error)
+    for opening in ("WeightsUnpickler error: ", "Weights only load failed"):
+        if opening in text and opening.endswith(": "):
+            text = text.partition(opening)[2]
+    return (text.strip().splitlines() or [type(error).__name__])[0][:200]

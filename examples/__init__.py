@@ -1,0 +1,1 @@
+"""Examples that EdgeKit carries: trained models with the data that measures them."""

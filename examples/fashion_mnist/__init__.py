@@ -1,0 +1,1 @@
+"""Two small Fashion-MNIST classifiers, their checkpoints, and images to calibrate and judge them with."""

@@ -1,0 +1,1 @@
+"""EXPORT: one module per file format."""

@@ -1,0 +1,58 @@
+"""Direct ONNX → TFLite conversion: normalize → read quantization → fuse → lower → write, without TensorFlow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import onnx
+from edgekit.exporters.tflite import lowerings as _lowerings  # noqa: F401 (fills the table of lowerings)
+from edgekit.exporters.tflite.builder import Builder
+from edgekit.exporters.tflite.fuse import fuse, fuse_activations
+from edgekit.exporters.tflite.ir import QParams
+from edgekit.exporters.tflite.normalize import normalize
+from edgekit.exporters.tflite.notes import float_islands
+from edgekit.exporters.tflite.quantized import read_quantization
+from edgekit.exporters.tflite.registry import lower
+from edgekit.exporters.tflite.write import write
+
+__all__ = ["Converted", "QParams", "convert", "convert_with_notes"]
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A TFLite file in memory, what is worth saying about it, and its int8 tensors' parameters by tensor name."""
+
+    data: bytes
+    notes: tuple[str, ...]
+    qparams: dict[str, QParams]
+
+
+def convert(onnx_model: onnx.ModelProto, *, layout: Literal["nchw", "nhwc"] = "nchw") -> bytes:
+    """Convert an ONNX model (opset 13 and newer, fixed shapes; fp32, fp16 weights or int8 QDQ) to a TFLite file.
+
+    `layout` "nchw" keeps every input and output shaped as in the ONNX model; "nhwc" takes and returns rank-4 tensors
+    channels-last. Scales and zero points are those of the ONNX file, uint8 ones shifted by 128. Names are kept, and
+    the signature `serving_default` carries them. Raises EdgeKitError for anything that cannot be expressed exactly.
+    """
+    return convert_with_notes(onnx_model, layout=layout).data
+
+
+def convert_with_notes(onnx_model: onnx.ModelProto, *, layout: Literal["nchw", "nhwc"] = "nchw") -> Converted:
+    """Like `convert`, and says what the file holds that costs time: float islands, transposes, fallbacks."""
+    if layout not in ("nchw", "nhwc"):
+        raise ValueError(f"layout must be 'nchw' or 'nhwc', not {layout!r}")
+    graph = normalize(onnx_model)
+    fuse_activations(graph)
+    read_quantization(graph)
+    fuse(graph)
+    builder = Builder(graph, layout)
+    for node in graph.nodes:
+        builder.source = node.name
+        lower(builder, node)
+    builder.finish()
+    names = (graph.inputs, graph.outputs)
+    data = write(builder.ops, builder.inputs, builder.outputs, names)
+    tensors = [tensor for op in builder.ops for tensor in (*op.inputs, *op.outputs) if tensor is not None and tensor.q]
+    qparams = {tensor.name: tensor.q for tensor in tensors if tensor.q is not None}
+    return Converted(data, (*builder.notes, *float_islands(builder.ops)), qparams)

@@ -1,0 +1,394 @@
+"""The builder that lowerings use: values with a layout and a representation, and TFLite ops in order of emission."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+from edgekit.exporters.tflite.ir import (
+    Graph,
+    Info,
+    Node,
+    Op,
+    Perm,
+    QParams,
+    Shape,
+    Tensor,
+    Value,
+    channels_last,
+    identity,
+)
+
+from edgekit.errors import EdgeKitError
+
+Operand = Tensor | np.ndarray | None
+FLOAT = np.dtype(np.float32)
+INT32 = np.dtype(np.int32)
+INT8 = np.dtype(np.int8)
+# Below this many elements a stored constant is written as float32: a DEQUANTIZE costs more than it saves.
+SMALL = 64
+
+
+class Builder:
+    """Collects TFLite ops while the lowerings run; converts layout and representation lazily, and each once."""
+
+    def __init__(self, graph: Graph, layout: Literal["nchw", "nhwc"]) -> None:
+        self.graph = graph
+        self.image_layout = layout
+        self.ops: list[Op] = []
+        self.notes: list[str] = []
+        self.inputs: list[Tensor] = []
+        self.outputs: list[Tensor] = []
+        self.source = ""
+        self._values: dict[str, Value] = {}
+        self._converted: dict[tuple[Any, ...], Any] = {}
+        self._names: set[str] = set()
+        for name in graph.inputs:
+            self._input(name)
+
+    # ---- values -----------------------------------------------------------------------------------------------
+
+    def value(self, name: str) -> Value:
+        """The value of an ONNX name; a constant becomes a tensor on first use."""
+        if name not in self._values:
+            stored, held = self.graph.constants[name], self.graph.held.get(name)
+            if held is None and self.graph.info[name].dtype == np.float64:
+                raise EdgeKitError(f"the ONNX value '{name}' is float64, which TFLite computes with nowhere", _FLOAT64)
+            self._values[name] = Value(
+                Tensor(self._unique(name), stored.shape, stored.dtype, stored, held), identity(stored.ndim)
+            )
+        return self._values[name]
+
+    def shape(self, name: str) -> Shape:
+        """The logical (ONNX) shape of a value."""
+        return self.graph.info[name].shape
+
+    def dtype(self, name: str) -> np.dtype:
+        """The logical (ONNX) dtype of a value."""
+        return self.graph.info[name].dtype
+
+    def array(self, name: str) -> np.ndarray | None:
+        """The real values of a constant, or None."""
+        return self.graph.array(name)
+
+    def target(self, node: Node, output: int = 0) -> QParams | None:
+        """The parameters with which an output of the node is to be held as int8, or None for float."""
+        return self.graph.held.get(node.outputs[output])
+
+    def derive(self, name: str, array: np.ndarray) -> str:
+        """Add a constant computed from another to the graph; returns its name."""
+        derived = f"{name}_derived"
+        while derived in self.graph.info:
+            derived += "_"
+        self.graph.constants[derived] = array
+        self.graph.info[derived] = Info(array.shape, array.dtype)
+        return derived
+
+    def bind(self, name: str, tensor: Tensor | Value, perm: Perm | None = None) -> None:
+        """Give an ONNX name its value, requantized to the parameters that the name is to be held with."""
+        value = tensor if isinstance(tensor, Value) else Value(tensor, perm or identity(len(tensor.shape)))
+        held = self.graph.held.get(name)
+        if held is not None and value.tensor.q != held:
+            value = Value(self.as_q(value.tensor, held), value.perm, value.pending)
+        if value.shape != self.graph.info[name].shape:
+            raise AssertionError(f"'{name}' has shape {value.shape}, and ONNX says {self.graph.info[name].shape}")
+        if value.tensor.data is None and not value.tensor.name:
+            value.tensor.name = self._unique(name)
+        self._values[name] = value
+
+    def settle(self, value: Value) -> Value:
+        """Apply a pending reshape: transpose within the axes that merge, keep the order of all others."""
+        if value.pending is None:
+            return value
+        groups = merge_groups(value.base_shape, value.pending)
+        assert groups is not None or value.perm != identity(len(value.perm))
+        perm = identity(len(value.perm))
+        if groups is not None:
+            ordered = sorted(groups, key=lambda group: min((value.axis(a) for a in group[0]), default=-1))
+            perm = tuple(axis for group in ordered for axis in group[0])
+            rest = [axis for axis in range(len(value.perm)) if axis not in perm]
+            perm = (*rest, *perm)
+        settled = self.reshape(Value(self.in_layout(Value(value.tensor, value.perm), perm), perm), value.pending)
+        assert settled.pending is None
+        return settled
+
+    def in_layout(self, value: Value, perm: Perm) -> Tensor:
+        """The tensor of a value in the given physical order, as stored: a transpose, a reshape, or nothing."""
+        value = self.settle(value)
+        if value.perm == perm:
+            return value.tensor
+        order = [value.perm.index(axis) for axis in perm]
+        tensor = value.tensor
+        key = (tensor, "order", *order)
+        if key not in self._converted:
+            shape = tuple(tensor.shape[axis] for axis in order)
+            axis = tensor.q.axis if tensor.q else None
+            q = tensor.q.moved(order.index(axis)) if tensor.q and axis is not None else tensor.q
+            if tensor.data is not None:
+                data = np.ascontiguousarray(tensor.data.transpose(order))
+                result = Tensor(self._unique(tensor.name), shape, tensor.dtype, data, q)
+            elif [axis for axis in order if tensor.shape[axis] != 1] == [
+                axis for axis in range(len(order)) if tensor.shape[axis] != 1
+            ]:
+                result = self.raw_reshape(tensor, shape)
+            else:
+                result = self.op("TRANSPOSE", [tensor, np.array(order, np.int32)], shape, tensor.dtype, q)
+                result.name = self._unique(f"{tensor.name}_transposed")
+                self.note(f"transpose of '{tensor.name}' {list(tensor.shape)} for ONNX node '{self.source}'")
+            self._converted[key] = result
+        return self._converted[key]
+
+    def reshape(self, value: Value, shape: Shape) -> Value:
+        """Reshape a value logically; left pending where the physical order does not allow it without a transpose."""
+        base = Value(value.tensor, value.perm)
+        if shape == base.base_shape:
+            return base
+        groups = merge_groups(base.base_shape, shape)
+        physical = _reshaped_order(base, shape, groups)
+        if physical is None:
+            return Value(value.tensor, value.perm, shape)
+        perm, physical_shape = physical
+        return Value(self.raw_reshape(value.tensor, physical_shape), perm)
+
+    def raw_reshape(self, tensor: Tensor, shape: Shape) -> Tensor:
+        """Reshape a tensor physically."""
+        if tensor.shape == shape:
+            return tensor
+        key = (tensor, "shape", *shape)
+        if key not in self._converted:
+            if tensor.data is not None:
+                q = tensor.q
+                if q is not None and q.axis is not None:
+                    moved = [axis for axis, size in enumerate(shape) if size == tensor.shape[q.axis]]
+                    q = q.moved(moved[-1])
+                result = Tensor(self._unique(tensor.name), shape, tensor.dtype, tensor.data.reshape(shape), q)
+            else:
+                result = self.op(
+                    "RESHAPE", [tensor, np.array(shape, np.int32)], shape, tensor.dtype, tensor.q, newShape=list(shape)
+                )
+                result.name = self._unique(f"{tensor.name}_reshaped")
+            self._converted[key] = result
+        return self._converted[key]
+
+    def as_float(self, tensor: Tensor) -> Tensor:
+        """The tensor as real numbers: DEQUANTIZE for int8 and float16 storage."""
+        if tensor.q is None and tensor.dtype != np.float16:
+            return tensor
+        key = (tensor, "float")
+        if key not in self._converted:
+            if tensor.data is not None and (tensor.size < SMALL or tensor.dtype == INT32):
+                data = tensor.q.dequantize(tensor.data) if tensor.q else tensor.data.astype(np.float32)
+                result = Tensor(self._unique(tensor.name), tensor.shape, FLOAT, data)
+            else:
+                result = self.op("DEQUANTIZE", [tensor], tensor.shape, FLOAT)
+                result.name = self._unique(f"{tensor.name}_float")
+            self._converted[key] = result
+        return self._converted[key]
+
+    def as_q(self, tensor: Tensor, q: QParams) -> Tensor:
+        """The tensor as int8 with the given per-tensor parameters: QUANTIZE from float, or from other parameters."""
+        if tensor.q == q:
+            return tensor
+        key = (tensor, q)
+        if key not in self._converted:
+            if tensor.data is not None:
+                real = tensor.q.dequantize(tensor.data) if tensor.q else tensor.data.astype(np.float32)
+                result = Tensor(self._unique(tensor.name), tensor.shape, INT8, q.quantize(real), q)
+            else:
+                result = self.op("QUANTIZE", [tensor], tensor.shape, INT8, q)
+                result.name = self._unique(f"{tensor.name}_int8")
+            self._converted[key] = result
+        return self._converted[key]
+
+    def held_as(self, tensor: Tensor, q: QParams | None) -> Tensor:
+        """The tensor as int8 with these parameters, or as real numbers for None."""
+        return self.as_float(tensor) if q is None else self.as_q(tensor, q)
+
+    # ---- what lowerings ask for --------------------------------------------------------------------------------
+
+    def take(self, name: str, perm: Perm | None = None, q: QParams | Literal["as is"] | None = None) -> Tensor:
+        """A value's tensor: in a physical order (default: as ONNX has it), as float, as int8 with q, or as stored."""
+        value = self.value(name)
+        tensor = self.in_layout(value, identity(len(value.shape)) if perm is None else perm)
+        return tensor if q == "as is" else self.held_as(tensor, q)
+
+    def int8(self, name: str) -> QParams | None:
+        """The per-tensor parameters of a value held as int8; a one-element float constant gets exact ones."""
+        value = self.value(name)
+        tensor = value.tensor
+        if tensor.q is not None:
+            return tensor.q if tensor.q.per_tensor and tensor.dtype == INT8 else None
+        real = self.array(name)
+        if real is None or real.dtype != FLOAT or real.size != 1 or not np.isfinite(real).all():
+            return None
+        size = abs(float(real.reshape(())))
+        return QParams.of(size / 127 if size else 1.0, 0)
+
+    def common_q(self, node: Node, names: list[str]) -> QParams | None:
+        """Parameters for an op that only moves values: what the output asks for, else what all the inputs have."""
+        target = self.target(node)
+        if target is not None:
+            return target
+        held = {self.value(name).tensor.q for name in names if name not in self.graph.constants}
+        q = held.pop() if len(held) == 1 else None
+        return q if q is not None and q.per_tensor else None
+
+    def layout_of(self, names: list[str], rank: int) -> Perm:
+        """The physical order for an op that takes any: that of its largest input of full rank."""
+        candidates = [self.settle(self.value(name)) for name in names if name not in self.graph.constants]
+        full = [value for value in candidates if len(value.perm) == rank]
+        if not full:
+            return identity(rank)
+        return max(full, key=lambda value: (value.tensor.size, value.perm != identity(rank))).perm
+
+    def broadcastable(self, name: str, perm: Perm, q: QParams | None) -> Tensor:
+        """A value as operand of an op with broadcasting whose result lies in the physical order `perm`."""
+        value = self.settle(self.value(name))
+        rank = len(perm)
+        if len(value.perm) < rank and value.tensor.size > 1 and perm != identity(rank):
+            value = self.settle(self.reshape(value, (1,) * (rank - len(value.perm)) + value.shape))
+        if len(value.perm) == rank:
+            return self.held_as(self.in_layout(value, perm), q)
+        return self.held_as(self.in_layout(value, identity(len(value.perm))), q)
+
+    def const(self, array: Any, q: QParams | None = None, name: str = "const") -> Tensor:
+        """A constant tensor."""
+        array = np.asarray(array)
+        return Tensor(self._unique(name), array.shape, array.dtype, array, q)
+
+    def op(
+        self,
+        kind: str,
+        inputs: list[Operand],
+        shape: Shape,
+        dtype: Any = None,
+        q: QParams | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Emit an op with one output; dtype defaults to int8 where q is given, else to the first input's."""
+        if dtype is None:
+            first = inputs[0]
+            dtype = INT8 if q is not None else first.dtype if first is not None else FLOAT
+        output = Tensor("", tuple(int(size) for size in shape), np.dtype(dtype), None, q)
+        self.ops_out(kind, inputs, [output], **options)
+        return output
+
+    def ops_out(self, kind: str, inputs: list[Operand], outputs: list[Tensor], **options: Any) -> None:
+        """Emit an op with the given output tensors."""
+        operands = [self.const(item) if isinstance(item, np.ndarray) else item for item in inputs]
+        self.ops.append(Op(kind, operands, outputs, options, self.source))
+
+    def activate(self, tensor: Tensor, activation: str) -> Tensor:
+        """Apply a fused activation as an op of its own."""
+        return tensor if activation == "NONE" else self.op(activation, [tensor], tensor.shape, q=tensor.q)
+
+    def note(self, text: str) -> None:
+        """Record something worth saying to the user."""
+        self.notes.append(text)
+
+    # ---- edges ------------------------------------------------------------------------------------------------
+
+    def _input(self, name: str) -> None:
+        info = self.graph.info[name]
+        dtype = info.dtype
+        if dtype in (np.float64, np.float16) or dtype.kind not in "fiub":
+            raise EdgeKitError(
+                f"the ONNX model's input '{name}' is {dtype}, which TFLite export does not handle",
+                "export the model with float32 inputs",
+            )
+        held = self.graph.held.get(name)
+        perm = self._edge_perm(info.shape)
+        shape = tuple(info.shape[axis] for axis in perm)
+        tensor = Tensor(self._unique(name), shape, INT8 if held else dtype, None, held)
+        self.inputs.append(tensor)
+        self._values[name] = Value(tensor, perm)
+
+    def _edge_perm(self, shape: Shape) -> Perm:
+        return channels_last(4) if self.image_layout == "nhwc" and len(shape) == 4 else identity(len(shape))
+
+    def finish(self) -> None:
+        """Bring the graph outputs to their layout and to real numbers, under their ONNX names; drop unread ops."""
+        taken = set(self.inputs)
+        for name in self.graph.outputs:
+            self.source = name
+            value = self.settle(self.value(name))
+            tensor = self.in_layout(value, self._edge_perm(value.shape))
+            if self.graph.info[name].dtype != INT8:
+                tensor = self.as_float(tensor)
+            if tensor in taken or tensor.data is not None:
+                # A graph output needs a tensor of its own: a copy is the cheapest op that makes one.
+                tensor = self.op(
+                    "RESHAPE",
+                    [tensor, np.array(tensor.shape, np.int32)],
+                    tensor.shape,
+                    tensor.dtype,
+                    tensor.q,
+                    newShape=list(tensor.shape),
+                )
+            taken.add(tensor)
+            tensor.name = name
+            self.outputs.append(tensor)
+        read: set[Tensor] = set(self.outputs)
+        kept: list[Op] = []
+        for op in reversed(self.ops):
+            if any(tensor in read for tensor in op.outputs):
+                kept.append(op)
+                read.update(tensor for tensor in op.inputs if tensor is not None)
+        self.ops = kept[::-1]
+
+    def _unique(self, name: str) -> str:
+        unique, number = name, 1
+        while unique in self._names:
+            number += 1
+            unique = f"{name}_{number}"
+        self._names.add(unique)
+        return unique
+
+
+_FLOAT64 = "export the model in float32 (model.float())"
+
+
+def merge_groups(source: Shape, target: Shape) -> list[tuple[list[int], list[int]]] | None:
+    """Match the axes of a reshape: groups of source axes and target axes with equal products, 1-sized axes left out.
+
+    None for empty tensors, where every product is 0.
+    """
+    if 0 in source or 0 in target:
+        return None
+    left = [axis for axis, size in enumerate(source) if size != 1]
+    right = [axis for axis, size in enumerate(target) if size != 1]
+    groups: list[tuple[list[int], list[int]]] = []
+    while left:
+        group: tuple[list[int], list[int]] = ([left.pop(0)], [right.pop(0)])
+        a, b = source[group[0][0]], target[group[1][0]]
+        while a != b:
+            if a < b:
+                group[0].append(left.pop(0))
+                a *= source[group[0][-1]]
+            else:
+                group[1].append(right.pop(0))
+                b *= target[group[1][-1]]
+        groups.append(group)
+    return groups
+
+
+def _reshaped_order(
+    value: Value, shape: Shape, groups: list[tuple[list[int], list[int]]] | None
+) -> tuple[Perm, Shape] | None:
+    """Permutation and physical shape of a reshaped value, or None if axes that merge do not lie in order."""
+    if groups is None:
+        return (identity(len(shape)), shape) if value.perm == identity(len(value.perm)) else None
+    by_first = {group[0][0]: group for group in groups}
+    grouped = {axis for group in groups for axis in group[0]}
+    physical = [axis for axis in value.perm if axis in grouped]
+    perm: list[int] = []
+    while physical:
+        group = by_first.get(physical[0])
+        if group is None or physical[: len(group[0])] != group[0]:
+            return None
+        perm += group[1]
+        physical = physical[len(group[0]) :]
+    ones = [axis for axis, size in enumerate(shape) if size == 1]
+    for axis in reversed(ones):  # a batch of 1 lies first, another 1-sized axis before its successor, or at the end
+        perm.insert(0 if axis == 0 else perm.index(axis + 1) if axis + 1 in perm else len(perm), axis)
+    return tuple(perm), tuple(shape[axis] for axis in perm)

@@ -1,0 +1,84 @@
+"""Operands of the layers that multiply by weights: float, or int8 with an int32 bias at s_in · s_w."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from edgekit.exporters.tflite.builder import FLOAT, INT8, INT32, Builder
+from edgekit.exporters.tflite.ir import Node, Perm, QParams, Tensor, Value
+
+INT32_LIMIT = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Tensors of a linear layer, and the parameters of its int8 output (None: the layer is float)."""
+
+    x: Tensor
+    w: Tensor
+    bias: Tensor
+    q: QParams | None
+
+
+def operands(
+    b: Builder,
+    node: Node,
+    x: Value,
+    w: Value,
+    bias: str,
+    layout: tuple[Perm, Perm],
+    channels: int,
+    int8: bool = True,
+) -> Linear:
+    """Choose int8 or float for a linear layer and bring input and weights to `layout` (permutations of x and w).
+
+    It is int8 only if the input is held as int8, the weights are constant, symmetric and quantized per tensor or along
+    the axis of the output channels, the bias is constant, and the output is asked for as int8.
+    """
+    x_tensor, w_tensor = b.in_layout(x, layout[0]), b.in_layout(w, layout[1])
+    constant_bias = not bias or bias in b.graph.constants
+    q = b.target(node) if int8 else None
+    if q is not None and constant_bias and _int8(x_tensor) and _int8(w_tensor) and w_tensor.data is not None:
+        assert x_tensor.q is not None and w_tensor.q is not None
+        scales = w_tensor.q.scale
+        matches = w_tensor.q.per_tensor or len(scales) == channels
+        if x_tensor.q.per_tensor and w_tensor.q.symmetric and matches:
+            return Linear(x_tensor, w_tensor, int32_bias(b, bias, x_tensor.q, w_tensor.q, channels), q)
+        b.note(f"float fallback at ONNX node '{node.name}': its int8 weights are not symmetric per output channel")
+    if not bias:
+        bias_tensor = b.const(np.zeros(channels, np.float32), name=f"{node.name}_bias")
+    else:
+        bias_tensor = b.as_float(b.in_layout(b.value(bias), (0,)))
+    return Linear(b.as_float(x_tensor), b.as_float(w_tensor), bias_tensor, None)
+
+
+def int32_bias(b: Builder, name: str, x: QParams, w: QParams, channels: int) -> Tensor:
+    """The bias at scale s_in · s_w: as stored if the file has it so, else rounded from its real values."""
+    scale = np.float32(x.scale[0]) * np.array(w.scale, np.float32)
+    q = QParams.of(scale, 0, 0 if len(scale) > 1 else None)
+    stored = b.graph.constants.get(name)
+    held = b.graph.held.get(name)
+    if stored is not None and held is not None and stored.dtype == INT32 and held.symmetric:
+        own, wanted = (np.broadcast_to(scales, (channels,)) for scales in (held.scale, scale))
+        if np.allclose(own, wanted, rtol=1e-5, atol=0):
+            return b.const(stored.reshape(channels), q, name)
+    real = b.array(name) if name else np.zeros(channels, np.float32)
+    assert real is not None
+    rounded = np.rint(real.reshape(channels).astype(np.float64) / scale.astype(np.float64))
+    return b.const(np.clip(rounded, -INT32_LIMIT, INT32_LIMIT).astype(np.int32), q, name or "bias")
+
+
+def constant(b: Builder, like: Value, data: np.ndarray, q: QParams | None = None) -> Value:
+    """A constant value with other data, stored as `like` is (int8 with parameters, float16, float32)."""
+    tensor = b.const(data, q if q is not None else like.tensor.q, like.tensor.name)
+    return Value(tensor, tuple(range(data.ndim)))
+
+
+def _int8(tensor: Tensor) -> bool:
+    return tensor.q is not None and tensor.dtype == INT8
+
+
+def is_float(tensor: Tensor) -> bool:
+    """Whether a tensor holds real numbers as such."""
+    return tensor.q is None and tensor.dtype == FLOAT

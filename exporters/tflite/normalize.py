@@ -1,0 +1,289 @@
+"""Read an ONNX model into a Graph: static shapes everywhere, shape arithmetic folded, constants kept as stored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.inliner
+from edgekit.exporters.tflite.ir import Graph, Info, Node, QParams
+from onnx import numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from edgekit.errors import EdgeKitError
+
+OLDEST_OPSET = 13
+DATA_LIMIT = 4096  # elements: a constant larger than this does not describe a shape
+# Their value differs from run to run, so that they cannot be computed ahead.
+RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
+MOVES = {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten"}
+
+
+def normalize(model: onnx.ModelProto) -> Graph:
+    """Read a model: functions inlined, constants folded, every value with a static shape.
+
+    Raises EdgeKitError for an opset before 13, dynamic shapes, control flow that is not constant, and data-dependent
+    shapes.
+    """
+    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+    if opset < OLDEST_OPSET:
+        raise EdgeKitError(
+            f"the ONNX model uses opset {opset}, and TFLite export reads opset {OLDEST_OPSET} and newer",
+            "convert it with onnx.version_converter, or export it anew",
+        )
+    if model.functions:
+        model = onnx.inliner.inline_local_functions(model)
+    return _Reader(model).read()
+
+
+class _Reader:
+    """One walk over the nodes in order: each is folded if its inputs are constant, or given static output shapes."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.model = model
+        self.opsets = {entry.domain: entry.version for entry in model.opset_import}
+        self.types: dict[str, onnx.TypeProto] = {}
+        self.renamed: dict[str, str] = {}
+        self.graph = Graph([], {}, {}, [], [value.name for value in model.graph.output])
+
+    def read(self) -> Graph:
+        graph = self.model.graph
+        if graph.sparse_initializer:
+            raise EdgeKitError("the ONNX model has sparse initializers, which TFLite export does not read")
+        for tensor in graph.initializer:
+            self.constant(tensor.name, numpy_helper.to_array(tensor))
+        for value in graph.input:
+            if value.name not in self.graph.constants:
+                self.declare(value.name, value.type, f"input '{value.name}' of the ONNX model")
+                self.graph.inputs.append(value.name)
+        self.block(graph.node)
+        for name in self.graph.outputs:
+            if name not in self.graph.info:
+                raise EdgeKitError(f"the ONNX model has no node that makes its output '{name}'")
+        return self.graph
+
+    def block(self, nodes: Any) -> None:
+        for number, proto in enumerate(nodes):
+            node = onnx.NodeProto()
+            node.CopyFrom(proto)
+            node.name = node.name or f"{node.op_type}_{number}"
+            for index, name in enumerate(node.input):
+                node.input[index] = self.renamed.get(name, name)
+            self.visit(node)
+
+    def visit(self, proto: onnx.NodeProto) -> None:
+        if proto.op_type == "If" and self.constant_if(proto):
+            return
+        if proto.op_type in ("Identity", "Dropout") and self.skip(proto):
+            return
+        if self.held_constant(proto):
+            return
+        known = all(not name or name in self.graph.constants for name in proto.input)
+        if known and proto.op_type not in RANDOM and not _has_graphs(proto):
+            outputs = self.evaluate(proto)
+            if outputs is not None:
+                for name, array in zip(proto.output, outputs, strict=False):
+                    if name:
+                        self.constant(name, np.asarray(array))
+                return
+        if proto.op_type == "Shape":
+            self.shape_of(proto)
+            return
+        self.infer(proto)
+
+    def constant(self, name: str, stored: np.ndarray, held: QParams | None = None, dtype: Any = None) -> None:
+        self.graph.constants[name] = stored
+        dtype = np.dtype(np.float32 if held else dtype or stored.dtype)
+        self.graph.info[name] = Info(stored.shape, dtype)
+        if held:
+            self.graph.held[name] = held
+        elem = onnx.helper.np_dtype_to_tensor_dtype(dtype)
+        self.types[name] = onnx.helper.make_tensor_type_proto(elem, stored.shape)
+
+    def declare(self, name: str, type_proto: onnx.TypeProto, what: str) -> None:
+        if type_proto.WhichOneof("value") != "tensor_type":
+            raise EdgeKitError(f"{what} is not a tensor, and TFLite holds only tensors")
+        tensor = type_proto.tensor_type
+        if not tensor.HasField("shape"):
+            raise EdgeKitError(f"{what} has no known shape, and TFLite export needs fixed shapes", _FIXED)
+        for dim in tensor.shape.dim:
+            if not dim.HasField("dim_value"):
+                label = f" '{dim.dim_param}'" if dim.dim_param else ""
+                raise EdgeKitError(
+                    f"{what} has the dynamic dimension{label}, and TFLite export needs fixed shapes", _FIXED
+                )
+        self.types[name] = type_proto
+        shape = tuple(dim.dim_value for dim in tensor.shape.dim)
+        self.graph.info[name] = Info(shape, np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)))
+
+    def skip(self, proto: onnx.NodeProto) -> bool:
+        """Read past an Identity or an inference-time Dropout, unless it makes a graph output."""
+        if proto.op_type == "Dropout":
+            training = len(proto.input) > 2 and proto.input[2]
+            if (len(proto.output) > 1 and proto.output[1]) or (training and self.graph.array(training) is None):
+                return False
+            if training and bool(self.graph.array(training)):
+                raise EdgeKitError(f"ONNX node '{proto.name}' is a Dropout in training mode", "export model.eval()")
+        if proto.output[0] in self.graph.outputs:
+            del proto.input[1:]
+            proto.op_type = "Identity"
+            proto.ClearField("attribute")
+            return False
+        self.renamed[proto.output[0]] = proto.input[0]
+        return True
+
+    def held_constant(self, proto: onnx.NodeProto) -> bool:
+        """Keep a constant as stored through DequantizeLinear, float16 → float32 Cast and moves of its axes."""
+        graph = self.graph
+        if not proto.input or any(name and name not in graph.constants for name in proto.input):
+            return False
+        source, out = proto.input[0], proto.output[0]
+        stored, held = graph.constants[source], graph.held.get(source)
+        attrs = attributes(proto)
+        if proto.op_type == "DequantizeLinear" and not attrs.get("block_size"):
+            params = linear_params(graph, [source, *proto.input[1:]], attrs, stored.shape)
+            if stored.dtype == np.uint8:
+                stored = (stored.astype(np.int16) - 128).astype(np.int8)
+            if stored.dtype not in (np.int8, np.int32):
+                return False
+            self.constant(out, stored, held=params)
+            return True
+        if proto.op_type == "Cast" and stored.dtype == np.float16 and attrs["to"] == onnx.TensorProto.FLOAT:
+            self.constant(out, stored, dtype=np.float32)
+            return True
+        widened = stored.dtype == np.float16 and graph.info[source].dtype == np.float32
+        if proto.op_type in MOVES and (held or widened):
+            moved = ReferenceEvaluator(proto, self.opsets).run(
+                None, {proto.input[0]: stored} | {name: graph.constants[name] for name in proto.input[1:] if name}
+            )[0]
+            if held and held.axis is not None:
+                if proto.op_type != "Transpose":
+                    return False
+                perm = attrs.get("perm", list(range(stored.ndim))[::-1])
+                held = held.moved(perm.index(held.axis))
+            self.constant(out, moved, held=held, dtype=np.float32)
+            return True
+        return False
+
+    def evaluate(self, proto: onnx.NodeProto) -> list[Any] | None:
+        feeds = {name: self.graph.array(name) for name in proto.input if name}
+        try:
+            evaluator = ReferenceEvaluator(_alone(proto, self.types, self.model))
+            outputs = evaluator.run(None, feeds)
+        except Exception:  # the reference lacks some ops and types: ONNX Runtime has the rest
+            outputs = _onnxruntime(_alone(proto, self.types, self.model), feeds)
+        if outputs is None or not all(isinstance(array, np.ndarray | np.generic) for array in outputs):
+            return None
+        return outputs
+
+    def shape_of(self, proto: onnx.NodeProto) -> None:
+        attrs = attributes(proto)
+        shape = self.graph.info[proto.input[0]].shape
+        start, end = attrs.get("start", 0), attrs.get("end", len(shape))
+        self.constant(proto.output[0], np.array(shape[start:end], np.int64))
+
+    def constant_if(self, proto: onnx.NodeProto) -> bool:
+        condition = self.graph.array(proto.input[0])
+        if condition is None:
+            return False
+        branch = attributes(proto)["then_branch" if bool(condition) else "else_branch"]
+        for tensor in branch.initializer:
+            self.constant(tensor.name, numpy_helper.to_array(tensor))
+        self.block(branch.node)
+        for inner, outer in zip(branch.output, proto.output, strict=True):
+            name = self.renamed.get(inner.name, inner.name)
+            if outer in self.graph.outputs:
+                self.visit(onnx.helper.make_node("Identity", [name], [outer], name=f"{proto.name}/{outer}"))
+            else:
+                self.renamed[outer] = name
+        return True
+
+    def infer(self, proto: onnx.NodeProto) -> None:
+        node = Node(proto.op_type, proto.name, [*proto.input], [*proto.output], attributes(proto))
+        self.graph.nodes.append(node)
+        if proto.domain not in ("", "ai.onnx"):
+            node.op = f"{proto.domain}.{proto.op_type}"
+            for name in node.outputs:
+                self.graph.info.setdefault(name, Info((), np.dtype(np.float32)))
+            return
+        data = {
+            name: numpy_helper.from_array(self.graph.constants[name], name)
+            for name in proto.input
+            if name and self.graph.constants.get(name, _LARGE).size <= DATA_LIMIT and name not in self.graph.held
+        }
+        version = self.opsets.get("", self.opsets.get("ai.onnx", OLDEST_OPSET))
+        try:
+            schema = onnx.defs.get_schema(proto.op_type, version, "")
+            types = onnx.shape_inference.infer_node_outputs(
+                schema,
+                proto,
+                {name: self.types[name] for name in proto.input if name},
+                data,
+                opset_imports=list(self.model.opset_import),
+            )
+        except Exception as error:
+            raise EdgeKitError(f"the ONNX model is not valid at {node}: {str(error).splitlines()[0]}") from error
+        for name in filter(None, proto.output):
+            if name not in types:
+                raise EdgeKitError(f"the shape of '{name}' cannot be known ahead from ONNX op {node}", _FIXED)
+            self.declare(name, types[name], f"'{name}', made by ONNX op {node},")
+
+
+_FIXED = "export the model with fixed input shapes (no dynamic axes)"
+_LARGE = np.empty(DATA_LIMIT + 1, np.bool_)
+
+
+def attributes(proto: onnx.NodeProto) -> dict[str, Any]:
+    """The attributes of a node as Python values: strings as str, tensors as numpy arrays."""
+    result: dict[str, Any] = {}
+    for attribute in proto.attribute:
+        value = onnx.helper.get_attribute_value(attribute)
+        if isinstance(value, bytes):
+            value = value.decode()
+        elif isinstance(value, onnx.TensorProto):
+            value = numpy_helper.to_array(value)
+        elif attribute.type == onnx.AttributeProto.STRINGS:
+            value = [item.decode() for item in value]
+        elif attribute.type in (onnx.AttributeProto.INTS, onnx.AttributeProto.FLOATS):
+            value = list(value)
+        result[attribute.name] = value
+    return result
+
+
+def linear_params(graph: Graph, inputs: list[str], attrs: dict[str, Any], shape: tuple[int, ...]) -> QParams | None:
+    """Parameters of a QuantizeLinear or DequantizeLinear as int8 (uint8 shifted by 128), or None if not constant."""
+    scale = graph.array(inputs[1])
+    if scale is None:
+        return None
+    zero = graph.array(inputs[2]) if len(inputs) > 2 and inputs[2] else np.zeros((), np.uint8)
+    if zero is None:
+        return None
+    stored = graph.info[inputs[0]].dtype
+    unsigned = zero.dtype == np.uint8 if len(inputs) > 2 and inputs[2] else stored in (np.uint8, np.float32)
+    shift = 128 if unsigned else 0
+    axis = None if scale.size == 1 else attrs.get("axis", 1) % len(shape)
+    return QParams.of(scale, zero.astype(np.int64) - shift, axis)
+
+
+def _has_graphs(proto: onnx.NodeProto) -> bool:
+    return any(attribute.type == onnx.AttributeProto.GRAPH for attribute in proto.attribute)
+
+
+def _alone(proto: onnx.NodeProto, types: dict[str, onnx.TypeProto], model: onnx.ModelProto) -> onnx.ModelProto:
+    inputs = [onnx.helper.make_value_info(name, types[name]) for name in dict.fromkeys(proto.input) if name]
+    outputs = [onnx.ValueInfoProto(name=name) for name in proto.output if name]
+    graph = onnx.helper.make_graph([proto], "node", inputs, outputs)
+    return onnx.helper.make_model(graph, opset_imports=list(model.opset_import), ir_version=model.ir_version)
+
+
+def _onnxruntime(model: onnx.ModelProto, feeds: dict[str, Any]) -> list[Any] | None:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return list(session.run(None, feeds))
+    except Exception:  # not computable here: the node stays in the graph, and its lowering decides
+        return None

@@ -1,0 +1,307 @@
+"""Activations: ops of one input, and softmax."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from edgekit.exporters.tflite.builder import FLOAT, Builder
+from edgekit.exporters.tflite.ir import Node, Perm, QParams, Tensor
+from edgekit.exporters.tflite.registry import lowers, unsupported
+
+# ONNX op → (TFLite op, whether it has an int8 kernel that takes any input and output parameters)
+UNARY: dict[str, tuple[str, bool]] = {
+    "Abs": ("ABS", False),
+    "Ceil": ("CEIL", False),
+    "Cos": ("COS", False),
+    "Exp": ("EXP", False),
+    "Floor": ("FLOOR", False),
+    "HardSwish": ("HARD_SWISH", True),
+    "Log": ("LOG", False),
+    "Neg": ("NEG", False),
+    "Round": ("ROUND", False),
+    "Sign": ("SIGN", False),
+    "Sin": ("SIN", False),
+    "Sqrt": ("SQRT", False),
+}
+# The runtime's int8 kernels of these fix the output's parameters: (TFLite op, parameters).
+FIXED: dict[str, tuple[str, QParams]] = {
+    "Sigmoid": ("LOGISTIC", QParams.of(1 / 256, -128)),
+    "Tanh": ("TANH", QParams.of(1 / 128, 0)),
+}
+RELUS = {(0.0, math.inf): "RELU", (0.0, 6.0): "RELU6", (-1.0, 1.0): "RELU_N1_TO_1"}
+
+
+def _register_unary(op: str, kind: str, int8: bool) -> None:
+    @lowers(op)
+    def lowering(b: Builder, node: Node) -> None:
+        q = b.target(node) if int8 and b.int8(node.inputs[0]) else None
+        x, perm = operand(b, node, q is not None)
+        b.bind(node.outputs[0], b.op(kind, [x], x.shape, q=q), perm)
+
+
+def _register_fixed(op: str, kind: str, fixed: QParams) -> None:
+    @lowers(op)
+    def lowering(b: Builder, node: Node) -> None:
+        target = b.target(node)
+        # Rounding to the runtime's own steps first costs nothing where the wanted steps are no finer.
+        int8 = target is not None and b.int8(node.inputs[0]) is not None and target.scale[0] >= fixed.scale[0]
+        x, perm = operand(b, node, int8)
+        b.bind(node.outputs[0], b.op(kind, [x], x.shape, q=fixed if int8 else None), perm)
+
+
+for _op, (_kind, _int8) in UNARY.items():
+    _register_unary(_op, _kind, _int8)
+for _op, (_kind, _fixed) in FIXED.items():
+    _register_fixed(_op, _kind, _fixed)
+
+
+def operand(b: Builder, node: Node, int8: bool) -> tuple[Tensor, Perm]:
+    """The first input in whatever layout it has, as int8 or float."""
+    value = b.settle(b.value(node.inputs[0]))
+    q = b.int8(node.inputs[0]) if int8 else None
+    return b.held_as(value.tensor, q), value.perm
+
+
+@lowers("Reciprocal")
+def reciprocal(b: Builder, node: Node) -> None:
+    """1 / x."""
+    x, perm = operand(b, node, False)
+    b.bind(node.outputs[0], b.op("DIV", [np.array(1, x.dtype), x], x.shape, x.dtype), perm)
+
+
+@lowers("Relu")
+def relu(b: Builder, node: Node) -> None:
+    """Relu; int8 with zero point −128 holds nothing negative, so that nothing is left to do."""
+    if b.dtype(node.inputs[0]) != FLOAT:
+        _clamp_integers(b, node, 0, None)
+        return
+    clamp(b, node, 0.0, math.inf)
+
+
+@lowers("Clip")
+def clip(b: Builder, node: Node) -> None:
+    """Clip to constant bounds."""
+    bounds = []
+    for index, default in ((1, -math.inf), (2, math.inf)):
+        name = node.inputs[index] if len(node.inputs) > index else ""
+        array = b.array(name) if name else np.array(default)
+        if array is None:
+            raise unsupported(node, "its bounds are not constant")
+        bounds.append(array.reshape(()).item())
+    if b.dtype(node.inputs[0]) != FLOAT:
+        _clamp_integers(b, node, *(None if math.isinf(bound) else int(bound) for bound in bounds))
+        return
+    clamp(b, node, *bounds)
+
+
+def _clamp_integers(b: Builder, node: Node, low: int | None, high: int | None) -> None:
+    x, perm = operand(b, node, False)
+    for kind, bound in (("MAXIMUM", low), ("MINIMUM", high)):
+        if bound is not None:
+            x = b.op(kind, [x, np.array(bound, x.dtype)], x.shape)
+    b.bind(node.outputs[0], x, perm)
+
+
+def clamp(b: Builder, node: Node, low: float, high: float) -> None:
+    """Limit a float value, or one held as int8 within its own parameters, where quantized bounds do the same."""
+    q = b.common_q(node, node.inputs[:1])
+    value = b.settle(b.value(node.inputs[0]))
+    x = b.held_as(value.tensor, q)
+    if q is not None:
+        holds = q.bounds()
+        if low <= holds[0] and holds[1] <= high:
+            b.bind(node.outputs[0], x, value.perm)
+            return
+    kind = RELUS.get((low, high))
+    if kind is not None:
+        b.bind(node.outputs[0], b.op(kind, [x], x.shape, q=q), value.perm)
+        return
+    # ONNX lets the maximum win where the bounds cross.
+    for kind, bound in (("MAXIMUM", low), ("MINIMUM", high)):
+        if not math.isinf(bound):
+            real = np.array([bound], np.float32)
+            limit = b.const(q.quantize(real), q) if q else b.const(real)
+            x = b.op(kind, [x, limit], x.shape, q=q)
+    b.bind(node.outputs[0], x, value.perm)
+
+
+@lowers("LeakyRelu")
+def leaky_relu(b: Builder, node: Node, *, alpha: float = 0.01) -> None:
+    """LeakyRelu; the int8 kernel rescales."""
+    q = b.target(node) if b.int8(node.inputs[0]) else None
+    x, perm = operand(b, node, q is not None)
+    b.bind(node.outputs[0], b.op("LEAKY_RELU", [x], x.shape, q=q, alpha=alpha), perm)
+
+
+@lowers("PRelu")
+def prelu(b: Builder, node: Node) -> None:
+    """PRelu with a slope that broadcasts to the input."""
+    slope_q = b.value(node.inputs[1]).tensor.q
+    int8 = b.target(node) is not None and b.int8(node.inputs[0]) is not None and b.int8(node.inputs[1]) is not None
+    x, perm = operand(b, node, int8)
+    slope = b.broadcastable(node.inputs[1], perm, slope_q if int8 else None)
+    if len(slope.shape) != len(x.shape):
+        slope = b.raw_reshape(slope, (1,) * (len(x.shape) - len(slope.shape)) + slope.shape)
+    slope = _without_leading(b, slope)
+    b.bind(node.outputs[0], b.op("PRELU", [x, slope], x.shape, q=b.target(node) if int8 else None), perm)
+
+
+def _without_leading(b: Builder, slope: Tensor) -> Tensor:
+    """PRELU's slope has no batch axis where the batch does not matter, which is what accelerated kernels take."""
+    return b.raw_reshape(slope, slope.shape[1:]) if len(slope.shape) > 1 and slope.shape[0] == 1 else slope
+
+
+def scaled(b: Builder, x: Tensor, factor: float, offset: float = 0.0, activation: str = "NONE") -> Tensor:
+    """Float x · factor + offset."""
+    if factor != 1:
+        kind = "NONE" if offset else activation
+        x = b.op("MUL", [x, np.array(factor, np.float32)], x.shape, fusedActivationFunction=kind)
+    if offset or factor == 1:
+        x = b.op("ADD", [x, np.array(offset, np.float32)], x.shape, fusedActivationFunction=activation)
+    return x
+
+
+@lowers("HardSigmoid")
+def hard_sigmoid(b: Builder, node: Node, *, alpha: float = 0.2, beta: float = 0.5) -> None:
+    """max(0, min(1, αx + β)), written as relu6(6αx + 6β) / 6; in int8 as two rescaling ops."""
+    held, q = b.int8(node.inputs[0]), b.target(node)
+    if held is not None and q is not None:
+        x, perm = operand(b, node, True)
+        sixth = QParams.of(abs(alpha) / 127, 0)
+        step = b.const(np.array([127 if alpha > 0 else -127], np.int8), sixth)
+        slope = QParams.of(held.scale[0] * abs(alpha), held.zero_point[0] if alpha > 0 else -held.zero_point[0])
+        if slope.zero_point[0] <= 127:
+            line = b.op("MUL", [x, step], x.shape, q=slope, fusedActivationFunction="NONE")
+            offset = b.const(np.array([127], np.int8), QParams.of(beta / 127, 0))
+            inside = q.bounds()[1] <= 1
+            y = b.op("ADD", [line, offset], x.shape, q=q, fusedActivationFunction="RELU")
+            if not inside:
+                y = b.op("MINIMUM", [y, b.const(q.quantize(np.ones(1, np.float32)), q)], x.shape, q=q)
+            b.bind(node.outputs[0], y, perm)
+            return
+    x, perm = operand(b, node, False)
+    b.bind(node.outputs[0], scaled(b, scaled(b, x, 6 * alpha, 6 * beta, "RELU6"), 1 / 6), perm)
+
+
+@lowers("Elu")
+def elu(b: Builder, node: Node, *, alpha: float = 1.0) -> None:
+    """Elu; other slopes than 1 scale its negative part."""
+    x, perm = operand(b, node, False)
+    b.bind(node.outputs[0], elu_like(b, x, 1.0, alpha), perm)
+
+
+@lowers("Selu")
+def selu(b: Builder, node: Node, *, alpha: float = 1.6732632, gamma: float = 1.0507010) -> None:
+    """γ · elu(x, α)."""
+    x, perm = operand(b, node, False)
+    b.bind(node.outputs[0], elu_like(b, x, gamma, gamma * alpha), perm)
+
+
+@lowers("Celu")
+def celu(b: Builder, node: Node, *, alpha: float = 1.0) -> None:
+    """max(0, x) + min(0, α · (exp(x / α) − 1))."""
+    x, perm = operand(b, node, False)
+    y = scaled(b, b.op("ELU", [scaled(b, x, 1 / alpha)], x.shape), alpha) if alpha != 1 else b.op("ELU", [x], x.shape)
+    b.bind(node.outputs[0], y, perm)
+
+
+def elu_like(b: Builder, x: Tensor, positive: float, negative: float) -> Tensor:
+    """positive · max(0, x) + negative · min(0, exp(x) − 1)."""
+    if positive == negative == 1:
+        return b.op("ELU", [x], x.shape)
+    up = b.op("RELU", [x], x.shape)
+    down = b.op("ELU", [b.op("MINIMUM", [x, np.zeros(1, np.float32)], x.shape)], x.shape)
+    return add(b, scaled(b, up, positive) if positive != 1 else up, scaled(b, down, negative))
+
+
+def add(b: Builder, x: Tensor, y: Tensor) -> Tensor:
+    """Float x + y of one shape."""
+    return b.op("ADD", [x, y], x.shape, fusedActivationFunction="NONE")
+
+
+def mul(b: Builder, x: Tensor, y: Tensor) -> Tensor:
+    """Float x · y of one shape."""
+    return b.op("MUL", [x, y], x.shape, fusedActivationFunction="NONE")
+
+
+@lowers("Softplus")
+def softplus(b: Builder, node: Node) -> None:
+    """log(1 + exp(x)) as max(0, x) + log(1 + exp(−|x|)), which does not overflow."""
+    x, perm = operand(b, node, False)
+    tail = b.op("EXP", [b.op("NEG", [b.op("ABS", [x], x.shape)], x.shape)], x.shape)
+    tail = b.op("LOG", [scaled(b, tail, 1, 1.0)], x.shape)
+    b.bind(node.outputs[0], add(b, b.op("RELU", [x], x.shape), tail), perm)
+
+
+@lowers("Softsign")
+def softsign(b: Builder, node: Node) -> None:
+    """x / (1 + |x|)."""
+    x, perm = operand(b, node, False)
+    below = scaled(b, b.op("ABS", [x], x.shape), 1, 1.0)
+    b.bind(node.outputs[0], b.op("DIV", [x, below], x.shape, fusedActivationFunction="NONE"), perm)
+
+
+@lowers("Mish")
+def mish(b: Builder, node: Node) -> None:
+    """x · tanh(softplus(x)) = x · n / (n + 2) with n = e(e + 2), e = exp(min(x, 20)): beyond 20 the quotient is 1."""
+    x, perm = operand(b, node, False)
+    e = b.op("EXP", [b.op("MINIMUM", [x, np.array([20], np.float32)], x.shape)], x.shape)
+    n = mul(b, e, scaled(b, e, 1, 2.0))
+    ratio = b.op("DIV", [n, scaled(b, n, 1, 2.0)], x.shape, fusedActivationFunction="NONE")
+    b.bind(node.outputs[0], mul(b, x, ratio), perm)
+
+
+@lowers("Gelu")
+def gelu(b: Builder, node: Node, *, approximate: str = "none") -> None:
+    """Gelu, exact or by tanh."""
+    x, perm = operand(b, node, False)
+    b.bind(node.outputs[0], b.op("GELU", [x], x.shape, approximate=approximate == "tanh"), perm)
+
+
+@lowers("Erf")
+def erf(b: Builder, node: Node) -> None:
+    """erf(x) by Abramowitz and Stegun 7.1.26, error below 1.5e-7: TFLite has no such op.
+
+    erf(|x|) = 1 − t(a1 + t(a2 + t(a3 + t(a4 + t·a5)))) · exp(−x²) with t = 1 / (1 + p|x|).
+    """
+    x, perm = operand(b, node, False)
+    size = b.op("ABS", [x], x.shape)
+    t = b.op("DIV", [np.ones(1, np.float32), scaled(b, size, 0.3275911, 1.0)], x.shape, fusedActivationFunction="NONE")
+    poly = scaled(b, t, 1.061405429, -1.453152027)
+    for coefficient in (1.421413741, -0.284496736, 0.254829592):
+        poly = scaled(b, mul(b, poly, t), 1, coefficient)
+    tail = mul(b, mul(b, poly, t), b.op("EXP", [b.op("NEG", [mul(b, x, x)], x.shape)], x.shape))
+    magnitude = scaled(b, tail, -1, 1.0)
+    b.bind(node.outputs[0], mul(b, magnitude, b.op("SIGN", [x], x.shape)), perm)
+
+
+@lowers("ThresholdedRelu")
+def thresholded_relu(b: Builder, node: Node, *, alpha: float = 1.0) -> None:
+    """x where x > α, else 0."""
+    x, perm = operand(b, node, False)
+    above = b.op("GREATER", [x, np.array([alpha], np.float32)], x.shape, np.bool_)
+    b.bind(node.outputs[0], b.op("SELECT_V2", [above, x, np.zeros(1, np.float32)], x.shape, x.dtype), perm)
+
+
+@lowers("Softmax")
+def softmax(b: Builder, node: Node, *, axis: int = -1) -> None:
+    """Softmax over one axis, int8 where the output has the parameters that the runtime fixes."""
+    fixed = QParams.of(1 / 256, -128)
+    int8 = b.int8(node.inputs[0]) is not None and b.target(node) == fixed
+    x, perm = _axis_last(b, node, axis, int8)
+    b.bind(node.outputs[0], b.op("SOFTMAX", [x], x.shape, q=fixed if int8 else None, beta=1.0), perm)
+
+
+@lowers("LogSoftmax")
+def log_softmax(b: Builder, node: Node, *, axis: int = -1) -> None:
+    """LogSoftmax over one axis."""
+    x, perm = _axis_last(b, node, axis, False)
+    b.bind(node.outputs[0], b.op("LOG_SOFTMAX", [x], x.shape), perm)
+
+
+def _axis_last(b: Builder, node: Node, axis: int, int8: bool) -> tuple[Tensor, Perm]:
+    value = b.settle(b.value(node.inputs[0]))
+    axis %= len(value.perm)
+    perm = (*(other for other in value.perm if other != axis), axis)
+    return b.held_as(b.in_layout(value, perm), b.int8(node.inputs[0]) if int8 else None), perm

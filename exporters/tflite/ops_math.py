@@ -1,0 +1,154 @@
+"""Arithmetic, comparison and logic on two or more values, with broadcasting."""
+
+from __future__ import annotations
+
+import numpy as np
+from edgekit.exporters.tflite.builder import FLOAT, INT32, Builder
+from edgekit.exporters.tflite.ir import Node, QParams, Tensor
+from edgekit.exporters.tflite.registry import lowers, unsupported
+
+# ONNX op → TFLite op with a fused activation; those of RESCALE have an int8 kernel for any parameters.
+ARITHMETIC = {"Add": "ADD", "Sub": "SUB", "Mul": "MUL", "Div": "DIV"}
+RESCALE = {"ADD", "SUB", "MUL"}
+COMPARISON = {
+    "Equal": "EQUAL",
+    "Greater": "GREATER",
+    "GreaterOrEqual": "GREATER_EQUAL",
+    "Less": "LESS",
+    "LessOrEqual": "LESS_EQUAL",
+    "And": "LOGICAL_AND",
+    "Or": "LOGICAL_OR",
+}
+SELECTING = {"Max": "MAXIMUM", "Min": "MINIMUM"}
+
+
+def binary(b: Builder, node: Node, kind: str, dtype: object = None) -> None:
+    """Lower an op of two broadcast inputs in the layout of the larger one."""
+    names, out = node.inputs, node.outputs[0]
+    rank = len(b.shape(out))
+    perm = b.layout_of(names, rank)
+    shape = tuple(b.shape(out)[axis] for axis in perm)
+    q = b.target(node) if kind in RESCALE and all(b.int8(name) for name in names) else None
+    tensors = [b.broadcastable(name, perm, b.int8(name) if q else None) for name in names]
+    options = {"fusedActivationFunction": node.activation} if kind in ARITHMETIC.values() else {}
+    b.bind(out, b.op(kind, [*tensors], shape, dtype, q, **options), perm)
+
+
+def _register_arithmetic(op: str, kind: str) -> None:
+    @lowers(op)
+    def lowering(b: Builder, node: Node) -> None:
+        if kind == "DIV" and b.dtype(node.inputs[0]) != FLOAT:
+            _divide_integers(b, node)
+        else:
+            binary(b, node, kind)
+
+
+def _register_comparison(op: str, kind: str) -> None:
+    @lowers(op)
+    def lowering(b: Builder, node: Node) -> None:
+        binary(b, node, kind, np.bool_)
+
+
+def _register_selecting(op: str, kind: str) -> None:
+    @lowers(op)
+    def lowering(b: Builder, node: Node) -> None:
+        names, out = node.inputs, node.outputs[0]
+        perm = b.layout_of(names, len(b.shape(out)))
+        q = b.common_q(node, names)
+        result: Tensor | None = None
+        for name in names:
+            tensor = b.broadcastable(name, perm, q)
+            shape = tensor.shape if result is None else np.broadcast_shapes(result.shape, tensor.shape)
+            result = tensor if result is None else b.op(kind, [result, tensor], shape, q=q)
+        assert result is not None
+        b.bind(out, result, perm if len(result.shape) == len(perm) else None)
+
+
+for _op, _kind in ARITHMETIC.items():
+    _register_arithmetic(_op, _kind)
+for _op, _kind in COMPARISON.items():
+    _register_comparison(_op, _kind)
+for _op, _kind in SELECTING.items():
+    _register_selecting(_op, _kind)
+
+
+def _divide_integers(b: Builder, node: Node) -> None:
+    """ONNX truncates toward zero, as the int32 kernel does."""
+    if b.dtype(node.inputs[0]) != INT32:
+        raise unsupported(node, f"division of {b.dtype(node.inputs[0])}")
+    binary(b, node, "DIV")
+
+
+@lowers("Not")
+def logical_not(b: Builder, node: Node) -> None:
+    """Logical not."""
+    value = b.settle(b.value(node.inputs[0]))
+    b.bind(node.outputs[0], b.op("LOGICAL_NOT", [value.tensor], value.tensor.shape), value.perm)
+
+
+@lowers("Sum")
+def total(b: Builder, node: Node) -> None:
+    """Sum of any number of inputs."""
+    out = node.outputs[0]
+    perm = b.layout_of(node.inputs, len(b.shape(out)))
+    result = b.broadcastable(node.inputs[0], perm, None)
+    for name in node.inputs[1:]:
+        other = b.broadcastable(name, perm, None)
+        shape = np.broadcast_shapes(result.shape, other.shape)
+        result = b.op("ADD", [result, other], shape, fusedActivationFunction="NONE")
+    b.bind(out, result, perm)
+
+
+@lowers("Pow")
+def power(b: Builder, node: Node) -> None:
+    """x ** y; squares, roots and products where the exponent is a constant that has a faster op."""
+    exponent = b.array(node.inputs[1])
+    if b.dtype(node.inputs[0]) == FLOAT and exponent is not None and exponent.size == 1:
+        value = b.settle(b.value(node.inputs[0]))
+        x = b.as_float(value.tensor)
+        number = float(exponent.reshape(()))
+        kind = {2.0: "SQUARE", 0.5: "SQRT", -0.5: "RSQRT"}.get(number)
+        if b.shape(node.outputs[0]) == value.shape and (kind or number in (1.0, 3.0)):
+            if number == 3:
+                square = b.op("SQUARE", [x], x.shape)
+                x = b.op("MUL", [square, x], x.shape, fusedActivationFunction="NONE")
+            elif kind:
+                x = b.op(kind, [x], x.shape)
+            b.bind(node.outputs[0], x, value.perm)
+            return
+    if b.dtype(node.inputs[0]) != b.dtype(node.inputs[1]):
+        raise unsupported(node, "base and exponent of different types")
+    binary(b, node, "POW")
+
+
+@lowers("BatchNormalization")
+def batch_normalization(
+    b: Builder, node: Node, *, epsilon: float = 1e-5, momentum: float = 0.9, training_mode: int = 0
+) -> None:
+    """Inference-time normalization that could not be folded into a convolution: x · factor + offset per channel."""
+    if training_mode or any(node.outputs[1:]):
+        raise unsupported(node, "training mode")
+    arrays = [b.array(name) for name in node.inputs[1:]]
+    if any(array is None for array in arrays):
+        raise unsupported(node, "its parameters are not constant")
+    gamma, beta, mean, var = (array.astype(np.float64) for array in arrays if array is not None)
+    factor = gamma / np.sqrt(var + epsilon)
+    value = b.settle(b.value(node.inputs[0]))
+    shape = [1] * len(value.perm)
+    shape[value.axis(1)] = -1
+    x = b.as_float(value.tensor)
+    x = b.op("MUL", [x, factor.astype(np.float32).reshape(shape)], x.shape, fusedActivationFunction="NONE")
+    offset = (beta - mean * factor).astype(np.float32).reshape(shape)
+    b.bind(node.outputs[0], b.op("ADD", [x, offset], x.shape, fusedActivationFunction=node.activation), value.perm)
+
+
+@lowers("Where")
+def where(b: Builder, node: Node) -> None:
+    """Where(condition, x, y)."""
+    out = node.outputs[0]
+    perm = b.layout_of(node.inputs, len(b.shape(out)))
+    q: QParams | None = b.common_q(node, node.inputs[1:])
+    condition = b.broadcastable(node.inputs[0], perm, None)
+    x, y = (b.broadcastable(name, perm, q) for name in node.inputs[1:])
+    shape = tuple(b.shape(out)[axis] for axis in perm)
+    b.bind(out, b.op("SELECT_V2", [condition, x, y], shape, x.dtype, q), perm)

@@ -1,0 +1,159 @@
+"""Pooling over windows and over everything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from edgekit.exporters.tflite.builder import Builder
+from edgekit.exporters.tflite.ir import Node, QParams, Tensor, Value, channels_last
+from edgekit.exporters.tflite.ops_reduce import reduce
+from edgekit.exporters.tflite.registry import lowers, unsupported
+from edgekit.exporters.tflite.windows import Window, lowest, pad_spatial, padding, windows
+
+NHWC = channels_last(4)
+UNIT = Window(1, 1, 1, 1, 1, 0)
+Pool = Callable[[Tensor, tuple[int | None, int | None], str], Tensor]
+
+
+@lowers("MaxPool")
+def max_pool(
+    b: Builder,
+    node: Node,
+    *,
+    kernel_shape: Sequence[int],
+    auto_pad: str = "NOTSET",
+    ceil_mode: int = 0,
+    dilations: Sequence[int] | None = None,
+    pads: Sequence[int] | None = None,
+    storage_order: int = 0,
+    strides: Sequence[int] | None = None,
+) -> None:
+    """MaxPool without indices."""
+    if len(node.outputs) > 1 and node.outputs[1]:
+        raise unsupported(node, "its indices output")
+    if dilations and max(dilations) > 1:
+        raise unsupported(node, "dilations")
+    x, out = b.value(node.inputs[0]), b.shape(node.outputs[0])
+    axes = windows(node, auto_pad, pads, kernel_shape, strides, None, x.shape[2:], out[2:])
+
+    def pool(tensor: Tensor, pair: tuple[int | None, int | None], activation: str) -> Tensor:
+        window = [UNIT if index is None else axes[index] for index in pair]
+        scheme = padding(window)
+        if scheme is None:
+            tensor, scheme = pad_spatial(b, tensor, window, _never_wins(b, tensor)), "VALID"
+        return _window_op(b, "MAX_POOL_2D", tensor, window, scheme, activation)
+
+    _pool(b, node, x, b.common_q(node, node.inputs[:1]), pool)
+
+
+def _never_wins(b: Builder, tensor: Tensor) -> float | None:
+    """The padding value of a maximum: 0 (None) is one where nothing is negative, and PAD is faster than PADV2."""
+    if tensor.q is not None:
+        return None if tensor.q.zero_point[0] == -128 else lowest(tensor.q, tensor.dtype)
+    maker = next((op for op in reversed(b.ops) if tensor in op.outputs), None)
+    rectified = maker is not None and (
+        maker.kind in ("RELU", "RELU6") or maker.options.get("fusedActivationFunction") in ("RELU", "RELU6")
+    )
+    return None if rectified else lowest(None, tensor.dtype)
+
+
+@lowers("AveragePool")
+def average_pool(
+    b: Builder,
+    node: Node,
+    *,
+    kernel_shape: Sequence[int],
+    auto_pad: str = "NOTSET",
+    ceil_mode: int = 0,
+    count_include_pad: int = 0,
+    dilations: Sequence[int] | None = None,
+    pads: Sequence[int] | None = None,
+    strides: Sequence[int] | None = None,
+) -> None:
+    """AveragePool; TFLite divides by the elements inside, so other counts are pads or a factor per position."""
+    if dilations and max(dilations) > 1:
+        raise unsupported(node, "dilations")
+    x, out = b.value(node.inputs[0]), b.shape(node.outputs[0])
+    axes = windows(node, auto_pad, pads, kernel_shape, strides, None, x.shape[2:], out[2:])
+    if len(axes) == 2 and all(axis.size == axis.kernel and axis.valid for axis in axes):
+        reduce(b, node, "MEAN", [2, 3], keepdims=True)
+        return
+    ends = list(pads)[len(axes) :] if pads and auto_pad == "NOTSET" else [axis.end for axis in axes]
+    divisors = [_divisors(axis, end, bool(count_include_pad)) for axis, end in zip(axes, ends, strict=True)]
+
+    def pool(tensor: Tensor, pair: tuple[int | None, int | None], activation: str) -> Tensor:
+        window = [UNIT if index is None else axes[index] for index in pair]
+        wanted = np.outer(*(np.ones(1) if index is None else divisors[index] for index in pair))
+        scheme = padding(window)
+        if scheme is not None and np.array_equal(wanted, np.outer(*(_divisors(axis, 0, False) for axis in window))):
+            return _window_op(b, "AVERAGE_POOL_2D", tensor, window, scheme, activation)
+        padded = pad_spatial(b, tensor, window) if scheme != "VALID" else tensor
+        whole = window[0].kernel * window[1].kernel
+        if (wanted == whole).all():
+            return _window_op(b, "AVERAGE_POOL_2D", padded, window, "VALID", activation)
+        pooled = b.as_float(_window_op(b, "AVERAGE_POOL_2D", b.as_float(padded), window, "VALID", "NONE"))
+        factor = (whole / wanted).astype(np.float32)[None, :, :, None]
+        return b.op("MUL", [pooled, factor], pooled.shape, fusedActivationFunction=activation)
+
+    _pool(b, node, x, mean_q(b, node), pool)
+
+
+def mean_q(b: Builder, node: Node) -> QParams | None:
+    """Parameters for an int8 average: its input's, where rounding to them first costs less than one output step."""
+    held, target = b.int8(node.inputs[0]), b.target(node)
+    if held is None or target is None or target.scale[0] < held.scale[0] * 0.999:
+        return None
+    return held
+
+
+def _divisors(axis: Window, end: int, include: bool) -> np.ndarray:
+    """By how much each window divides; with padding counted, up to the end that ONNX pads and no further."""
+    starts = np.arange(axis.out) * axis.stride - axis.begin
+    low, high = (-axis.begin, axis.size + end) if include else (0, axis.size)
+    return np.minimum(starts + axis.kernel, high) - np.maximum(starts, low)
+
+
+def _pool(b: Builder, node: Node, x: Value, q: QParams | None, pool: Pool) -> None:
+    """Run a separable 2-d pooling over 1, 2 or 3 spatial axes; three are two passes."""
+    rank, out = len(x.shape) - 2, b.shape(node.outputs[0])
+    if rank == 1:
+        x = b.reshape(x, (*x.shape[:2], 1, x.shape[2]))
+        result = pool(b.held_as(b.in_layout(x, NHWC), q), (None, 0), node.activation)
+        b.bind(node.outputs[0], b.reshape(Value(result, NHWC), out))
+    elif rank == 2:
+        b.bind(node.outputs[0], pool(b.held_as(b.in_layout(x, NHWC), q), (0, 1), node.activation), NHWC)
+    elif rank == 3:
+        n, d, h, w, c = (tensor := b.held_as(b.in_layout(x, channels_last(5)), q)).shape
+        planes = pool(b.raw_reshape(tensor, (n * d, h, w, c)), (1, 2), "NONE")
+        columns = pool(b.raw_reshape(planes, (n, d, out[3] * out[4], c)), (0, None), node.activation)
+        b.bind(node.outputs[0], b.raw_reshape(columns, (n, *out[2:], c)), channels_last(5))
+    else:
+        raise unsupported(node, f"{rank} spatial axes; 1, 2 and 3 are handled")
+
+
+def _window_op(b: Builder, kind: str, x: Tensor, axes: list[Window], scheme: str, activation: str) -> Tensor:
+    return b.op(
+        kind,
+        [x],
+        (x.shape[0], axes[0].out, axes[1].out, x.shape[3]),
+        q=x.q,
+        padding=scheme,
+        strideH=axes[0].stride,
+        strideW=axes[1].stride,
+        filterHeight=axes[0].kernel,
+        filterWidth=axes[1].kernel,
+        fusedActivationFunction=activation,
+    )
+
+
+@lowers("GlobalAveragePool")
+def global_average_pool(b: Builder, node: Node) -> None:
+    """Mean over all spatial axes."""
+    reduce(b, node, "MEAN", list(range(2, len(b.shape(node.inputs[0])))), keepdims=True)
+
+
+@lowers("GlobalMaxPool")
+def global_max_pool(b: Builder, node: Node) -> None:
+    """Maximum over all spatial axes."""
+    reduce(b, node, "REDUCE_MAX", list(range(2, len(b.shape(node.inputs[0])))), keepdims=True)

@@ -1,0 +1,81 @@
+"""Reductions: over axes, wherever the layout put them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from edgekit.exporters.tflite.builder import FLOAT, Builder
+from edgekit.exporters.tflite.ir import Node, QParams, Tensor
+from edgekit.exporters.tflite.registry import lowers, unsupported
+
+REDUCTIONS = {
+    "ReduceMean": "MEAN",
+    "ReduceSum": "SUM",
+    "ReduceMax": "REDUCE_MAX",
+    "ReduceMin": "REDUCE_MIN",
+    "ReduceProd": "REDUCE_PROD",
+}
+SELECTING = {"REDUCE_MAX", "REDUCE_MIN"}
+AVERAGING = {"MEAN", "SUM"}
+
+
+def reduce(b: Builder, node: Node, kind: str, axes: Sequence[int], keepdims: bool) -> None:
+    """Lower a reduction over logical axes. MEAN and SUM rescale in int8; MAX and MIN keep the parameters."""
+    name = node.inputs[0]
+    if kind in SELECTING:
+        q = b.common_q(node, [name])
+        held = out_q = q
+    elif kind in AVERAGING and b.int8(name) and b.target(node):
+        held, out_q = b.int8(name), b.target(node)
+    else:
+        held = out_q = None
+    value = b.settle(b.value(name))
+    tensor = b.held_as(value.tensor, held)
+    result = reduced(b, kind, tensor, [value.axis(axis) for axis in axes], keepdims, out_q)
+    dropped = {axis % len(value.perm) for axis in axes} if not keepdims else set()
+    left = [axis for axis in value.perm if axis not in dropped]
+    order = sorted(left)
+    b.bind(node.outputs[0], b.activate(result, node.activation), tuple(order.index(axis) for axis in left))
+
+
+def reduced(
+    b: Builder, kind: str, tensor: Tensor, axes: Sequence[int], keepdims: bool = True, q: QParams | None = None
+) -> Tensor:
+    """Emit a reduction over physical axes."""
+    axes = sorted(axis % len(tensor.shape) for axis in axes)
+    if keepdims:
+        shape = tuple(1 if axis in axes else size for axis, size in enumerate(tensor.shape))
+    else:
+        shape = tuple(size for axis, size in enumerate(tensor.shape) if axis not in axes)
+    return b.op(kind, [tensor, np.array(axes, np.int32)], shape, tensor.dtype, q, keepDims=bool(keepdims))
+
+
+def reduction_axes(b: Builder, node: Node, axes: Sequence[int] | None, noop_with_empty_axes: int) -> list[int] | None:
+    """Axes from the attribute or, since opset 18 (13 for ReduceSum), from the second input; None: do nothing."""
+    if len(node.inputs) > 1 and node.inputs[1]:
+        array = b.array(node.inputs[1])
+        if array is None:
+            raise unsupported(node, "its axes are not constant")
+        axes = [int(axis) for axis in array.reshape(-1)]
+    if not axes:
+        return None if noop_with_empty_axes else list(range(len(b.shape(node.inputs[0]))))
+    return list(axes)
+
+
+def _register(op: str, kind: str) -> None:
+    @lowers(op)
+    def lowering(
+        b: Builder, node: Node, *, axes: Sequence[int] | None = None, keepdims: int = 1, noop_with_empty_axes: int = 0
+    ) -> None:
+        wanted = reduction_axes(b, node, axes, noop_with_empty_axes)
+        if not wanted:
+            b.bind(node.outputs[0], b.value(node.inputs[0]))
+            return
+        if kind == "MEAN" and b.dtype(node.inputs[0]) != FLOAT:
+            raise unsupported(node, f"the mean of {b.dtype(node.inputs[0])}")
+        reduce(b, node, kind, wanted, bool(keepdims))
+
+
+for _op, _kind in REDUCTIONS.items():
+    _register(_op, _kind)

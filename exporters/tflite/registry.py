@@ -1,0 +1,57 @@
+"""The table of lowerings: ONNX op name → function(builder, node, *, attributes)."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from edgekit.errors import EdgeKitError
+
+if TYPE_CHECKING:
+    from edgekit.exporters.tflite.builder import Builder
+    from edgekit.exporters.tflite.ir import Node
+
+Lowering = Callable[..., None]
+LOWERINGS: dict[str, Lowering] = {}
+
+
+def lowers(*ops: str) -> Callable[[Lowering], Lowering]:
+    """Register a function as the lowering of ONNX ops. Its keyword-only parameters are the attributes it handles."""
+
+    def register(function: Lowering) -> Lowering:
+        for op in ops:
+            if op in LOWERINGS:
+                raise ValueError(f"two lowerings for ONNX op {op}")
+            LOWERINGS[op] = function
+        return function
+
+    return register
+
+
+def lower(builder: Builder, node: Node) -> None:
+    """Lower one node; an op without a lowering and an attribute that a lowering does not name are errors."""
+    lowering = LOWERINGS.get(node.op)
+    if lowering is None:
+        raise EdgeKitError(
+            f"TFLite export has no lowering for ONNX op {node}",
+            "export with --format onnx or executorch, or add a lowering in exporters/tflite/ops_*.py",
+        )
+    attributes: dict[str, Any] = {}
+    parameters = inspect.signature(lowering).parameters
+    for name, value in node.attrs.items():
+        if name not in parameters or parameters[name].kind is not inspect.Parameter.KEYWORD_ONLY:
+            raise EdgeKitError(
+                f"TFLite export does not handle the attribute '{name}' of ONNX op {node}",
+                "export with --format onnx or executorch, or extend the lowering in exporters/tflite/ops_*.py",
+            )
+        attributes[name] = value
+    lowering(builder, node, **attributes)
+
+
+def unsupported(node: Node, what: str) -> EdgeKitError:
+    """The error for a case of a supported op that TFLite cannot express."""
+    return EdgeKitError(
+        f"TFLite export cannot lower ONNX op {node}: {what}",
+        "change the model at this node, or export with --format onnx or executorch",
+    )

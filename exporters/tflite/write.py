@@ -1,0 +1,196 @@
+"""Write TFLite ops and tensors as a flatbuffer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flatbuffers
+import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+from edgekit.exporters.tflite.ir import Op, Tensor
+
+DTYPES = {
+    np.dtype(np.float32): schema.TensorType.FLOAT32,
+    np.dtype(np.float16): schema.TensorType.FLOAT16,
+    np.dtype(np.int8): schema.TensorType.INT8,
+    np.dtype(np.uint8): schema.TensorType.UINT8,
+    np.dtype(np.int16): schema.TensorType.INT16,
+    np.dtype(np.uint16): schema.TensorType.UINT16,
+    np.dtype(np.int32): schema.TensorType.INT32,
+    np.dtype(np.uint32): schema.TensorType.UINT32,
+    np.dtype(np.int64): schema.TensorType.INT64,
+    np.dtype(np.uint64): schema.TensorType.UINT64,
+    np.dtype(np.bool_): schema.TensorType.BOOL,
+}
+# The options table of an operator, where its name is not the operator's in CamelCase.
+OPTIONS = {
+    "CONV_2D": "Conv2DOptions",
+    "CONV_3D": "Conv3DOptions",
+    "CONV_3D_TRANSPOSE": "Conv3DOptions",
+    "DEPTHWISE_CONV_2D": "DepthwiseConv2DOptions",
+    "AVERAGE_POOL_2D": "Pool2DOptions",
+    "MAX_POOL_2D": "Pool2DOptions",
+    "MEAN": "ReducerOptions",
+    "SUM": "ReducerOptions",
+    "REDUCE_MAX": "ReducerOptions",
+    "REDUCE_MIN": "ReducerOptions",
+    "REDUCE_PROD": "ReducerOptions",
+    "REDUCE_ANY": "ReducerOptions",
+    "REDUCE_ALL": "ReducerOptions",
+    "MAXIMUM": "MaximumMinimumOptions",
+    "MINIMUM": "MaximumMinimumOptions",
+    "PADV2": "PadV2Options",
+    "SELECT_V2": "SelectV2Options",
+    "TOPK_V2": "TopKV2Options",
+    "REVERSE_V2": "ReverseV2Options",
+    "BATCH_MATMUL": "BatchMatMulOptions",
+    "UNIDIRECTIONAL_SEQUENCE_LSTM": "UnidirectionalSequenceLSTMOptions",
+}
+# The first version of an operator where the runtime has no version 1.
+FIRST_VERSIONS = {"BROADCAST_TO": 2}
+# The first version of an operator that takes int8; float needs version 1.
+INT8_VERSIONS = {
+    "ADD": 2, "AVERAGE_POOL_2D": 2, "BATCH_MATMUL": 2, "CONCATENATION": 2, "CONV_2D": 3, "DEPTHWISE_CONV_2D": 3,
+    "DEPTH_TO_SPACE": 2, "DEQUANTIZE": 2, "FULLY_CONNECTED": 4, "GATHER": 2, "LEAKY_RELU": 2, "LOGISTIC": 2,
+    "LOG_SOFTMAX": 2, "MAXIMUM": 2, "MAX_POOL_2D": 2, "MEAN": 2, "MINIMUM": 2, "MUL": 2, "PAD": 2, "PADV2": 2,
+    "QUANTIZE": 2, "REDUCE_MAX": 2, "REDUCE_MIN": 2, "RELU": 2, "RELU6": 2, "RESIZE_BILINEAR": 2,
+    "RESIZE_NEAREST_NEIGHBOR": 2, "SLICE": 2, "SOFTMAX": 2, "SPACE_TO_DEPTH": 2, "SPLIT": 2, "SPLIT_V": 2,
+    "STRIDED_SLICE": 2, "SUB": 2, "SUM": 2, "TANH": 2, "TILE": 2, "TRANSPOSE": 2, "TRANSPOSE_CONV": 3,
+}  # fmt: skip
+ENUMS = {
+    "padding": schema.Padding,
+    "fusedActivationFunction": schema.ActivationFunctionType,
+    "mode": schema.MirrorPadMode,
+}
+ALIGNMENT = 16
+NO_BUFFER = 0  # the empty buffer of every tensor that is not constant
+
+
+class _Buffer(schema.BufferT):
+    """A buffer whose data start on a 16-byte boundary, as the schema asks and the generated Pack forgets."""
+
+    def Pack(self, builder: flatbuffers.Builder) -> int:
+        if self.data is None:
+            schema.BufferStart(builder)
+            return schema.BufferEnd(builder)
+        raw = self.data.tobytes()
+        builder.StartVector(1, len(raw), ALIGNMENT)
+        builder.head = builder.Head() - len(raw)
+        builder.Bytes[builder.Head() : builder.Head() + len(raw)] = raw
+        vector = builder.EndVector()
+        schema.BufferStart(builder)
+        schema.BufferAddData(builder, vector)
+        return schema.BufferEnd(builder)
+
+
+def write(ops: list[Op], inputs: list[Tensor], outputs: list[Tensor], names: tuple[list[str], list[str]]) -> bytes:
+    """Write a model with one subgraph; `names` are the input and output names of signature `serving_default`."""
+    return _Writer().model(ops, inputs, outputs, names)
+
+
+class _Writer:
+    def __init__(self) -> None:
+        self.tensors: list[schema.TensorT] = []
+        self.index: dict[Tensor, int] = {}
+        self.buffers: list[schema.BufferT] = [_Buffer()]
+        self.shared: dict[bytes, int] = {}
+        self.codes: dict[tuple[str, int], int] = {}
+
+    def model(
+        self, ops: list[Op], inputs: list[Tensor], outputs: list[Tensor], names: tuple[list[str], list[str]]
+    ) -> bytes:
+        subgraph = schema.SubGraphT()
+        subgraph.name = "main"
+        subgraph.inputs = [self.tensor(tensor) for tensor in inputs]
+        subgraph.operators = [self.operator(op) for op in ops]
+        subgraph.outputs = [self.tensor(tensor) for tensor in outputs]
+        subgraph.tensors = self.tensors
+        signature = schema.SignatureDefT()
+        signature.signatureKey = "serving_default"
+        signature.subgraphIndex = 0
+        signature.inputs = [_named(name, self.index[tensor]) for name, tensor in zip(names[0], inputs, strict=True)]
+        signature.outputs = [_named(name, self.index[tensor]) for name, tensor in zip(names[1], outputs, strict=True)]
+        model = schema.ModelT()
+        model.version = 3
+        model.description = "EdgeKit"
+        model.subgraphs = [subgraph]
+        model.buffers = self.buffers
+        model.operatorCodes = [_code(kind, version) for kind, version in self.codes]
+        model.signatureDefs = [signature]
+        size = sum(buffer.data.nbytes for buffer in self.buffers if buffer.data is not None)
+        builder = flatbuffers.Builder(size + 65536)
+        builder.Finish(model.Pack(builder), b"TFL3")
+        return bytes(builder.Output())
+
+    def operator(self, op: Op) -> schema.OperatorT:
+        operator = schema.OperatorT()
+        operator.inputs = [-1 if tensor is None else self.tensor(tensor) for tensor in op.inputs]
+        operator.outputs = [self.tensor(tensor) for tensor in op.outputs]
+        operator.intermediates = []
+        int8 = any(tensor is not None and tensor.dtype == np.int8 for tensor in (*op.inputs, *op.outputs))
+        version = max(INT8_VERSIONS.get(op.kind, 1) if int8 else 1, FIRST_VERSIONS.get(op.kind, 1))
+        operator.opcodeIndex = self.codes.setdefault((op.kind, version), len(self.codes))
+        name = OPTIONS.get(op.kind, "".join(part.capitalize() for part in op.kind.split("_")) + "Options")
+        kind = getattr(schema.BuiltinOptions, name, None)
+        if kind is None:
+            if op.options:
+                raise ValueError(f"{op.kind} has no options table")
+            return operator
+        operator.builtinOptionsType = kind
+        operator.builtinOptions = getattr(schema, f"{name}T")()
+        for key, value in op.options.items():
+            if not hasattr(operator.builtinOptions, key):
+                raise ValueError(f"{name} has no field {key}")
+            setattr(operator.builtinOptions, key, getattr(ENUMS[key], value) if isinstance(value, str) else value)
+        return operator
+
+    def tensor(self, tensor: Tensor) -> int:
+        if tensor in self.index:
+            return self.index[tensor]
+        buffer = NO_BUFFER if tensor.data is None else self.buffer(tensor.data)
+        written = schema.TensorT()
+        written.name = tensor.name or f"tensor_{len(self.tensors)}"
+        written.shape = np.array(tensor.shape, np.int32)
+        written.hasRank = True
+        written.type = DTYPES[tensor.dtype]
+        written.buffer = buffer
+        written.quantization = _quantization(tensor)
+        self.index[tensor] = len(self.tensors)
+        self.tensors.append(written)
+        return self.index[tensor]
+
+    def buffer(self, data: np.ndarray) -> int:
+        raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+        key = raw.tobytes()
+        if key not in self.shared:
+            buffer = _Buffer()
+            buffer.data = raw
+            self.shared[key] = len(self.buffers)
+            self.buffers.append(buffer)
+        return self.shared[key]
+
+
+def _quantization(tensor: Tensor) -> schema.QuantizationParametersT | None:
+    if tensor.q is None:
+        return None
+    written = schema.QuantizationParametersT()
+    written.scale = np.array(tensor.q.scale, np.float32)
+    written.zeroPoint = np.array(tensor.q.zero_point, np.int64)
+    written.quantizedDimension = tensor.q.axis or 0
+    return written
+
+
+def _code(kind: str, version: int) -> schema.OperatorCodeT:
+    code = schema.OperatorCodeT()
+    code.builtinCode = getattr(schema.BuiltinOperator, kind)
+    # Readers from before 2020 look only at the one-byte field, which ends at 127.
+    code.deprecatedBuiltinCode = min(code.builtinCode, 127)
+    code.version = version
+    return code
+
+
+def _named(name: str, index: int) -> Any:
+    entry = schema.TensorMapT()
+    entry.name = name
+    entry.tensorIndex = index
+    return entry

@@ -1,0 +1,203 @@
+"""ONNX: torch's dynamo exporter at one pinned opset, then passes that leave what ONNX Runtime can fuse."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from torch.export import ExportedProgram
+
+from edgekit.errors import EdgeKitError
+
+OPSET = 18  # the dynamo exporter's own: no version conversion, and every ONNX Runtime since 1.14 reads it
+WEIGHTED = {"Conv": 0, "ConvTranspose": 1, "Gemm": 0}  # op → weight axis of the output channels
+
+
+def to_onnx(
+    program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], *, half_weights: bool = False
+) -> onnx.ModelProto:
+    """Exports a captured `program` to a checked ONNX model with static shapes.
+
+    `inputs` and `outputs` become the names of the model's inputs and outputs. Quantized programs become QDQ
+    graphs with int8 tensors and int32 biases at s_in·s_w. With `half_weights`, floating-point weights are stored
+    as float16 behind a Cast. Raises EdgeKitError for an operator that ONNX cannot express.
+    """
+    try:
+        exported = torch.onnx.export(program, (), dynamo=True, opset_version=OPSET, verbose=False)
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise EdgeKitError(
+            f"ONNX cannot express this model: {_reason(error)}", "leave ONNX and TFLite out with --format executorch"
+        ) from error
+    model = exported.model
+    rename(model, inputs, outputs)
+    fold_quantized_pads(model)
+    quantize_biases(model)
+    strip_metadata(model)
+    if half_weights:
+        halve_weights(model)
+    proto = ir.to_proto(model)
+    proto.producer_name, proto.producer_version = "edgekit", ""
+    onnx.checker.check_model(proto, full_check=True)
+    return proto
+
+
+def halve(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Returns `proto` with its weights stored as float16; see `halve_weights`."""
+    model = ir.from_proto(proto)
+    halve_weights(model)
+    return ir.to_proto(model)
+
+
+def rename(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """Gives the graph's inputs and outputs the names of the original model's."""
+    graph = model.graph
+    taken = {*inputs, *outputs}
+    for node in graph:
+        for value in node.outputs:
+            if value.name in taken:
+                value.name = f"{value.name}_inner"
+    for value, name in zip(graph.inputs, inputs, strict=True):
+        value.name = name
+    for index, name in enumerate(outputs):
+        value = graph.outputs[index]
+        if value.is_graph_input() or value.is_initializer() or value in graph.outputs[:index]:
+            copy = ir.node("Identity", [value])
+            graph.append(copy)
+            copy.outputs[0].shape, copy.outputs[0].type = value.shape, value.type
+            graph.outputs[index] = value = copy.outputs[0]
+        value.name = name
+
+
+def strip_metadata(model: ir.Model) -> None:
+    """Removes the exporter's notes (stack traces, module paths): a third of a small int8 file."""
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+
+
+def fold_quantized_pads(model: ir.Model) -> None:
+    """Folds zero Pad → Quantize → Dequantize → Conv into the Conv's pads, where quantizing changes nothing."""
+    for conv in [n for n in model.graph if n.op_type == "Conv"]:
+        dequantize = conv.inputs[0].producer()
+        quantize = _producer(dequantize, "QuantizeLinear") if dequantize else None
+        pad = _producer(quantize, "Pad") if quantize else None
+        source = _producer(pad, "DequantizeLinear") if pad else None
+        if source is None or dequantize.op_type != "DequantizeLinear" or _qparams(source) != _qparams(dequantize):
+            continue
+        amounts = _constant(pad.inputs[1])
+        value = _constant(pad.inputs[2]) if len(pad.inputs) > 2 and pad.inputs[2] else np.float32(0)
+        mode = pad.attributes.get_string("mode", "constant")
+        rank = len(amounts) // 2
+        if (len(pad.inputs) > 3 and pad.inputs[3]) or mode != "constant" or value != 0 or min(amounts) < 0:
+            continue
+        if (
+            any(amounts[:2])
+            or any(amounts[rank : rank + 2])
+            or conv.attributes.get_string("auto_pad", "NOTSET") != "NOTSET"
+        ):
+            continue
+        old = conv.attributes.get_ints("pads", [0] * (2 * rank - 4))
+        new = [int(a) + int(b) for a, b in zip(old, [*amounts[2:rank], *amounts[rank + 2 :]], strict=True)]
+        conv.attributes["pads"] = ir.AttrInt64s("pads", new)
+        conv.replace_input_with(0, source.outputs[0])
+    _sweep(model)
+
+
+def quantize_biases(model: ir.Model) -> None:
+    """Stores the bias of each quantized convolution and linear as int32 at scale s_in·s_w, as runtimes compute it.
+
+    ONNX Runtime fuses a quantized convolution only where its bias comes from an int32 DequantizeLinear.
+    """
+    graph = model.graph
+    for node in list(graph):
+        if node.op_type not in WEIGHTED or len(node.inputs) < 3 or node.inputs[2] is None:
+            continue
+        bias = node.inputs[2]
+        sources = [node.inputs[0].producer(), node.inputs[1].producer()]
+        if bias.const_value is None or any(s is None or s.op_type != "DequantizeLinear" for s in sources):
+            continue
+        scale = (_constant(sources[0].inputs[1]).astype(np.float64) * _constant(sources[1].inputs[1])).astype(
+            np.float32
+        )
+        codes = np.rint(_constant(bias).astype(np.float64) / scale)
+        limits = np.iinfo(np.int32)
+        codes = np.clip(codes, limits.min, limits.max).astype(np.int32)
+        stored = _initializer(model, f"{bias.name}_int32", codes)
+        scales = _initializer(
+            model, f"{bias.name}_scale", np.broadcast_to(scale, codes.shape).copy() if scale.ndim else scale
+        )
+        dequantize = ir.node("DequantizeLinear", [stored, scales], attributes={"axis": 0})
+        dequantize.outputs[0].shape, dequantize.outputs[0].type = bias.shape, bias.type
+        graph.insert_before(node, dequantize)
+        node.replace_input_with(2, dequantize.outputs[0])
+    _sweep(model)
+
+
+def halve_weights(model: ir.Model, smallest: int = 64) -> None:
+    """Stores float32 initializers of at least `smallest` elements as float16 behind a Cast.
+
+    Runtimes fold the Cast when they load the file: half the size at the speed of float32. Raises EdgeKitError
+    where a weight lies outside float16's range.
+    """
+    graph = model.graph
+    for value in list(graph.initializers.values()):
+        tensor = _constant(value)
+        if tensor.dtype != np.float32 or tensor.size < smallest:
+            continue
+        if np.abs(tensor).max() > np.finfo(np.float16).max:
+            raise EdgeKitError(f"weight '{value.name}' does not fit float16", "export with --precision fp32 or int8")
+        half = _initializer(model, f"{value.name}_half", tensor.astype(np.float16))
+        cast = ir.node("Cast", [half], attributes={"to": ir.DataType.FLOAT.value})
+        cast.outputs[0].shape, cast.outputs[0].type = value.shape, value.type
+        graph.insert_before(graph[0], cast)
+        value.replace_all_uses_with(cast.outputs[0])
+    _sweep(model)
+
+
+def _reason(error: BaseException) -> str:
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    return str(causes[-1]).strip().splitlines()[0]
+
+
+def _producer(node: ir.Node, op_type: str) -> ir.Node | None:
+    producer = node.inputs[0].producer() if node.inputs[0] is not None else None
+    return producer if producer is not None and producer.op_type == op_type else None
+
+
+def _qparams(node: ir.Node) -> tuple[bytes, ...]:
+    return tuple(_constant(value).tobytes() for value in node.inputs[1:])
+
+
+def _constant(value: ir.Value) -> np.ndarray:
+    tensor = ir.convenience.get_const_tensor(value)
+    assert tensor is not None, f"'{value.name}' is not a constant"
+    return tensor.numpy()
+
+
+def _initializer(model: ir.Model, name: str, data: np.ndarray) -> ir.Value:
+    value = ir.Value(
+        name=name,
+        shape=ir.Shape(data.shape),
+        type=ir.TensorType(ir.DataType.from_numpy(data.dtype)),
+        const_value=ir.tensor(data, name=name),
+    )
+    model.graph.register_initializer(value)
+    return value
+
+
+def _sweep(model: ir.Model) -> None:
+    """Removes nodes and initializers that nothing reads any more."""
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    RemoveUnusedNodesPass()(model)

@@ -1,0 +1,1 @@
+"""COMPRESS: recipes, the quantizer, graph passes."""

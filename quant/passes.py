@@ -1,0 +1,219 @@
+"""Graph passes around quantization: on functional aten graphs, in place, each leaving what is computed equal.
+
+Before (`canonicalize`): bring the many spellings of one operation to the one that quantizer and runtimes know.
+After (`drop_implied_clips`): take out what the quantized ranges already imply.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.fx import GraphModule, Node
+
+aten = torch.ops.aten
+q = torch.ops.quantized_decomposed
+
+CONVOLUTIONS = {aten.conv1d.default: 1, aten.conv2d.default: 2, aten.conv3d.default: 3}  # target → spatial rank
+CONV_DEFAULTS = (None, 1, 0, 1, 1)  # bias, stride, padding, dilation, groups
+
+
+def capture(module: torch.nn.Module, example: tuple[torch.Tensor, ...]) -> GraphModule:
+    """Returns `module` as a functional, canonical aten graph with its parameters as attributes.
+
+    Decomposing with an empty table makes in-place ops functional and unifies aliases (relu6 → hardtanh, flatten →
+    view) without taking composite ops apart.
+    """
+    program = torch.export.export(module, example, strict=False).run_decompositions({})
+    return canonicalize(program.module(check_guards=False))
+
+
+def canonicalize(model: GraphModule) -> GraphModule:
+    """Runs the passes that precede quantization and export; works in place and returns `model`."""
+    for run in (drop_no_ops, clamps_to_activations, global_pools_to_mean, fold_batch_norms, fold_pads):
+        run(model)
+        model.graph.eliminate_dead_code()
+        model.graph.lint()
+    model.recompile()
+    return model
+
+
+def drop_no_ops(model: GraphModule) -> None:
+    """Removes copies (what eval-mode dropout became) and pads of nothing."""
+    for node in _calls(model):
+        copies = node.target in (aten.clone.default, aten.alias.default) and not node.kwargs
+        if copies or (node.target in PAD_VALUE_INDEX and not any(node.args[1])):
+            if isinstance(node.args[0], Node) and node.args[0].op == "placeholder" and _is_output(node):
+                continue
+            node.replace_all_uses_with(node.args[0])
+            model.graph.erase_node(node)
+
+
+def clamps_to_activations(model: GraphModule) -> None:
+    """Spells clamp(low, high) as hardtanh and clamp(0) as relu: the names under which delegates fuse them."""
+    for node in _calls(model):
+        if node.target == aten.clamp.default:
+            low, high = argument(node, 1, "min"), argument(node, 2, "max")
+        elif node.target == aten.clamp_min.default:
+            low, high = argument(node, 1, "min"), None
+        else:
+            continue
+        if not node.meta["val"].is_floating_point():
+            continue
+        if low == 0 and high is None:
+            _respell(node, aten.relu.default, node.args[0])
+        elif low is not None and high is not None:
+            _respell(node, aten.hardtanh.default, node.args[0], float(low), float(high))
+
+
+def global_pools_to_mean(model: GraphModule) -> None:
+    """Spells an average over the whole image as mean(dim=(2, 3), keepdim=True), which every delegate takes."""
+    for node in _calls(model):
+        if node.target not in (aten.adaptive_avg_pool2d.default, aten.avg_pool2d.default):
+            continue
+        source, result = node.args[0].meta["val"], node.meta["val"]
+        if source.ndim != 4 or tuple(result.shape[2:]) != (1, 1):
+            continue
+        if node.target == aten.avg_pool2d.default:
+            kernel = spread(node.args[1], 2)
+            padding = spread(argument(node, 3, "padding") or 0, 2)
+            divisor = argument(node, 6, "divisor_override")
+            if kernel != tuple(source.shape[2:]) or any(padding) or divisor not in (None, math.prod(kernel)):
+                continue
+        _respell(node, aten.mean.dim, node.args[0], [2, 3], True)
+
+
+def fold_batch_norms(model: GraphModule) -> None:
+    """Folds each inference BatchNorm into the convolution or linear whose only reader it is.
+
+    w' = w·γ/√(σ²+ε), b' = (b−μ)·γ/√(σ²+ε) + β, computed in float64.
+    """
+    for node in _calls(model):
+        if node.target != aten._native_batch_norm_legit_no_training.default:
+            continue
+        source, gamma, beta, mean, variance, _, eps = node.args
+        readers = list(node.users)
+        foldable = source.target in CONVOLUTIONS or source.target == aten.linear.default
+        if not foldable or len(source.users) != 1 or len(readers) != 1 or not is_attribute(source.args[1]):
+            continue
+        bias = source.args[2] if len(source.args) > 2 else None
+        weight = attribute(model, source.args[1]).double()
+        factor = (attribute(model, variance).double() + eps).rsqrt()
+        if gamma is not None:
+            factor = factor * attribute(model, gamma).double()
+        shift = -attribute(model, mean).double()
+        if bias is not None:
+            shift = shift + attribute(model, bias).double()
+        shift = shift * factor
+        if beta is not None:
+            shift = shift + attribute(model, beta).double()
+        folded = weight * factor.reshape(-1, *[1] * (weight.ndim - 1))
+        with model.graph.inserting_before(source):
+            new_weight = add_attribute(model, f"{source.name}_weight", folded.float())
+            new_bias = add_attribute(model, f"{source.name}_bias", shift.float())
+        source.args = (source.args[0], new_weight, new_bias, *source.args[3:])
+        readers[0].replace_all_uses_with(source)
+        model.graph.erase_node(readers[0])
+        model.graph.erase_node(node)
+
+
+def fold_pads(model: GraphModule) -> None:
+    """Folds a symmetric zero pad into the padding of the convolutions that are its only readers."""
+    for pad in _calls(model):
+        if not is_zero_pad(pad) or not all(u.target in CONVOLUTIONS and u.args[0] is pad for u in pad.users):
+            continue
+        amounts = list(pad.args[1])
+        before, after = amounts[::2][::-1], amounts[1::2][::-1]  # torch lists the last dimension first
+        for conv in list(pad.users):
+            rank = CONVOLUTIONS[conv.target]
+            if before != after or len(before) != rank or min(amounts) < 0:
+                continue
+            args = [*conv.args, *CONV_DEFAULTS[len(conv.args) - 2 :]]
+            if isinstance(args[4], str):
+                continue
+            args[0] = pad.args[0]
+            args[4] = [p + extra for p, extra in zip(spread(args[4], rank), before, strict=True)]
+            conv.args = tuple(args)
+
+
+def drop_implied_clips(model: GraphModule) -> GraphModule:
+    """Removes each relu/hardtanh whose every reader quantizes to a range inside its bounds.
+
+    Exact by monotonicity: Q(clip(x)) = Q(x) for all x where Q(low) is the lowest code and Q(high) the highest.
+    """
+    for node in _calls(model):
+        if node.target == aten.relu.default:
+            low, high = 0.0, math.inf
+        elif node.target == aten.hardtanh.default:
+            low, high = argument(node, 1, "min_val", -1.0), argument(node, 2, "max_val", 1.0)
+        else:
+            continue
+        if node.users and all(_saturates(user, low, high) for user in node.users):
+            node.replace_all_uses_with(node.args[0])
+            model.graph.erase_node(node)
+    model.recompile()
+    return model
+
+
+def _saturates(quantize: Node, low: float, high: float) -> bool:
+    if quantize.target != q.quantize_per_tensor.default:
+        return False
+    _, scale, zero_point, qmin, qmax, _ = quantize.args
+    lowest = round(low / scale) + zero_point <= qmin
+    return lowest and (math.isinf(high) or round(high / scale) + zero_point >= qmax)
+
+
+PAD_VALUE_INDEX = {aten.constant_pad_nd.default: 2, aten.pad.default: 3}  # target → index of the value argument
+
+
+def is_zero_pad(node: Node) -> bool:
+    """Whether `node` pads with the constant 0."""
+    if node.target not in PAD_VALUE_INDEX:
+        return False
+    constant = node.target == aten.constant_pad_nd.default or argument(node, 2, "mode", "constant") == "constant"
+    return constant and not argument(node, PAD_VALUE_INDEX[node.target], "value", 0)
+
+
+def argument(node: Node, index: int, name: str, default: object = None) -> object:
+    """Returns a node's argument, given by position or by name, or `default`."""
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+
+
+def is_attribute(node: object) -> bool:
+    """Whether `node` reads a parameter or buffer."""
+    return isinstance(node, Node) and node.op == "get_attr"
+
+
+def attribute(model: GraphModule, node: Node) -> torch.Tensor:
+    """Returns the tensor that a get_attr `node` reads."""
+    value: object = model
+    for part in node.target.split("."):
+        value = getattr(value, part)
+    return value.detach()
+
+
+def add_attribute(model: GraphModule, name: str, value: torch.Tensor) -> Node:
+    """Registers `value` as a buffer of `model` and returns a node, at the insertion point, that reads it."""
+    model.register_buffer(name, value)
+    node = model.graph.get_attr(name)
+    mode = next(n.meta["val"].fake_mode for n in model.graph.nodes if hasattr(n.meta.get("val"), "fake_mode"))
+    node.meta["val"] = mode.from_tensor(value, static_shapes=True)
+    return node
+
+
+def spread(value: object, rank: int) -> tuple[int, ...]:
+    """Returns an int, or a list of one or `rank` ints, as a tuple of `rank` ints."""
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    return tuple(values * rank if len(values) == 1 else values)
+
+
+def _calls(model: GraphModule) -> list[Node]:
+    return [n for n in model.graph.nodes if n.op == "call_function"]
+
+
+def _is_output(node: Node) -> bool:
+    return any(user.op == "output" for user in node.users)
+
+
+def _respell(node: Node, target: object, *args: object) -> None:
+    node.target, node.args, node.kwargs = target, args, {}

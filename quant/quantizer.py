@@ -1,0 +1,199 @@
+"""The deployment-aware quantizer: torchao's PT2E `Quantizer`, annotating what the edge runtimes really fuse.
+
+One scheme for all formats, the TFLite/XNNPACK one: int8 asymmetric per-tensor activations, int8 symmetric
+per-channel weights, int32 bias at s_in·s_w (derived by the exporters). A new op is a row in one of the tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from edgekit.quant.passes import argument, is_attribute, is_zero_pad
+from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e import MinMaxObserver, ObserverOrFakeQuantizeConstructor, PerChannelMinMaxObserver
+from torchao.quantization.pt2e.quantizer import (
+    FixedQParamsQuantizationSpec,
+    QuantizationAnnotation,
+    QuantizationSpec,
+    QuantizationSpecBase,
+    Quantizer,
+    SharedQuantizationSpec,
+)
+
+aten = torch.ops.aten
+
+# Weighted ops: target → axis of the weight that holds the output channels (weight is argument 1, bias argument 2).
+WEIGHTED = {
+    aten.conv1d.default: 0,
+    aten.conv2d.default: 0,
+    aten.conv_transpose2d.input: 1,
+    aten.linear.default: 0,
+}
+
+# Activations that every runtime fuses into the op before them: only their output is quantized.
+FUSED_ACTIVATIONS = {aten.relu.default, aten.hardtanh.default}
+
+# Two tensors in, one out, each with qparams of its own.
+ELEMENTWISE = {aten.add.Tensor, aten.mul.Tensor}
+
+# One tensor in, one out, each with qparams of its own.
+UNARY = {aten.mean.dim, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default}
+
+# Ops that move values without changing them: the output has the qparams of the input.
+MOVES = {
+    aten.max_pool2d.default,
+    aten.view.default,
+    aten.reshape.default,
+    aten.flatten.using_ints,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.upsample_nearest2d.vec,
+    aten.pixel_shuffle.default,
+    aten.channel_shuffle.default,
+}
+
+# Outputs whose qparams the runtimes prescribe (TFLite's int8 specification).
+FIXED_OUTPUT = {
+    aten.sigmoid.default: (1 / 256, -128),
+    aten.softmax.int: (1 / 256, -128),
+}
+
+
+def activation_spec(observer: ObserverOrFakeQuantizeConstructor = MinMaxObserver) -> QuantizationSpec:
+    """Int8 asymmetric per-tensor, -128..127; the range always holds 0, so that padding is exact."""
+    return QuantizationSpec(
+        dtype=torch.int8,
+        observer_or_fake_quant_ctr=observer.with_args(eps=2**-16),
+        quant_min=-128,
+        quant_max=127,
+        qscheme=torch.per_tensor_affine,
+    )
+
+
+def weight_spec(axis: int | None) -> QuantizationSpec:
+    """Int8 symmetric, -127..127, per channel of `axis`, or per tensor where `axis` is None."""
+    ctr = MinMaxObserver if axis is None else PerChannelMinMaxObserver
+    return QuantizationSpec(
+        dtype=torch.int8,
+        observer_or_fake_quant_ctr=ctr.with_args(eps=1e-12),
+        quant_min=-127,
+        quant_max=127,
+        qscheme=torch.per_tensor_symmetric if axis is None else torch.per_channel_symmetric,
+        ch_axis=axis,
+    )
+
+
+class EdgeQuantizer(Quantizer):
+    """Annotates a canonical graph (see `passes.canonicalize`) for static int8.
+
+    `keep_float` names graph nodes of weighted ops that stay in float.
+    """
+
+    def __init__(self, keep_float: frozenset[str] = frozenset()) -> None:
+        self.keep_float = keep_float
+        self.activation = activation_spec()
+
+    def annotate(self, model: GraphModule) -> GraphModule:
+        """Annotates every node once, in the graph's order, so that producers come before consumers."""
+        for node in model.graph.nodes:
+            if node.op == "call_function" and "quantization_annotation" not in node.meta:
+                self._annotate_node(node)
+        return model
+
+    def validate(self, model: GraphModule) -> None:
+        """Nothing to check: the tables hold only ops that some runtime executes in int8."""
+
+    def _annotate_node(self, node: Node) -> None:
+        target = node.target
+        if target in WEIGHTED:
+            if node.name not in self.keep_float and is_attribute(node.args[1]):
+                self._annotate_weighted(node, WEIGHTED[target])
+        elif target in ELEMENTWISE:
+            if all(_is_float(a) for a in node.args[:2]):
+                self._annotate_compute(node, dict.fromkeys(node.args[:2], self.activation))
+        elif target in UNARY:
+            if _is_float(node):
+                self._annotate_compute(node, {node.args[0]: self.activation})
+        elif target in FIXED_OUTPUT:
+            scale, zero_point = FIXED_OUTPUT[target]
+            fixed = FixedQParamsQuantizationSpec(
+                dtype=torch.int8,
+                scale=scale,
+                zero_point=zero_point,
+                quant_min=-128,
+                quant_max=127,
+                qscheme=torch.per_tensor_affine,
+            )
+            _annotate(node, {node.args[0]: self.activation}, fixed)
+        elif target == aten.cat.default:
+            self._annotate_cat(node)
+        elif target in MOVES or is_zero_pad(node):
+            self._annotate_move(node)
+
+    def _annotate_weighted(self, node: Node, axis: int) -> None:
+        weight = node.args[1]
+        # A grouped transposed convolution has its output channels spread over axis 1 and the groups.
+        per_tensor = target_groups(node) > 1 and axis == 1
+        inputs = {node.args[0]: self.activation, weight: weight_spec(None if per_tensor else axis)}
+        self._annotate_compute(node, inputs)
+
+    def _annotate_compute(self, node: Node, inputs: dict[Node, QuantizationSpecBase]) -> None:
+        activation = fused_activation(node)
+        if activation is None:
+            _annotate(node, inputs, self.activation)
+        else:
+            _annotate(node, inputs, None)
+            _annotate(activation, {}, self.activation)
+
+    def _annotate_cat(self, node: Node) -> None:
+        """One set of qparams for all parts and the result: no runtime then has to requantize."""
+        parts = list(node.args[0])
+        if not all(_is_float(p) for p in parts):
+            return
+        shared = SharedQuantizationSpec((parts[0], node))
+        _annotate(node, {parts[0]: self.activation, **{p: shared for p in parts[1:] if p is not parts[0]}}, shared)
+
+    def _annotate_move(self, node: Node) -> None:
+        source = node.args[0]
+        if isinstance(source, Node) and _is_float(node) and _is_quantized_output(source):
+            _annotate(node, {source: self.activation}, SharedQuantizationSpec((source, node)))
+
+
+def fused_activation(node: Node) -> Node | None:
+    """Returns the activation that runtimes fuse into `node`: its only user, in FUSED_ACTIVATIONS; else None."""
+    users = list(node.users)
+    return users[0] if len(users) == 1 and users[0].target in FUSED_ACTIVATIONS else None
+
+
+def target_groups(node: Node) -> int:
+    """Returns the number of groups of a weighted op (1 for linear)."""
+    return 1 if node.target == aten.linear.default else argument(node, 6, "groups", 1)
+
+
+def weighted_nodes(model: GraphModule) -> Iterator[Node]:
+    """Yields the nodes that hold quantizable weights, in graph order."""
+    return (n for n in model.graph.nodes if n.op == "call_function" and n.target in WEIGHTED)
+
+
+def _annotate(node: Node, inputs: dict[Node, QuantizationSpecBase], output: QuantizationSpecBase | None) -> None:
+    node.meta["quantization_annotation"] = QuantizationAnnotation(
+        input_qspec_map=inputs, output_qspec=output, _annotated=True
+    )
+
+
+def _is_float(node: object) -> bool:
+    value = node.meta.get("val") if isinstance(node, Node) else None
+    return isinstance(value, torch.Tensor) and value.dtype == torch.float32
+
+
+def _is_quantized_output(node: Node) -> bool:
+    annotation = node.meta.get("quantization_annotation")
+    return (annotation is not None and annotation.output_qspec is not None) or node.op == "placeholder"

@@ -1,0 +1,25 @@
+"""DEVICES: one transport per URI scheme."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from edgekit.errors import EdgeKitError
+
+from .device import Device
+from .local import open_local
+from .python import open_python
+
+DEVICES: dict[str, Callable[[str], Device]] = {
+    "local": open_local,
+    "python": open_python,
+}
+
+
+def open_device(uri: str) -> Device:
+    """The device that `uri` names, such as `local:`. Raises EdgeKitError for a scheme that is not in DEVICES."""
+    scheme = uri.partition(":")[0]
+    if scheme not in DEVICES:
+        kinds = ", ".join(f"{known}:" for known in DEVICES)
+        raise EdgeKitError(f"there is no device '{uri}'", f"the kinds of device are {kinds}")
+    return DEVICES[scheme](uri)

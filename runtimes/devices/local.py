@@ -1,0 +1,112 @@
+"""`local:`: a fresh process on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from edgekit.errors import EdgeKitError
+
+from .device import Device, Exit
+
+PROBE_TIMEOUT_S = 30
+PROBE = """
+import json, os, platform
+cpu = platform.processor()
+try:
+    with open("/proc/cpuinfo") as file:
+        cpu = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), cpu)
+except OSError:
+    pass
+cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+print(json.dumps({"python": platform.python_version(), "machine": platform.machine(),
+                  "system": platform.platform(), "cpu": cpu, "cpus": cpus}))
+"""
+
+
+def open_local(uri: str) -> Device:
+    """The device for `local:`. Raises EdgeKitError when something follows the colon."""
+    if uri not in ("local", "local:"):
+        raise EdgeKitError(f"'{uri}' names nothing: local: takes no address", "write local:")
+    return LocalDevice("local:", sys.executable)
+
+
+class LocalDevice:
+    """Processes of one Python interpreter on this machine."""
+
+    def __init__(self, uri: str, python: str) -> None:
+        """`python` is the path of the interpreter, which stays as written: a virtual environment is found by it."""
+        self.uri = uri
+        self.python = python
+        self._jobs: list[str] = []
+
+    def probe(self) -> dict[str, object]:
+        """Facts about this machine and interpreter. Raises EdgeKitError when the interpreter does not answer."""
+        try:
+            exit_ = self.exec([self.python, "-c", PROBE], PROBE_TIMEOUT_S)
+        except TimeoutError as error:
+            raise EdgeKitError(f"{self.python} did not answer within {PROBE_TIMEOUT_S} s") from error
+        try:
+            facts: dict[str, object] = json.loads(exit_.output)
+        except ValueError as error:
+            raise EdgeKitError(
+                f"{self.python} does not work as a Python interpreter", f"it says: {exit_.output.strip()[-200:]}"
+            ) from error
+        return facts
+
+    def push(self, files: Mapping[str, Path]) -> str:
+        """A temporary folder with a link to every file: nothing is copied on one machine."""
+        job = tempfile.mkdtemp(prefix="edgekit-")
+        self._jobs.append(job)
+        for name, path in files.items():
+            (Path(job) / name).symlink_to(path.resolve())
+        return job
+
+    def exec(self, argv: Sequence[str], timeout_s: float) -> Exit:
+        """Run a command in a process group of its own, which ends with it."""
+        try:
+            process = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise EdgeKitError(f"cannot start {argv[0]}: {error.strerror}") from error
+        try:
+            output, _ = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired as error:
+            raise TimeoutError(f"{argv[0]} ran longer than {timeout_s} s") from error
+        finally:
+            _kill_group(process)
+        return Exit(process.returncode, output)
+
+    def pull(self, job: str, names: Sequence[str], into: Path) -> None:
+        """Move the files."""
+        for name in names:
+            source = Path(job) / name
+            if source.is_file():
+                shutil.move(source, into / name)
+
+    def cleanup(self) -> None:
+        """Remove the job folders."""
+        while self._jobs:
+            shutil.rmtree(self._jobs.pop(), ignore_errors=True)
+
+
+def _kill_group(process: subprocess.Popen[str]) -> None:
+    """End what is left of the process and its children: a timeout, Ctrl-C, or a child that outlived its parent."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -1,0 +1,213 @@
+"""Runs one artifact on one device: sends the job, waits, and turns whatever happened into a result or an error."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgekit import measure
+from edgekit.errors import EdgeKitError
+from edgekit.results import TensorSpec
+
+from .devices import open_device
+from .devices.device import Device, Exit
+from .table import RUNTIMES, SUFFIXES, format_of, runtime_for
+
+HERE = Path(__file__).parent
+TIMEOUT_S = 600.0
+STAGES = {"import": "while it was imported", "load": "while loading", "run": "while running", "time": "while running"}
+LOG_LINES = 3
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long to measure: see `measure.time_runs`."""
+
+    warmup_runs: int = 50
+    seconds: float = 1.0
+    min_runs: int = 100
+    max_runs: int = 10_000
+
+
+@dataclass(frozen=True, eq=False)
+class RunResult:
+    """What one artifact did in one fresh process on one device.
+
+    `outputs` are stacked (runs, *shape). `latency_ms` holds every timed run in order, empty when none were asked for.
+    `load_ms`, `first_ms` and `import_ms` are the load, the first run and the import of the runtime. `peak_rss_bytes` is
+    that of the process, runtime included, or None where the system does not tell. `cpus` are the cores it was pinned
+    to.
+    """
+
+    outputs: tuple[np.ndarray, ...]
+    latency_ms: tuple[float, ...]
+    import_ms: float
+    load_ms: float
+    first_ms: float
+    peak_rss_bytes: int | None
+    runtime: str
+    version: str
+    device: str
+    machine: str
+    threads: int
+    cpus: tuple[int, ...]
+    input_specs: tuple[TensorSpec, ...]
+    output_specs: tuple[TensorSpec, ...]
+
+
+def run_artifact(
+    path: str | Path,
+    feeds: Sequence[np.ndarray],
+    *,
+    device: str = "local:",
+    threads: int = 1,
+    inputs: Sequence[str] = (),
+    outputs: Sequence[str] = (),
+    timing: Timing | None = None,
+    runtime: str | None = None,
+    timeout_s: float = TIMEOUT_S,
+) -> RunResult:
+    """Run the file at `path` once per sample, in order, in a fresh pinned process; with `timing`, then measure it.
+
+    `feeds` holds one array (runs, *input shape) per input, in the order of `inputs`, or of the file without them. A
+    file that has names has to have those in `inputs` and `outputs`; a .pte has none and takes them. `runtime` is a name
+    in RUNTIMES, by default the one for the file's format. Latency is measured on the first 8 samples in turn.
+
+    Raises EdgeKitError for a file that is corrupt or not for this runtime, feeds that do not match it, a runtime that
+    is missing, crashes or does not end within `timeout_s`, and a device that does not answer. Nothing is left on the
+    device.
+    """
+    path = Path(path)
+    kind = format_of(path)
+    name = runtime or runtime_for(path)
+    if name not in RUNTIMES:
+        raise EdgeKitError(f"there is no runtime '{name}'", f"the runtimes are {', '.join(RUNTIMES)}")
+    if RUNTIMES[name].format != kind:
+        raise EdgeKitError(f"{name} runs {RUNTIMES[name].format} files, and {path} is in the {kind} format")
+    if threads < 1:
+        raise EdgeKitError(f"a model runs on at least one thread, not {threads}")
+    _check_feeds(feeds)
+
+    opened = open_device(device)
+    try:
+        with tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
+            here = Path(folder)
+            job = {
+                "runtime": name,
+                "module": RUNTIMES[name].module,
+                "package": RUNTIMES[name].package,
+                "artifact": f"model{SUFFIXES[kind]}",
+                "label": path.name,
+                "sha256": _sha256(path),
+                "threads": threads,
+                "cpus": [],
+                "inputs": list(inputs),
+                "outputs": list(outputs),
+                "feeds": len(feeds),
+                "timing": None if timing is None else vars(timing),
+            }
+            result, arrays = _run_job(opened, here, path, job, feeds, timeout_s)
+    finally:
+        opened.cleanup()
+    return RunResult(
+        outputs=arrays,
+        latency_ms=tuple(result["latency_ms"]),
+        import_ms=result["import_ms"],
+        load_ms=result["load_ms"],
+        first_ms=result["first_ms"],
+        peak_rss_bytes=result["peak_rss_bytes"],
+        runtime=name,
+        version=result["version"],
+        device=opened.uri,
+        machine=result["machine"],
+        threads=threads,
+        cpus=tuple(result["cpus"]),
+        input_specs=_specs(result["inputs"], feeds),
+        output_specs=_specs(result["outputs"], arrays),
+    )
+
+
+def _run_job(
+    device: Device, here: Path, path: Path, job: Mapping[str, Any], feeds: Sequence[np.ndarray], timeout_s: float
+) -> tuple[dict[str, Any], tuple[np.ndarray, ...]]:
+    """Send the job from the folder `here`, wait for it, and bring its result and outputs back into that folder."""
+    runtime = RUNTIMES[job["runtime"]]
+    (here / "job.json").write_text(json.dumps(job))
+    files = {
+        "job.json": here / "job.json",
+        job["artifact"]: path,
+        "worker.py": HERE / "worker.py",
+        "measure.py": Path(measure.__file__),
+        **{f"{module}.py": HERE / f"{module}.py" for module in (runtime.module, *runtime.helpers)},
+    }
+    weights = path.with_name(f"{path.name}.data")
+    if runtime.format == "onnx" and weights.is_file():  # where torch.onnx.export puts them by default
+        files[weights.name] = weights
+    for i, feed in enumerate(feeds):
+        files[f"in_{i}.npy"] = here / f"in_{i}.npy"
+        np.save(files[f"in_{i}.npy"], np.ascontiguousarray(feed), allow_pickle=False)
+    there = device.push(files)
+    try:
+        exit_ = device.exec([device.python, f"{there}/worker.py", there], timeout_s)
+    except TimeoutError as error:
+        raise EdgeKitError(
+            f"{job['runtime']} did not finish {job['label']} within {timeout_s:g} s",
+            "raise the time limit, or run fewer samples",
+        ) from error
+    device.pull(there, ["result.json", "log.txt"], here)
+    if not (here / "result.json").is_file():
+        raise _crash(exit_, here / "log.txt", job)
+    result = json.loads((here / "result.json").read_text())
+    if not result["ok"]:
+        raise EdgeKitError(result["what"], result["help"])
+    names = [f"out_{i}.npy" for i in range(len(result["outputs"]))]
+    device.pull(there, names, here)
+    return result, tuple(np.load(here / name, allow_pickle=False) for name in names)
+
+
+def _check_feeds(feeds: Sequence[np.ndarray]) -> None:
+    if not feeds:
+        raise EdgeKitError("a model runs on at least one input")
+    runs = {feed.shape[:1] for feed in feeds}
+    if runs & {(), (0,)} or len(runs) != 1:
+        shapes = ", ".join(str(list(feed.shape)) for feed in feeds)
+        raise EdgeKitError(f"inputs are stacked with the same number of samples, at least one, not {shapes}")
+
+
+def _crash(exit_: Exit, log: Path, job: Mapping[str, Any]) -> EdgeKitError:
+    """The error for a worker that left no result: what ended it, how far it had come, and its last words."""
+    lines = (log.read_text(errors="replace") if log.is_file() else exit_.output).splitlines()
+    stages = [line.removeprefix("edgekit stage: ") for line in lines if line.startswith("edgekit stage: ")]
+    when = STAGES[stages[-1]] if stages and stages[-1] in STAGES else "before it began"
+    if exit_.code == -signal.SIGKILL:
+        how = "was killed, most likely because memory ran out,"
+    elif exit_.code < 0:
+        how = f"crashed with {signal.Signals(-exit_.code).name}"
+    else:
+        how = f"stopped with exit code {exit_.code}"
+    said = [line.strip() for line in lines if line.strip() and not line.startswith("edgekit stage: ")][-LOG_LINES:]
+    help_ = "check that the file is whole and was made for this runtime's version, or export it again"
+    return EdgeKitError(
+        f"{job['runtime']} {how} {when} {job['label']}", help_ + (f"; it printed: {' | '.join(said)}" if said else "")
+    )
+
+
+def _specs(infos: Sequence[Mapping[str, Any]], arrays: Sequence[np.ndarray]) -> tuple[TensorSpec, ...]:
+    """Names and dtypes as the runtime declares them, with the shapes that the arrays had."""
+    return tuple(
+        TensorSpec(info["name"], info["dtype"], tuple(array.shape[1:]))
+        for info, array in zip(infos, arrays, strict=True)
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

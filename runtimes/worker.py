@@ -1,0 +1,242 @@
+"""Runs one artifact in a process of its own: `python worker.py JOBDIR`.
+
+JOBDIR holds job.json, the artifact, in_<i>.npy of shape (runs, *input shape), and beside them the modules that the
+worker loads (session.py, measure.py, and those of the runtime). It leaves out_<i>.npy of shape (runs, *output shape),
+log.txt with what the runtime printed, and last of all result.json.
+
+It runs on devices: the standard library, numpy and one runtime, Python 3.10 or later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import itertools
+import json
+import os
+import platform
+import sys
+import time
+import types
+from pathlib import Path
+from typing import Any
+
+PACKAGE = "edgekit_job"
+TIMED_SAMPLES = 8
+
+
+class Failure(Exception):
+    """Something the user can mend: `what` happened, and `help`."""
+
+    def __init__(self, what: str, help: str | None = None) -> None:
+        """`what` is one sentence; `help` is the next step."""
+        super().__init__(what)
+        self.what = what
+        self.help = help
+
+
+def main(folder: Path) -> int:
+    """Run the job in `folder`; 0 when result.json says ok, 1 when it says why not."""
+    _print_into(folder / "log.txt")
+    _forget_script_folder()
+    job = json.loads((folder / "job.json").read_text())
+    try:
+        result = {"ok": True, **run_job(folder, job)}
+    except Failure as failure:
+        result = {"ok": False, "what": failure.what, "help": failure.help}
+    unfinished = folder / "result.json.tmp"
+    unfinished.write_text(json.dumps(result))
+    unfinished.replace(folder / "result.json")
+    return 0 if result["ok"] else 1
+
+
+def run_job(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
+    """Load the artifact, run every sample in order, then time the first few; the facts for result.json."""
+    artifact = folder / job["artifact"]
+    with artifact.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _sha256(file)
+    if digest.hexdigest() != job["sha256"]:
+        raise Failure(f"{job['label']} is not the file that was sent: its SHA-256 differs", "run the command again")
+
+    _stage("import")
+    _make_package(folder)
+    numpy = _import("numpy", "numpy", "numpy")
+    measure = importlib.import_module(f"{PACKAGE}.measure")
+    cpus = measure.pin(job["threads"], job["cpus"])
+    start = time.perf_counter()
+    runtime = _import(f"{PACKAGE}.{job['module']}", job["runtime"], job["package"])
+    imported = time.perf_counter()
+
+    _stage("load")
+    try:
+        session = runtime.load(
+            str(artifact), threads=job["threads"], inputs=job["inputs"], outputs=job["outputs"]
+        )
+    except Exception as error:
+        raise Failure(
+            f"{job['runtime']} cannot load {job['label']}: {_message(error)}",
+            "check that the file is whole and was made for this runtime's version, or export it again",
+        ) from error
+    loaded = time.perf_counter()
+
+    _stage("run")
+    if len(session.inputs) != job["feeds"]:
+        wanted = ", ".join(f"{info.name}:{info}" for info in session.inputs)
+        raise Failure(f"{job['label']} takes {len(session.inputs)} inputs ({wanted}), not {job['feeds']}")
+    samples = _Samples(numpy, folder, [info.name for info in session.inputs])
+    writers = [_Writer(numpy, folder / f"out_{i}.npy", samples.runs) for i in range(len(session.outputs))]
+    first_ms = 0.0
+    for i, feeds in enumerate(samples):
+        start_run = time.perf_counter()
+        outputs = _run(session, feeds, job)
+        if i == 0:
+            first_ms = (time.perf_counter() - start_run) * 1e3
+        for info, writer in zip(session.outputs, writers, strict=True):
+            writer.append(outputs[info.name])
+    for writer in writers:
+        writer.close()
+
+    latency_ms: list[float] = []
+    if job["timing"] is not None:
+        _stage("time")
+        cycle = itertools.cycle(list(itertools.islice(samples, TIMED_SAMPLES)))
+        latency_ms = measure.time_runs(lambda: session.run(next(cycle)), **job["timing"])
+    peak = measure.peak_rss_bytes()
+    session.close()
+    return {
+        "runtime": job["runtime"],
+        "version": runtime.version(),
+        "timing": "measured",
+        "latency_ms": latency_ms,
+        "import_ms": (imported - start) * 1e3,
+        "load_ms": (loaded - imported) * 1e3,
+        "first_ms": first_ms,
+        "peak_rss_bytes": peak,
+        "cpus": cpus,
+        "python": platform.python_version(),
+        "numpy": numpy.__version__,
+        "machine": platform.machine(),
+        "inputs": [info._asdict() for info in session.inputs],
+        "outputs": [info._asdict() for info in session.outputs],
+    }
+
+
+class _Samples:
+    """The samples of in_<i>.npy, read one at a time: what was read does not stay in memory and count as the model's."""
+
+    def __init__(self, numpy: types.ModuleType, folder: Path, names: list[str]) -> None:
+        self._numpy = numpy
+        self._tables = [(name, *_open_table(numpy, folder / f"in_{i}.npy")) for i, name in enumerate(names)]
+        self.runs = self._tables[0][2][0]
+
+    def __iter__(self) -> Any:
+        for i in range(self.runs):
+            yield {name: self._read(*table, i) for name, *table in self._tables}
+
+    def _read(self, path: Path, shape: tuple[int, ...], dtype: Any, offset: int, i: int) -> Any:
+        count = 1
+        for size in shape[1:]:
+            count *= size
+        start = offset + i * count * dtype.itemsize
+        return self._numpy.fromfile(path, dtype, count, offset=start).reshape(shape[1:])
+
+
+def _open_table(numpy: types.ModuleType, path: Path) -> tuple[Path, tuple[int, ...], Any, int]:
+    """Path, shape, dtype and data offset of a .npy file in C order."""
+    with path.open("rb") as file:
+        numpy.lib.format.read_magic(file)
+        shape, _, dtype = numpy.lib.format.read_array_header_1_0(file)
+        return path, shape, dtype, file.tell()
+
+
+class _Writer:
+    """Writes an array of shape (runs, *shape) one run at a time."""
+
+    def __init__(self, numpy: types.ModuleType, path: Path, runs: int) -> None:
+        self._numpy = numpy
+        self._file = path.open("wb")
+        self._runs = runs
+        self._kind: tuple[Any, tuple[int, ...]] | None = None
+
+    def append(self, array: Any) -> None:
+        """Add one run. Raises Failure when its dtype or shape differs from the first."""
+        if self._kind is None:
+            self._kind = (array.dtype, array.shape)
+            descr = self._numpy.lib.format.dtype_to_descr(array.dtype)
+            header = {"descr": descr, "fortran_order": False, "shape": (self._runs, *array.shape)}
+            self._numpy.lib.format.write_array_header_1_0(self._file, header)
+        elif self._kind != (array.dtype, array.shape):
+            raise Failure(
+                f"an output changes from {self._kind[0]}{list(self._kind[1])} to {array.dtype}{list(array.shape)} "
+                "between samples",
+                "export the model with static shapes",
+            )
+        self._file.write(array.tobytes())
+
+    def close(self) -> None:
+        """Finish the file."""
+        self._file.close()
+
+
+def _run(session: Any, feeds: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
+    try:
+        outputs: dict[str, Any] = session.run(feeds)
+    except ValueError as error:
+        raise Failure(f"{job['label']} cannot be fed: {_message(error)}") from error
+    except Exception as error:
+        raise Failure(f"{job['runtime']} failed while running {job['label']}: {_message(error)}") from error
+    return outputs
+
+
+def _import(name: str, runtime: str, package: str) -> types.ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith(PACKAGE)
+        problem = "is not installed for" if missing else "cannot be imported by"
+        detail = "" if missing else f": {_message(error)}"
+        help_ = f"{sys.executable} -m pip install {package}"
+        raise Failure(f"{runtime} {problem} {sys.executable}{detail}", help_) from error
+
+
+def _make_package(folder: Path) -> None:
+    """Make the modules of the job folder importable as one package, so that they import each other as in EdgeKit."""
+    package = types.ModuleType(PACKAGE)
+    package.__path__ = [str(folder)]
+    sys.modules[PACKAGE] = package
+
+
+def _forget_script_folder() -> None:
+    """Python puts the script's folder first on the path, where its files would hide packages of the same name."""
+    if sys.path and sys.path[0] and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+        del sys.path[0]
+
+
+def _print_into(path: Path) -> None:
+    """Send stdout and stderr to `path` by file descriptor: runtimes print from C."""
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+
+
+def _stage(name: str) -> None:
+    """Note in the log how far the job came, for the case that the runtime takes the process down."""
+    print(f"edgekit stage: {name}", flush=True)
+
+
+def _message(error: Exception) -> str:
+    """The first line of an error, without the trailing period."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def _sha256(file: Any) -> Any:
+    digest = hashlib.sha256()
+    for block in iter(lambda: file.read(1 << 20), b""):
+        digest.update(block)
+    return digest
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

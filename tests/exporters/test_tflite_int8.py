@@ -1,0 +1,199 @@
+"""Int8: every QDQ op within one step of ONNX Runtime, and the scales of the ONNX file kept exactly."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+from tflite_tools import interpreter, model, node, op_names, run_onnx, run_tflite
+
+from edgekit.exporters.tflite import QParams, convert, convert_with_notes
+
+INT8, UINT8 = np.dtype(np.int8), np.dtype(np.uint8)
+
+
+def params_for(array: np.ndarray, dtype: np.dtype = INT8) -> tuple[np.ndarray, np.ndarray]:
+    """Asymmetric parameters that cover an array and zero."""
+    low, high = min(0.0, float(array.min())), max(0.0, float(array.max()))
+    info = np.iinfo(dtype)
+    scale = np.float32((high - low) / 255 or 1)
+    return scale, np.array(np.clip(round(info.min - low / scale), info.min, info.max), dtype)
+
+
+class Qdq:
+    """Builds a QDQ graph from float tensors: what `quantize` names is computed in ONNX Runtime to find its range."""
+
+    def __init__(self, inputs: dict[str, np.ndarray], opset: int = 20, dtype: np.dtype = INT8) -> None:
+        self.inputs, self.opset, self.dtype = inputs, opset, dtype
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: dict[str, np.ndarray] = {}
+        self.params: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    def constant(self, name: str, array: Any) -> str:
+        self.constants[name] = np.asarray(array)
+        return name
+
+    def op(self, op: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        self.nodes.append(node(op, inputs, output, **attributes))
+        return output
+
+    def quantize(self, name: str, params: tuple[Any, Any] | None = None) -> str:
+        if params is None:
+            value = self.inputs[name] if name in self.inputs else run_onnx(self.model(name), self.inputs, False)[name]
+            params = params_for(value, self.dtype)
+        self.params[name] = params
+        scale, zero = self.constant(f"{name}_s", np.float32(params[0])), self.constant(f"{name}_z", params[1])
+        self.op("QuantizeLinear", [name, scale, zero], f"{name}_q")
+        return self.op("DequantizeLinear", [f"{name}_q", scale, zero], f"{name}_dq")
+
+    def weights(self, name: str, array: np.ndarray, axis: int | None = 0) -> str:
+        others = tuple(index for index in range(array.ndim) if index != axis)
+        scale = (np.abs(array).max(axis=others, keepdims=True) / 127).astype(np.float32)
+        stored = np.clip(np.rint(array / scale), -127, 127).astype(np.int8)
+        self.constant(f"{name}_q", stored)
+        scales = scale.reshape(-1) if axis is not None else scale.reshape(())
+        names = [self.constant(f"{name}_s", scales), self.constant(f"{name}_z", np.zeros_like(scales, np.int8))]
+        attributes = {} if axis is None else {"axis": axis}
+        return self.op("DequantizeLinear", [f"{name}_q", *names], name, **attributes)
+
+    def bias(self, name: str, array: np.ndarray, x: str, w: str) -> str:
+        scale = (self.params[x][0] * self.constants[f"{w}_s"]).astype(np.float32)
+        self.constant(f"{name}_q", np.rint(array / scale).astype(np.int32))
+        zero = self.constant(f"{name}_z", np.zeros(scale.shape, np.int32))
+        return self.op("DequantizeLinear", [f"{name}_q", self.constant(f"{name}_s", scale), zero], name, axis=0)
+
+    def model(self, output: str) -> onnx.ModelProto:
+        return model(self.nodes, self.inputs, self.constants, (output,), self.opset)
+
+
+def random(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+class Case(NamedTuple):
+    """One op between Q/DQ: input shapes, int8 weights (name → shape, axis), float bias, attributes, activation."""
+
+    op: str
+    inputs: tuple[tuple[int, ...], ...]
+    weights: tuple[tuple[int, ...], int | None] | None = None
+    bias: str = ""
+    activation: str = ""
+    attrs: tuple[tuple[str, Any], ...] = ()
+    constants: tuple[Any, ...] = ()
+    kinds: tuple[str, ...] = ()
+    same: bool = False
+
+
+def q(op: str, *inputs: tuple[int, ...], weights: Any = None, bias: str = "", activation: str = "", constants: Any = (),
+      kinds: str = "", same: bool = False, **attrs: Any) -> Case:
+    """A case; `kinds` are the TFLite ops it must become, `same` gives the output the input's parameters."""
+    return Case(op, inputs, weights, bias, activation, tuple(attrs.items()), constants, tuple(kinds.split()), same)
+
+
+def i64(*values: int) -> np.ndarray:
+    return np.array(values, np.int64)
+
+
+CASES = [
+    q("Conv", (2, 3, 8, 8), weights=((4, 3, 3, 3), 0), bias="float", kinds="CONV_2D"),
+    q("Conv", (1, 3, 8, 8), weights=((4, 3, 3, 3), 0), bias="int32", kinds="CONV_2D", pads=[1, 1, 1, 1]),
+    q("Conv", (1, 3, 8, 8), weights=((4, 3, 3, 3), None), kinds="CONV_2D", pads=[1, 1, 1, 1]),
+    q("Conv", (1, 3, 8, 8), weights=((4, 3, 3, 3), 0), bias="int32", activation="Relu", kinds="CONV_2D"),
+    q("Conv", (1, 3, 8, 8), weights=((4, 3, 3, 3), 0), bias="float", activation="Clip", kinds="CONV_2D"),
+    q("Conv", (1, 3, 8, 8), weights=((4, 3, 3, 3), 0), kinds="PAD CONV_2D", pads=[1, 1, 1, 1], strides=[2, 2]),
+    q("Conv", (1, 4, 8, 8), weights=((4, 1, 3, 3), 0), bias="int32", kinds="DEPTHWISE_CONV_2D", group=4, pads=[1] * 4),
+    q("Conv", (1, 4, 8, 8), weights=((8, 1, 3, 3), 0), bias="float", kinds="DEPTHWISE_CONV_2D", group=4),
+    q("Conv", (1, 4, 8, 8), weights=((6, 2, 3, 3), 0), bias="float", kinds="CONV_2D", group=2),
+    q("Conv", (2, 3, 16), weights=((4, 3, 3), 0), bias="float", kinds="CONV_2D", pads=[1, 1]),
+    q("ConvTranspose", (1, 3, 5, 5), weights=((3, 4, 2, 2), 1), bias="float", kinds="TRANSPOSE_CONV", strides=[2, 2]),
+    q("ConvTranspose", (1, 3, 5, 5), weights=((3, 4, 3, 3), None), kinds="TRANSPOSE_CONV", strides=[2, 2]),
+    q("Gemm", (3, 16), weights=((5, 16), 0), bias="int32", kinds="FULLY_CONNECTED", transB=1),
+    q("Gemm", (3, 16), weights=((16, 5), 1), bias="float", activation="Relu", kinds="FULLY_CONNECTED"),
+    q("MatMul", (2, 3, 16), weights=((16, 5), 1), kinds="FULLY_CONNECTED"),
+    q("MatMul", (2, 3, 16), weights=((16, 5), None), kinds="FULLY_CONNECTED"),
+    q("MatMul", (2, 3, 4, 16), (2, 3, 16, 5), kinds="BATCH_MATMUL"),
+    q("Add", (1, 3, 4, 4), (1, 3, 4, 4), kinds="ADD"),
+    q("Add", (1, 3, 4, 4), (1, 3, 4, 4), activation="Relu", kinds="ADD"),
+    q("Sub", (1, 3, 4, 4), (1, 3, 1, 1), kinds="SUB"),
+    q("Mul", (1, 3, 4, 4), (1, 3, 4, 4), kinds="MUL"),
+    q("Mul", (1, 3, 4, 4), (1, 3, 1, 1), kinds="MUL"),
+    q("Mul", (1, 3, 4, 4), constants=(np.float32(0.37),), kinds="MUL"),
+    q("Add", (1, 3, 4, 4), constants=(np.float32(3),), kinds="ADD"),
+    q("Max", (1, 3, 4, 4), (1, 3, 4, 4), kinds="MAXIMUM"),
+    q("Min", (1, 3, 4, 4), (1, 3, 4, 4), kinds="MINIMUM"),
+    q("Relu", (1, 3, 4, 4)),
+    q("Clip", (1, 3, 4, 4), constants=(np.float32(-0.5), np.float32(0.7))),
+    q("LeakyRelu", (1, 3, 4, 4), kinds="LEAKY_RELU", alpha=0.1),
+    q("HardSwish", (1, 3, 4, 4)),
+    q("HardSigmoid", (1, 3, 4, 4), alpha=1 / 6, beta=0.5),
+    q("Sigmoid", (1, 3, 4, 4)),
+    q("Tanh", (1, 3, 4, 4)),
+    q("Softmax", (1, 30)),
+    q("MaxPool", (1, 3, 8, 8), kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4),
+    q("MaxPool", (1, 3, 8, 8), kinds="MAX_POOL_2D", same=True, kernel_shape=[2, 2], strides=[2, 2]),
+    q("AveragePool", (1, 3, 8, 8), kinds="AVERAGE_POOL_2D", same=True, kernel_shape=[2, 2], strides=[2, 2]),
+    q("AveragePool", (1, 3, 8, 8), kernel_shape=[3, 3], pads=[1] * 4),
+    q("GlobalAveragePool", (1, 3, 8, 8), kinds="MEAN"),
+    q("GlobalAveragePool", (1, 3, 8, 8), kinds="MEAN", same=True),
+    q("ReduceMean", (1, 3, 8, 8), constants=(i64(-1, -2),), kinds="MEAN"),
+    q("ReduceSum", (1, 3, 8, 8), constants=(i64(1),), kinds="SUM"),
+    q("ReduceMax", (1, 3, 8, 8), constants=(i64(1),), kinds="REDUCE_MAX"),
+    q("Concat", (1, 3, 4, 4), (1, 2, 4, 4), kinds="CONCATENATION", axis=1),
+    q("Reshape", (1, 3, 4, 4), constants=(i64(3, 16),), same=True),
+    q("Transpose", (1, 3, 4, 5), same=True, perm=[0, 2, 3, 1]),
+    q("Slice", (1, 6, 4, 4), constants=(i64(0, 0), i64(9, 9), i64(2, 3), i64(2, 2)), kinds="STRIDED_SLICE"),
+    q("Pad", (1, 2, 4, 4), constants=(i64(0, 1, 1, 0, 0, 2, 0, 1),), kinds="PAD"),
+    q("Pad", (1, 2, 4, 4), constants=(i64(0, 1, 1, 0, 0, 2, 0, 1), np.float32(0.8)), kinds="PADV2"),
+    q("Resize", (1, 2, 4, 4), constants=("", np.array([1, 1, 2, 2], np.float32)), kinds="RESIZE_BILINEAR", mode="linear"),
+    q("Resize", (1, 2, 4, 4), constants=("", np.array([1, 1, 2, 2], np.float32)), mode="nearest"),
+    q("DepthToSpace", (1, 8, 3, 3), kinds="DEPTH_TO_SPACE", same=True, blocksize=2),
+    q("Gather", (5, 6), constants=(i64(0, 3, -1),), kinds="GATHER", same=True),
+]
+
+
+def build(case: Case, dtype: np.dtype = INT8) -> tuple[Qdq, onnx.ModelProto]:
+    graph = Qdq({f"x{index}": random(*shape, seed=index) for index, shape in enumerate(case.inputs)}, dtype=dtype)
+    names = [graph.quantize(name) for name in list(graph.inputs)]
+    if case.weights is not None:
+        shape, axis = case.weights
+        names.append(graph.weights("w", random(*shape, seed=7) * np.linspace(0.2, 3, shape[axis or 0]).reshape(
+            [-1 if index == (axis or 0) else 1 for index in range(len(shape))]).astype(np.float32), axis))
+        channels = shape[0] if case.op == "Conv" or dict(case.attrs).get("transB") else shape[1]
+        if case.bias == "int32":
+            names.append(graph.bias("b", random(channels, seed=9), "x0", "w"))
+        elif case.bias == "float":
+            names.append(graph.constant("b", random(channels, seed=9)))
+    for index, array in enumerate(case.constants):
+        names.append("" if isinstance(array, str) else graph.constant(f"c{index}", array))
+    output = graph.op(case.op, names, "t", **dict(case.attrs))
+    if case.activation == "Relu":
+        output = graph.op("Relu", [output], "r")
+    elif case.activation == "Clip":
+        bounds = [graph.constant("lo", np.float32(0)), graph.constant("hi", np.float32(6))]
+        output = graph.op("Clip", [output, *bounds], "r")
+    final = graph.quantize(output, graph.params["x0"] if case.same else None)
+    return graph, graph.model(final)
+
+
+def case_id(case: Case) -> str:
+    return f"{case.op}-{zlib.crc32(repr(case).encode()) % 10000}"
+
+
+@pytest.mark.parametrize("dtype", [INT8, UINT8], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_op_is_within_one_step_of_onnxruntime(case: Case, dtype: np.dtype) -> None:
+    graph, made = build(case, dtype)
+    (name, expected), = run_onnx(made, graph.inputs, optimized=False).items()
+    converted = convert_with_notes(made)
+    step = float(graph.params[name.removesuffix("_dq")][0])
+    for xnnpack in (True, False):
+        actual = run_tflite(converted.data, graph.inputs, xnnpack)[name]
+        assert np.abs(actual - expected).max() / step < 1.01
+    kinds = set(op_names(converted.data))
+    assert set(case.kinds) <= kinds
+    if case.kinds:
+        assert not converted.notes or all("transpose" in note for note in converted.notes)

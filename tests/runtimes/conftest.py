@@ -1,0 +1,75 @@
+"""The small models that the runtimes are tested with, exported once per test session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conformance import INPUTS, OUTPUTS
+from edgekit.exporters.tflite import convert
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+from executorch.exir import to_edge_transform_and_lower
+
+
+class Pair(torch.nn.Module):
+    """Two inputs of different dtypes and shapes, two outputs."""
+
+    def forward(self, image: torch.Tensor, offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        total = torch.relu(image + offset.to(torch.float32))
+        return total, total.mean((2, 3))
+
+
+def cnn(channels: int) -> torch.nn.Module:
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(channels, 16, 3, padding=1),
+        torch.nn.ReLU(),
+        torch.nn.Conv2d(16, 16, 3, stride=2, padding=1),
+        torch.nn.ReLU(),
+        torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(),
+        torch.nn.Linear(16, 10),
+    )
+
+
+@pytest.fixture(scope="session")
+def modules() -> dict[str, torch.nn.Module]:
+    torch.manual_seed(0)
+    return {"pair": Pair().eval(), "cnn": cnn(3).eval(), "gray": cnn(1).eval()}
+
+
+@pytest.fixture(scope="session")
+def files(modules: dict[str, torch.nn.Module], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with <model>.pte, .onnx and .tflite, and the inputs and eager outputs in <model>.npz."""
+    folder = tmp_path_factory.mktemp("files")
+    generator = torch.Generator().manual_seed(1)
+    inputs = {
+        "pair": (torch.randn(1, 2, 4, 4, generator=generator), torch.tensor([3])),
+        "cnn": (torch.randn(1, 3, 16, 16, generator=generator),),
+        "gray": (torch.randn(1, 1, 16, 16, generator=generator),),
+    }
+    assert set(inputs) == set(modules) == set(INPUTS)
+    for name, module in modules.items():
+        program = torch.export.export(module, inputs[name])
+        with torch.inference_mode():
+            results = module(*inputs[name])
+        results = results if isinstance(results, tuple) else (results,)
+        arrays = dict(zip((*INPUTS[name], *OUTPUTS[name]), (*inputs[name], *results), strict=True))
+        np.savez(folder / f"{name}.npz", **{key: tensor.numpy() for key, tensor in arrays.items()})
+
+        lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+        (folder / f"{name}.pte").write_bytes(lowered.to_executorch().buffer)
+        exported = torch.onnx.export(
+            module,
+            inputs[name],
+            dynamo=True,
+            verbose=False,
+            input_names=list(INPUTS[name]),
+            output_names=list(OUTPUTS[name]),
+        )
+        assert exported is not None
+        onnx.save(exported.model_proto, folder / f"{name}.onnx")
+        (folder / f"{name}.tflite").write_bytes(convert(exported.model_proto))
+    return folder
