@@ -49,7 +49,7 @@ _SYMPY_NAMES = frozenset({
     "negative", "nonzero", "integer", "real", "finite", "precision", "evaluate", "True", "False", "true", "false",
 })  # fmt: skip
 _SYMBOL = re.compile(r"Symbol\('[a-z]+\d+'|[a-z]{1,3}\d+")
-_WORD = re.compile(r"[\w.+\-]*")
+_WORD = re.compile(r"[\w./+\-]*")
 _TREES = frozenset({None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict"})
 _PAYLOAD = re.compile(r"(weight|tensor)_\d+")
 
@@ -141,7 +141,8 @@ def _screen(node: Any, what: str, key: str = "") -> Any:
     """Return `node` if every string in it is of a form that cannot become code; EdgeKitError otherwise."""
     if isinstance(node, dict):
         for name in node:
-            _require(_WORD.fullmatch(name) is not None, what, "name", name)
+            symbolic = key == "range_constraints" and _is_expression(name)
+            _require(symbolic or _WORD.fullmatch(name) is not None, what, "name", name)
         return {k: _screen(v, what, k) for k, v in node.items()}
     if isinstance(node, list):
         return [_screen(v, what, key) for v in node]

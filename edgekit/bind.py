@@ -19,6 +19,7 @@ from edgekit.openers import Opened, release_modes
 from edgekit.results import TensorSpec
 
 _SHAPES_HELP = "give one --input per input, such as --input 1x3x224x224, or --data with samples"
+_FLOAT_HELP = "load the float model: EdgeKit quantizes it"
 
 
 @dataclass(frozen=True)
@@ -87,14 +88,19 @@ def tidy(opened: Opened) -> None:
         notes.append(f"taken out of its {type(module).__name__} wrapper")
         module = module.module if isinstance(module, wrappers) else module._orig_mod
     opened.module = module
-    if opened.form in ("module", "object", "torchscript") and any(m.training for m in module.modules()):
+    if opened.form in ("module", "object", "torchscript") and any(
+        getattr(m, "training", False) for m in module.modules()
+    ):
         notes.append("was in training mode: switched to eval mode")
     tensors = dict([*module.named_parameters(), *module.named_buffers()])
     ready = {k: t for k, t in tensors.items() if not torch.nn.parameter.is_lazy(t)}
+    quantized = [name for name, m in module.named_modules() if type(m).__module__.startswith("torch.ao.nn")]
+    if quantized:
+        raise EdgeKitError(f"{opened.name} is quantized already (module {quantized[0]!r})", _FLOAT_HELP)
     _check_kinds(ready, opened.name)
+    if isinstance(module, torch.fx.GraphModule):
+        release_modes(module)
     module.eval()
-    for parameter in module.parameters():
-        parameter.requires_grad_(False)
     if any(t.device.type != "cpu" for t in ready.values()):
         module.cpu()
         notes.append("moved to the CPU")
@@ -114,9 +120,7 @@ def tidy(opened: Opened) -> None:
 def _check_kinds(tensors: Mapping[str, torch.Tensor], what: str) -> None:
     for name, tensor in tensors.items():
         if tensor.is_quantized:
-            raise EdgeKitError(
-                f"{what} is quantized already (weight {name!r})", "load the float model, EdgeKit quantizes it"
-            )
+            raise EdgeKitError(f"{what} is quantized already (weight {name!r})", _FLOAT_HELP)
         if tensor.is_meta:
             raise EdgeKitError(
                 f"the weight {name!r} of {what} was never loaded (meta device)", "load the weights first"
@@ -170,6 +174,8 @@ def bind(opened: Opened, specs: Sequence[TensorSpec], example: Sequence[Any] | M
         if opened.form == "torchscript":
             module = _converted(opened, module, tensors, raw)
         pairs = _outputs(raw, opened)
+    for parameter in module.parameters():  # only now: lazy ones came to be in the run
+        parameter.requires_grad_(False)
     input_specs = tuple(_spec(name, t) for name, t in inputs)
     taken = {name for name, _ in inputs}
     outputs = tuple(_spec(f"{name}_out" if name in taken else name, t) for name, t in pairs)
@@ -180,6 +186,8 @@ def _signature(opened: Opened) -> Signature:
     if opened.form in ("pt2", "onnx"):
         return Signature(tuple(Parameter(s.name, True, False) for s in opened.specs))
     if opened.form == "torchscript":
+        if not hasattr(opened.module, "forward"):
+            raise EdgeKitError(f"{opened.name} is TorchScript without a forward method", "script a model that has one")
         arguments = opened.module.forward.schema.arguments[1:]
         return Signature(tuple(Parameter(a.name, not a.has_default_value(), a.kwarg_only) for a in arguments))
     found = inspect.signature(opened.module.forward).parameters.values()
@@ -297,19 +305,18 @@ def _arranged(given: Named, signature: Signature, what: str) -> Named:
 
 def _call(inputs: Named, signature: Signature, as_dict: bool) -> tuple[pytree.TreeSpec, tuple[object, ...]]:
     """How the tensors make up `(args, kwargs)`: by position up to the first argument left out, by name from there."""
+    args: list[object] = []
+    kwargs: dict[str, object] = {}
+    by_name = {p.name: p for p in signature.parameters}
+    for i, (name, _) in enumerate(inputs):
+        parameter = by_name.get(name)
+        if parameter is None or (not parameter.keyword_only and signature.names[i] == name):
+            args.append(SLOT)
+        else:
+            kwargs[name] = SLOT
     if as_dict:
-        args, kwargs = ({name: SLOT for name, _ in inputs},), {}
-    else:
-        by_name = {p.name: p for p in signature.parameters}
-        args, kwargs = (), {}
-        for i, (name, _) in enumerate(inputs):
-            parameter = by_name.get(name)
-            in_place = parameter is None or (not parameter.keyword_only and signature.names[i] == name)
-            if in_place:
-                args = (*args, SLOT)
-            else:
-                kwargs[name] = SLOT
-    template, in_spec = pytree.tree_flatten((args, kwargs))
+        args, kwargs = [{name: SLOT for name, _ in inputs}], {}
+    template, in_spec = pytree.tree_flatten((tuple(args), kwargs))
     return in_spec, tuple(template)
 
 

@@ -43,8 +43,8 @@ def open_source(source: str, code: str | None) -> Opened:
     if is_code(source):
         if code is not None:
             raise EdgeKitError(f"{source} is code already, so --code has nothing to add", "give only one of the two")
-        user = import_code(source)
-        return Opened(build(user), user.stem, "factory")
+        factory = import_code(source)
+        return Opened(build(factory), factory.stem, "factory")
     path = Path(source)
     kind = sniff(path)
     user = import_code(code) if code is not None and kind in ("torch", "safetensors") else None
@@ -300,7 +300,11 @@ def _onnx_specs(proto: Any, notes: list[str]) -> tuple[TensorSpec, ...]:
         if value.name in given:
             continue
         kind = value.type.tensor_type
-        shape = [d.dim_value for d in kind.shape.dim]
+        if not kind.elem_type:
+            raise EdgeKitError(
+                f"the input {value.name!r} of the ONNX model is no tensor", "export it with tensor inputs"
+            )
+        shape = [d.dim_value for d in kind.shape.dim] if kind.HasField("shape") else [0, 0]
         if shape and shape[0] == 0:
             shape[0] = 1
             notes.append(f"the batch dimension of {value.name!r} is open in the file: taken as 1")

@@ -123,8 +123,9 @@ def resolve(name: str, code: UserCode | None) -> Any | None:
     if name.startswith("torch.nn.modules.") or name in _WRAPPERS:
         module_name, _, qualname = name.rpartition(".")
         found = vars(sys.modules.get(module_name, object)).get(qualname)
-        genuine = isinstance(found, type) and issubclass(found, nn.Module)
-        return found if genuine and f"{found.__module__}.{found.__qualname__}" == name else None
+        if not isinstance(found, type) or not issubclass(found, nn.Module):
+            return None
+        return found if f"{found.__module__}.{found.__qualname__}" == name else None
     if code is None or name.partition(".")[0] in ("torch", "builtins"):
         return None
     return _user_class(name, code)
@@ -136,26 +137,30 @@ def _user_class(name: str, code: UserCode) -> type | None:
     for cut in range(1, len(parts)):  # pkg.mod.Outer.Inner: the module is any leading part
         module, qualname = ".".join(parts[:cut]), parts[cut:]
         owners = [code.module]
-        beside = sys.modules.get(module)
-        origin = getattr(beside, "__file__", None)
-        if beside is not None and origin and Path(origin).resolve().is_relative_to(code.folder):
-            owners.insert(0, beside)
+        if _is_beside(module, code):
+            owners.insert(0, sys.modules[module])
         for owner in owners:
             found: object = owner
             for part in qualname:
                 found = vars(found).get(part) if hasattr(found, "__dict__") else None
-            if isinstance(found, type) and _holds_data(found):
+            if isinstance(found, type) and _holds_data(found, code):
                 return found
     return None
 
 
-def _holds_data(found: type) -> bool:
-    """Whether a user's class is a network or plain data: constructing it from a file's values is what it is for."""
+def _is_beside(module: str, code: UserCode) -> bool:
+    """Whether `module` is imported already and its file lies in the folder of the user's code."""
+    origin = getattr(sys.modules.get(module), "__file__", None)
+    return isinstance(origin, str) and Path(origin).resolve().is_relative_to(code.folder)
+
+
+def _holds_data(found: type, code: UserCode) -> bool:
+    """Whether a class is a network, or plain data of the user's own: made to be constructed from a file's values."""
     from torch import nn
 
     if issubclass(found, nn.Module):
         return not found.__module__.startswith("torch.")
-    return dataclasses.is_dataclass(found) or issubclass(found, enum.Enum)
+    return (dataclasses.is_dataclass(found) or issubclass(found, enum.Enum)) and _is_beside(found.__module__, code)
 
 
 def globals_of(path: Path) -> set[str]:

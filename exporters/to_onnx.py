@@ -35,6 +35,7 @@ def to_onnx(
     rename(model, inputs, outputs)
     fold_quantized_pads(model)
     quantize_biases(model)
+    shift_activations(model)
     strip_metadata(model)
     if half_weights:
         halve_weights(model)
@@ -139,6 +140,30 @@ def quantize_biases(model: ir.Model) -> None:
         dequantize.outputs[0].shape, dequantize.outputs[0].type = bias.shape, bias.type
         graph.insert_before(node, dequantize)
         node.replace_input_with(2, dequantize.outputs[0])
+    _sweep(model)
+
+
+def shift_activations(model: ir.Model) -> None:
+    """Stores activations as uint8 with zero point z + 128 instead of int8 with z: the same real values, exactly.
+
+    ONNX Runtime's x86 kernels take uint8 × int8; weights stay int8.
+    """
+    weights = {node.inputs[1] for node in model.graph if node.op_type in WEIGHTED or node.op_type == "MatMul"}
+    shifted: dict[ir.Value, ir.Value] = {}
+    for node in model.graph:
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or node.outputs[0] in weights:
+            continue
+        if len(node.inputs) < 3 or _constant(node.inputs[2]).dtype != np.int8:
+            continue
+        stored = node.inputs[0]
+        for index in (0, 2) if stored.is_initializer() else (2,):
+            value = node.inputs[index]
+            if value not in shifted:
+                codes = (_constant(value).astype(np.int16) + 128).astype(np.uint8)
+                shifted[value] = _initializer(model, f"{value.name}_uint8", codes)
+            node.replace_input_with(index, shifted[value])
+        if node.op_type == "QuantizeLinear":
+            node.outputs[0].type = ir.TensorType(ir.DataType.UINT8)
     _sweep(model)
 
 

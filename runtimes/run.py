@@ -176,6 +176,9 @@ def _run_job(
 def _check_feeds(feeds: Sequence[np.ndarray]) -> None:
     if not feeds:
         raise EdgeKitError("a model runs on at least one input")
+    for feed in feeds:
+        if feed.dtype.hasobject:
+            raise EdgeKitError(f"inputs are arrays of numbers, not of {feed.dtype}")
     runs = {feed.shape[:1] for feed in feeds}
     if runs & {(), (0,)} or len(runs) != 1:
         shapes = ", ".join(str(list(feed.shape)) for feed in feeds)

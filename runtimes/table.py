@@ -21,9 +21,7 @@ RUNTIMES: dict[str, Runtime] = {
     "executorch": Runtime("executorch", "pte", ("session",), "executorch"),
     "onnxruntime": Runtime("onnx", "ort", ("session",), "onnxruntime"),
     "litert": Runtime("tflite", "litert", ("session", "interpreter"), "ai-edge-litert"),
-    "tflite-runtime": Runtime(
-        "tflite", "tflite_rt", ("session", "interpreter"), "tflite-runtime==2.14.0 'numpy<2'"
-    ),
+    "tflite-runtime": Runtime("tflite", "tflite_rt", ("session", "interpreter"), "tflite-runtime==2.14.0 'numpy<2'"),
 }
 
 SUFFIXES = {"executorch": ".pte", "onnx": ".onnx", "tflite": ".tflite"}

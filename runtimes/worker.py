@@ -13,13 +13,15 @@ import hashlib
 import importlib
 import itertools
 import json
+import math
 import os
 import platform
 import sys
 import time
 import types
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 PACKAGE = "edgekit_job"
 TIMED_SAMPLES = 8
@@ -43,7 +45,9 @@ def main(folder: Path) -> int:
     try:
         result = {"ok": True, **run_job(folder, job)}
     except Failure as failure:
-        result = {"ok": False, "what": failure.what, "help": failure.help}
+        # Runtimes quote the path that they were given, which means nothing to the user.
+        what = failure.what.replace(str(folder / job["artifact"]), job["label"])
+        result = {"ok": False, "what": what, "help": failure.help}
     unfinished = folder / "result.json.tmp"
     unfinished.write_text(json.dumps(result))
     unfinished.replace(folder / "result.json")
@@ -69,9 +73,7 @@ def run_job(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
 
     _stage("load")
     try:
-        session = runtime.load(
-            str(artifact), threads=job["threads"], inputs=job["inputs"], outputs=job["outputs"]
-        )
+        session = runtime.load(str(artifact), threads=job["threads"], inputs=job["inputs"], outputs=job["outputs"])
     except Exception as error:
         raise Failure(
             f"{job['runtime']} cannot load {job['label']}: {_message(error)}",
@@ -126,27 +128,33 @@ class _Samples:
 
     def __init__(self, numpy: types.ModuleType, folder: Path, names: list[str]) -> None:
         self._numpy = numpy
-        self._tables = [(name, *_open_table(numpy, folder / f"in_{i}.npy")) for i, name in enumerate(names)]
-        self.runs = self._tables[0][2][0]
+        self._tables = [(name, _Table.open(numpy, folder / f"in_{i}.npy")) for i, name in enumerate(names)]
+        self.runs = self._tables[0][1].shape[0]
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         for i in range(self.runs):
-            yield {name: self._read(*table, i) for name, *table in self._tables}
+            yield {name: self._read(table, i) for name, table in self._tables}
 
-    def _read(self, path: Path, shape: tuple[int, ...], dtype: Any, offset: int, i: int) -> Any:
-        count = 1
-        for size in shape[1:]:
-            count *= size
-        start = offset + i * count * dtype.itemsize
-        return self._numpy.fromfile(path, dtype, count, offset=start).reshape(shape[1:])
+    def _read(self, table: _Table, i: int) -> Any:
+        count = math.prod(table.shape[1:])
+        start = table.offset + i * count * table.dtype.itemsize
+        return self._numpy.fromfile(table.path, table.dtype, count, offset=start).reshape(table.shape[1:])
 
 
-def _open_table(numpy: types.ModuleType, path: Path) -> tuple[Path, tuple[int, ...], Any, int]:
-    """Path, shape, dtype and data offset of a .npy file in C order."""
-    with path.open("rb") as file:
-        numpy.lib.format.read_magic(file)
-        shape, _, dtype = numpy.lib.format.read_array_header_1_0(file)
-        return path, shape, dtype, file.tell()
+class _Table(NamedTuple):
+    """A .npy file in C order, and where its numbers begin."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: Any
+    offset: int
+
+    @classmethod
+    def open(cls, numpy: types.ModuleType, path: Path) -> _Table:
+        with path.open("rb") as file:
+            numpy.lib.format.read_magic(file)
+            shape, _, dtype = numpy.lib.format.read_array_header_1_0(file)
+            return cls(path, shape, dtype, file.tell())
 
 
 class _Writer:

@@ -364,6 +364,21 @@ def test_exported_program_with_keyword_nested_and_optional_inputs(tmp_path: Path
     torch.export.export(model.module, model.example)
 
 
+def test_exported_program_with_symbolic_shapes_and_branches(tmp_path: Path) -> None:
+    class Branches(nn.Module):
+        def forward(self, x):
+            with torch.no_grad():
+                y = x * 2
+            return torch.cond(x.sum() > 0, lambda v: v + 1, lambda v: v - 1, (x,)) + y + x.shape[0]
+
+    half = torch.export.Dim("half", min=1, max=8)
+    program = torch.export.export(Branches(), (torch.ones(4, 2),), dynamic_shapes={"x": {0: 2 * half}})
+    torch.export.save(program, tmp_path / "m.pt2")
+    for inputs in ([], ["6x2"]):
+        model = load(tmp_path / "m.pt2", inputs=inputs)
+        torch.testing.assert_close(model.module(*model.example)[0], Branches()(*model.example))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_float_types_become_float32(dtype: torch.dtype, tmp_path: Path, code: Path, net: nn.Module) -> None:
     torch.save(net.to(dtype), tmp_path / "m.pt")
@@ -570,6 +585,33 @@ def test_program_exported_in_training_mode(tmp_path: Path) -> None:
 def test_quantized_and_meta_weights_are_named() -> None:
     with pytest.raises(EdgeKitError, match="'weight' of Linear was never loaded"):
         load(nn.Linear(2, 2, device="meta"), inputs=["1x2"])
+    with pytest.warns(), pytest.raises(EdgeKitError, match="quantized already .module '0'"):
+        load(torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(2, 2))), inputs=["1x2"])
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 4)
+        self.dropout = nn.Dropout()
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor):
+        return {"a": self.dropout(self.linear(x)), "b": mask}
+
+
+@pytest.mark.parametrize("kind", ["scripted", "frozen", "half"])
+def test_torchscript_with_names_and_types(kind: str, tmp_path: Path) -> None:
+    eager = Pair().eval()
+    script = torch.jit.script(Pair().train() if kind == "scripted" else eager)
+    script.load_state_dict(eager.state_dict())
+    script = torch.jit.freeze(script) if kind == "frozen" else script.half() if kind == "half" else script
+    script.save(tmp_path / "m.pt")
+    model = load(tmp_path / "m.pt", inputs=["2x3", "int64[2]"])
+    assert [str(s) for s in model.inputs] == ["x:float32[2,3]", "mask:int64[2]"]
+    assert [str(s) for s in model.outputs] == ["a:float32[2,4]", "b:int64[2]"]
+    loose = {"rtol": 1e-2, "atol": 1e-2} if kind == "half" else {}
+    torch.testing.assert_close(model.module(*model.example)[0], eager(*model.example)["a"], **loose)
+    torch.export.export(model.module, model.example)
 
 
 @pytest.mark.parametrize("location", ["../outside.bin", "/etc/hostname", "link.bin"])

@@ -23,8 +23,10 @@ def fuse_activations(graph: Graph) -> None:
 
 
 def fuse(graph: Graph) -> None:
-    """Fold, once int8 values are known: constant padding into the convolution that reads it."""
+    """Fold, once int8 values are known: constant padding into the convolution that reads it, limits of int8 values."""
     _fold_pad(graph)
+    _fuse_limits(graph)
+    _merge_slices(graph)
 
 
 def _only_reader(graph: Graph, readers: dict[str, list[Node]], name: str) -> Node | None:
@@ -44,11 +46,30 @@ def _fuse_relu(graph: Graph) -> None:
         reader = _only_reader(graph, readers, node.outputs[0]) if node.op in ACTIVATED else None
         if reader is None or graph.info[node.outputs[0]].dtype != FLOAT:
             continue
-        activation = "RELU" if reader.op == "Relu" else _clip(graph, reader) if reader.op == "Clip" else None
+        activation = _activation(graph, reader)
         if activation:
             node.activation, node.outputs[0] = activation, reader.outputs[0]
             dead.append(reader)
     _drop(graph, dead)
+
+
+def _fuse_limits(graph: Graph) -> None:
+    """Limit an int8 value in the op that makes it: rounding keeps order, so that the limits may come before it."""
+    readers = graph.readers()
+    for node in graph.nodes:
+        output = node.outputs[0]
+        if node.op not in ACTIVATED or node.activation != "NONE" or output not in graph.held:
+            continue
+        reader = _only_reader(graph, readers, output)
+        activation = _activation(graph, reader) if reader is not None else None
+        if reader is not None and activation:
+            node.activation = activation
+            # What is left of the reader is a change of parameters, or nothing.
+            reader.op, reader.inputs = "Identity", [output]
+
+
+def _activation(graph: Graph, node: Node) -> str | None:
+    return "RELU" if node.op == "Relu" else _clip(graph, node) if node.op == "Clip" else None
 
 
 def _clip(graph: Graph, node: Node) -> str | None:
@@ -190,25 +211,76 @@ def _fuse_hard_swish(graph: Graph) -> None:
 
 
 def _fold_pad(graph: Graph) -> None:
-    """Let a convolution pad by itself where a Pad adds zeros around its spatial axes."""
-    readers, dead = graph.readers(), []
+    """Let a convolution pad by itself where a Pad adds zeros around its spatial axes.
+
+    A padded value held as int8 is quantized first and then padded, which is the same.
+    """
+    readers = graph.readers()
+    nodes: list[Node] = []
     for node in graph.nodes:
         conv = _only_reader(graph, readers, node.outputs[0]) if node.op == "Pad" else None
-        if conv is None or conv.op != "Conv" or conv.inputs[0] != node.outputs[0]:
+        pads = _spatial_pads(graph, node, conv) if conv is not None else None
+        if conv is None or pads is None:
+            nodes.append(node)
             continue
-        source, padded = node.inputs[0], node.outputs[0]
-        amounts = graph.array(node.inputs[1])
-        value = _number(graph, node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] else 0.0
-        plain = node.attrs.get("mode", "constant") == "constant" and not (len(node.inputs) > 3 and node.inputs[3])
-        same = graph.held.get(padded, graph.held.get(source)) == graph.held.get(source)
-        if amounts is None or value != 0 or not plain or not same or conv.attrs.get("auto_pad", "NOTSET") != "NOTSET":
+        conv.attrs["pads"] = pads
+        q = graph.held.get(node.outputs[0])
+        if q is None or q == graph.held.get(node.inputs[0]):
+            conv.inputs[0] = node.inputs[0]
+        else:
+            graph.info[node.outputs[0]] = graph.info[node.inputs[0]]
+            nodes.append(Node("Quantize", node.name, node.inputs[:1], node.outputs, qparams=q))
+    graph.nodes = nodes
+
+
+def _spatial_pads(graph: Graph, node: Node, conv: Node) -> list[int] | None:
+    """The pads of the convolution with those of a Pad node added, or None if it does more than add zeros around."""
+    amounts = graph.array(node.inputs[1])
+    value = _number(graph, node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] else 0.0
+    axes = graph.array(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3] else None
+    plain = node.attrs.get("mode", "constant") == "constant" and value == 0
+    if conv.op != "Conv" or conv.inputs[0] != node.outputs[0] or conv.attrs.get("auto_pad", "NOTSET") != "NOTSET":
+        return None
+    if amounts is None or not plain:
+        return None
+    rank = len(graph.info[node.inputs[0]].shape)
+    table = np.zeros((2, rank), np.int64)
+    table[:, list(range(rank)) if axes is None else axes] = amounts.reshape(2, -1)
+    if table.min() < 0 or table[:, :2].any():
+        return None
+    pads = conv.attrs.get("pads", [0] * (2 * (rank - 2)))
+    return [int(a + p) for a, p in zip(table[:, 2:].reshape(-1), pads, strict=True)]
+
+
+def _merge_slices(graph: Graph) -> None:
+    """Cut several axes at once where one Slice after another cuts one each."""
+    readers, dead = graph.readers(), []
+    for node in graph.nodes:
+        reader = _only_reader(graph, readers, node.outputs[0]) if node.op == "Slice" else None
+        if reader is None or reader.op != "Slice" or reader.inputs[0] != node.outputs[0]:
             continue
-        rank = len(graph.info[source].shape)
-        begins, ends = amounts[:rank], amounts[rank:]
-        if amounts.min() < 0 or any((*begins[:2], *ends[:2])):
+        first, second = slice_arrays(graph, node), slice_arrays(graph, reader)
+        same = graph.held.get(node.outputs[0]) == graph.held.get(reader.outputs[0])
+        if first is None or second is None or not same or set(first[2]) & set(second[2]):
             continue
-        pads = conv.attrs.get("pads", [0] * (2 * (rank - 2)))
-        conv.attrs["pads"] = [int(a + p) for a, p in zip((*begins[2:], *ends[2:]), pads, strict=True)]
-        conv.inputs[0] = source
+        names = [f"{reader.name}_{part}" for part in ("starts", "ends", "axes", "steps")]
+        for name, before, after in zip(names, first, second, strict=True):
+            graph.constants[name] = np.array([*before, *after], np.int64)
+            graph.info[name] = Info(graph.constants[name].shape, np.dtype(np.int64))
+        reader.inputs = [node.inputs[0], *names]
         dead.append(node)
     _drop(graph, dead)
+
+
+def slice_arrays(graph: Graph, node: Node) -> list[list[int]] | None:
+    """Starts, ends, non-negative axes and steps of a Slice, or None if one is not constant."""
+    arrays = [graph.array(name) if name else None for name in node.inputs[1:]]
+    if any(array is None and name for array, name in zip(arrays, node.inputs[1:], strict=True)):
+        return None
+    lists = [None if array is None else [int(number) for number in array] for array in arrays]
+    starts, ends, axes, steps = (*lists, *[None] * (4 - len(lists)))
+    if starts is None or ends is None:
+        return None
+    rank = len(graph.info[node.inputs[0]].shape)
+    axes = list(range(len(starts))) if axes is None else [axis % rank for axis in axes]
+    return [starts, ends, axes, [1] * len(starts) if steps is None else steps]

@@ -109,8 +109,9 @@ def clamp(b: Builder, node: Node, low: float, high: float) -> None:
     value = b.settle(b.value(node.inputs[0]))
     x = b.held_as(value.tensor, q)
     if q is not None:
-        holds = q.bounds()
-        if low <= holds[0] and holds[1] <= high:
+        # Within the limits after rounding: a bound that is the tensor's own largest number changes nothing.
+        limits = q.quantize(np.array([low, high], np.float32))
+        if limits[0] == -128 and limits[1] == 127:
             b.bind(node.outputs[0], x, value.perm)
             return
     kind = RELUS.get((low, high))

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx
-from edgekit.exporters.tflite.builder import Builder
-from edgekit.exporters.tflite.ir import Node, Tensor, Value, channels_last
+from edgekit.exporters.tflite.builder import FLOAT, Builder
+from edgekit.exporters.tflite.fuse import slice_arrays
+from edgekit.exporters.tflite.ir import Node, QParams, Shape, Tensor, Value, channels_last
+from edgekit.exporters.tflite.linear import int32_bias
 from edgekit.exporters.tflite.registry import lowers, unsupported
 from edgekit.exporters.tflite.windows import pad as pad_tensor
 
@@ -108,14 +110,11 @@ def split(
 def slice_(b: Builder, node: Node) -> None:
     """Slice by constant bounds: SLICE for step 1, STRIDED_SLICE otherwise, after REVERSE_V2 for negative steps."""
     value = moved(b, node)
-    parts = [b.array(name) if name else None for name in node.inputs[1:]]
-    if any(part is None and name for part, name in zip(parts, node.inputs[1:], strict=True)):
+    arrays = slice_arrays(b.graph, node)
+    if arrays is None:
         raise unsupported(node, "its bounds are not constant")
-    starts, ends = (list(map(int, part)) for part in parts[:2] if part is not None)
-    axes = list(map(int, parts[2])) if len(parts) > 2 and parts[2] is not None else list(range(len(starts)))
-    steps = list(map(int, parts[3])) if len(parts) > 3 and parts[3] is not None else [1] * len(starts)
     ranges = [range(size) for size in value.tensor.shape]
-    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+    for start, end, axis, step in zip(*arrays, strict=True):
         physical = value.axis(axis)
         # Python's slice saturates as ONNX does, but reads an end of −1 as the last element: so does ONNX.
         ranges[physical] = range(value.tensor.shape[physical])[slice(start, end, step)]
@@ -124,35 +123,59 @@ def slice_(b: Builder, node: Node) -> None:
 
 def sliced(b: Builder, x: Tensor, ranges: Sequence[range]) -> Tensor:
     """Cut physical ranges out of a tensor; ranges with negative steps are cut from the reversed tensor."""
-    back = [axis for axis, indices in enumerate(ranges) if indices.step < 0]
-    if back:
-        x = (
-            b.op("REVERSE_V2", [x, np.array(back, np.int32)], x.shape, q=x.q)
-            if len(back) == 1
-            else _reverse(b, x, back)
-        )
-        ranges = [
-            range(x.shape[axis] - 1 - indices.start, x.shape[axis] - 1 - indices.stop, -indices.step)
-            if indices.step < 0
-            else indices
-            for axis, indices in enumerate(ranges)
+    for axis, indices in enumerate(ranges):
+        if indices.step < 0:
+            x = b.op("REVERSE_V2", [x, np.array([axis], np.int32)], x.shape, q=x.q)
+            last = x.shape[axis] - 1
+            forward = range(last - indices.start, last - indices.stop, -indices.step)
+            ranges = [*ranges[:axis], forward, *ranges[axis + 1 :]]
+    # Cut to what the steps reach, so that what is left is a plain cut or a plain stride.
+    reach = [range(indices.start, indices[-1] + 1) if len(indices) else indices for indices in ranges]
+    strides = [indices.step if len(indices) > 1 else 1 for indices in ranges]
+    shape = tuple(len(indices) for indices in ranges)
+    if max(strides, default=1) == 1:
+        return _cut(b, x, reach)
+    if len(shape) == 4 and strides[0] == strides[3] == 1 and 0 not in shape and (x.q or x.dtype == FLOAT):
+        # Rows after the last one taken may stay, unless there is another step's worth of them.
+        room = [
+            range(cut.start, size) if (size - cut.start - 1) // step + 1 == count else cut
+            for cut, size, step, count in zip(reach, x.shape, strides, shape, strict=True)
         ]
+        return _stride(b, _cut(b, x, room), strides[1], strides[2], shape)
+    begin, end = (np.array([getattr(indices, side) for indices in reach], np.int32) for side in ("start", "stop"))
+    return b.op("STRIDED_SLICE", [x, begin, end, np.array(strides, np.int32)], shape, q=x.q)
+
+
+def _cut(b: Builder, x: Tensor, ranges: Sequence[range]) -> Tensor:
     shape = tuple(len(indices) for indices in ranges)
     if shape == x.shape:
         return x
     begin = np.array([indices.start for indices in ranges], np.int32)
-    if all(indices.step == 1 or len(indices) == 1 for indices in ranges):
-        return b.op("SLICE", [x, begin, np.array(shape, np.int32)], shape, q=x.q)
-    end = np.array([indices[-1] + 1 if len(indices) else indices.start for indices in ranges], np.int32)
-    strides = np.array([indices.step for indices in ranges], np.int32)
-    return b.op("STRIDED_SLICE", [x, begin, end, strides], shape, q=x.q)
+    return b.op("SLICE", [x, begin, np.array(shape, np.int32)], shape, q=x.q)
 
 
-def _reverse(b: Builder, x: Tensor, axes: Sequence[int]) -> Tensor:
-    """REVERSE_V2 takes neighboring axes only: reverse one after the other."""
-    for axis in axes:
-        x = b.op("REVERSE_V2", [x, np.array([axis], np.int32)], x.shape, q=x.q)
-    return x
+def _stride(b: Builder, x: Tensor, height: int, width: int, shape: Shape) -> Tensor:
+    """Every n-th row and column as a 1×1 depthwise convolution by one, which is exact.
+
+    XNNPACK has no strided slice: with one, its graph falls to pieces.
+    """
+    channels = x.shape[3]
+    ones, zeros = np.ones((1, 1, 1, channels), np.float32), np.zeros(channels, np.float32)
+    weights, bias = b.const(ones), b.const(zeros)
+    if x.q is not None:
+        q = QParams.of(1 / 127, 0)
+        weights, bias = b.const(q.quantize(ones), q), int32_bias(b, "", x.q, q, channels)
+    return b.op(
+        "DEPTHWISE_CONV_2D",
+        [x, weights, bias],
+        shape,
+        q=x.q,
+        padding="VALID",
+        strideH=height,
+        strideW=width,
+        depthMultiplier=1,
+        fusedActivationFunction="NONE",
+    )
 
 
 @lowers("Pad")

@@ -71,7 +71,7 @@ class LocalDevice:
         return job
 
     def exec(self, argv: Sequence[str], timeout_s: float) -> Exit:
-        """Run a command in a process group of its own, which ends with it."""
+        """Run a command in a process group of its own. Raises TimeoutError when it was stopped after `timeout_s`."""
         try:
             process = subprocess.Popen(
                 argv,
@@ -86,10 +86,11 @@ class LocalDevice:
             raise EdgeKitError(f"cannot start {argv[0]}: {error.strerror}") from error
         try:
             output, _ = process.communicate(timeout=timeout_s)
-        except subprocess.TimeoutExpired as error:
-            raise TimeoutError(f"{argv[0]} ran longer than {timeout_s} s") from error
-        finally:
+        except BaseException as error:  # Ctrl-C too: it does not reach a process group of its own
             _kill_group(process)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise TimeoutError(f"{argv[0]} ran longer than {timeout_s} s") from error
+            raise
         return Exit(process.returncode, output)
 
     def pull(self, job: str, names: Sequence[str], into: Path) -> None:
@@ -106,7 +107,7 @@ class LocalDevice:
 
 
 def _kill_group(process: subprocess.Popen[str]) -> None:
-    """End what is left of the process and its children: a timeout, Ctrl-C, or a child that outlived its parent."""
+    """End the process and its children."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

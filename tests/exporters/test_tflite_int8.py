@@ -8,10 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx
 import pytest
-from onnx import numpy_helper
+from edgekit.exporters.tflite import convert_with_notes
 from tflite_tools import interpreter, model, node, op_names, run_onnx, run_tflite
-
-from edgekit.exporters.tflite import QParams, convert, convert_with_notes
 
 INT8, UINT8 = np.dtype(np.int8), np.dtype(np.uint8)
 
@@ -88,8 +86,17 @@ class Case(NamedTuple):
     same: bool = False
 
 
-def q(op: str, *inputs: tuple[int, ...], weights: Any = None, bias: str = "", activation: str = "", constants: Any = (),
-      kinds: str = "", same: bool = False, **attrs: Any) -> Case:
+def q(
+    op: str,
+    *inputs: tuple[int, ...],
+    weights: Any = None,
+    bias: str = "",
+    activation: str = "",
+    constants: Any = (),
+    kinds: str = "",
+    same: bool = False,
+    **attrs: Any,
+) -> Case:
     """A case; `kinds` are the TFLite ops it must become, `same` gives the output the input's parameters."""
     return Case(op, inputs, weights, bias, activation, tuple(attrs.items()), constants, tuple(kinds.split()), same)
 
@@ -148,7 +155,13 @@ CASES = [
     q("Slice", (1, 6, 4, 4), constants=(i64(0, 0), i64(9, 9), i64(2, 3), i64(2, 2)), kinds="STRIDED_SLICE"),
     q("Pad", (1, 2, 4, 4), constants=(i64(0, 1, 1, 0, 0, 2, 0, 1),), kinds="PAD"),
     q("Pad", (1, 2, 4, 4), constants=(i64(0, 1, 1, 0, 0, 2, 0, 1), np.float32(0.8)), kinds="PADV2"),
-    q("Resize", (1, 2, 4, 4), constants=("", np.array([1, 1, 2, 2], np.float32)), kinds="RESIZE_BILINEAR", mode="linear"),
+    q(
+        "Resize",
+        (1, 2, 4, 4),
+        constants=("", np.array([1, 1, 2, 2], np.float32)),
+        kinds="RESIZE_BILINEAR",
+        mode="linear",
+    ),
     q("Resize", (1, 2, 4, 4), constants=("", np.array([1, 1, 2, 2], np.float32)), mode="nearest"),
     q("DepthToSpace", (1, 8, 3, 3), kinds="DEPTH_TO_SPACE", same=True, blocksize=2),
     q("Gather", (5, 6), constants=(i64(0, 3, -1),), kinds="GATHER", same=True),
@@ -160,8 +173,16 @@ def build(case: Case, dtype: np.dtype = INT8) -> tuple[Qdq, onnx.ModelProto]:
     names = [graph.quantize(name) for name in list(graph.inputs)]
     if case.weights is not None:
         shape, axis = case.weights
-        names.append(graph.weights("w", random(*shape, seed=7) * np.linspace(0.2, 3, shape[axis or 0]).reshape(
-            [-1 if index == (axis or 0) else 1 for index in range(len(shape))]).astype(np.float32), axis))
+        names.append(
+            graph.weights(
+                "w",
+                random(*shape, seed=7)
+                * np.linspace(0.2, 3, shape[axis or 0])
+                .reshape([-1 if index == (axis or 0) else 1 for index in range(len(shape))])
+                .astype(np.float32),
+                axis,
+            )
+        )
         channels = shape[0] if case.op == "Conv" or dict(case.attrs).get("transB") else shape[1]
         if case.bias == "int32":
             names.append(graph.bias("b", random(channels, seed=9), "x0", "w"))
@@ -187,7 +208,7 @@ def case_id(case: Case) -> str:
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_op_is_within_one_step_of_onnxruntime(case: Case, dtype: np.dtype) -> None:
     graph, made = build(case, dtype)
-    (name, expected), = run_onnx(made, graph.inputs, optimized=False).items()
+    ((name, expected),) = run_onnx(made, graph.inputs, optimized=False).items()
     converted = convert_with_notes(made)
     step = float(graph.params[name.removesuffix("_dq")][0])
     for xnnpack in (True, False):
@@ -197,3 +218,159 @@ def test_op_is_within_one_step_of_onnxruntime(case: Case, dtype: np.dtype) -> No
     assert set(case.kinds) <= kinds
     if case.kinds:
         assert not converted.notes or all("transpose" in note for note in converted.notes)
+
+
+def small_cnn(dtype: np.dtype = INT8) -> tuple[Qdq, onnx.ModelProto]:
+    """conv → relu → residual conv → add → relu → strided depthwise → global pool → fully connected."""
+    graph = Qdq({"image": random(1, 3, 16, 16)}, dtype=dtype)
+
+    def conv(x: str, name: str, shape: tuple[int, ...], **attributes: Any) -> str:
+        w = graph.weights(f"{name}_w", random(*shape, seed=len(name)) / 3)
+        b = graph.bias(f"{name}_b", random(shape[0], seed=3), x.removesuffix("_dq"), f"{name}_w")
+        return graph.op("Conv", [x, w, b], name, **attributes)
+
+    def relu(x: str) -> str:
+        return graph.op("Relu", [x], f"{x}_relu")
+
+    x = graph.quantize("image")
+    x = graph.quantize(relu(conv(x, "stem", (8, 3, 3, 3), pads=[1] * 4)))
+    y = graph.quantize(conv(x, "inner", (8, 8, 3, 3), pads=[1] * 4))
+    x = graph.quantize(relu(graph.op("Add", [x, y], "sum")))
+    x = graph.quantize(conv(x, "depthwise", (8, 1, 3, 3), pads=[1] * 4, strides=[2, 2], group=8))
+    x = graph.quantize(graph.op("GlobalAveragePool", [x], "pool"))
+    x = graph.quantize(graph.op("Flatten", [x], "flat"), graph.params["pool"])
+    w = graph.weights("fc_w", random(10, 8, seed=5))
+    x = graph.quantize(graph.op("Gemm", [x, w, graph.constant("fc_b", random(10))], "logits", transB=1))
+    return graph, graph.model(x)
+
+
+@pytest.mark.parametrize("dtype", [INT8, UINT8], ids=str)
+def test_cnn_is_int8_throughout_and_keeps_every_scale(dtype: np.dtype) -> None:
+    graph, made = small_cnn(dtype)
+    converted = convert_with_notes(made)
+    assert op_names(converted.data) == [
+        "QUANTIZE", "TRANSPOSE", "CONV_2D", "CONV_2D", "ADD", "PAD", "DEPTHWISE_CONV_2D", "MEAN", "RESHAPE",
+        "FULLY_CONNECTED", "DEQUANTIZE",
+    ]  # fmt: skip
+    assert [note for note in converted.notes if "transpose of 'image_int8'" not in note] == []
+    shift = 128 if dtype == UINT8 else 0
+    activations = {(float(scale), int(zero) - shift) for scale, zero in graph.params.values()}
+    written = [
+        details["quantization_parameters"]
+        for details in interpreter(converted.data, xnnpack=False).get_tensor_details()
+        if details["dtype"] == np.int8
+    ]
+    per_tensor = {(float(q["scales"][0]), int(q["zero_points"][0])) for q in written if len(q["scales"]) == 1}
+    assert per_tensor == activations
+    per_channel = {tuple(map(float, q["scales"])) for q in written if len(q["scales"]) > 1}
+    weights = {tuple(map(float, graph.constants[f"{name}_w_s"])) for name in ("stem", "inner", "depthwise", "fc")}
+    assert per_channel == weights
+    ((name, expected),) = run_onnx(made, graph.inputs, optimized=False).items()
+    step = float(graph.params["logits"][0])
+    assert np.abs(run_tflite(converted.data, graph.inputs)[name] - expected).max() <= 2.01 * step
+
+
+def test_int32_bias_is_kept_bit_for_bit() -> None:
+    graph, made = small_cnn()
+    model_interpreter = interpreter(convert_with_notes(made).data, xnnpack=False)
+    stored = {
+        tuple(model_interpreter.get_tensor(details["index"]))
+        for details in model_interpreter.get_tensor_details()
+        if details["dtype"] == np.int32 and details["quantization_parameters"]["scales"].size
+    }
+    for name in ("stem", "inner", "depthwise"):
+        assert tuple(graph.constants[f"{name}_b_q"]) in stored
+
+
+def test_clip_within_the_range_leaves_no_op_and_clip_before_quantize_is_fused() -> None:
+    graph = Qdq({"x": random(1, 3, 8, 8)})
+    x = graph.quantize("x")
+    w = graph.weights("w", random(4, 3, 3, 3))
+    bounds = [graph.constant("lo", np.float32(0)), graph.constant("hi", np.float32(6))]
+    x = graph.op("Conv", [x, w], "conv", pads=[1] * 4)
+    x = graph.quantize(x)
+    x = graph.quantize(graph.op("Clip", [x, *bounds], "clip"))
+    made = graph.model(x)
+    data = convert_with_notes(made).data
+    assert op_names(data) == ["QUANTIZE", "TRANSPOSE", "CONV_2D", "QUANTIZE", "TRANSPOSE", "DEQUANTIZE"]
+    ((name, expected),) = run_onnx(made, graph.inputs, optimized=False).items()
+    assert np.abs(run_tflite(data, graph.inputs)[name] - expected).max() <= 1.01 * float(graph.params["conv"][0])
+
+
+def test_pad_before_a_strided_convolution_becomes_same() -> None:
+    graph = Qdq({"x": random(1, 3, 8, 8)})
+    pads = graph.constant("pads", i64(0, 0, 0, 0, 0, 0, 1, 1))
+    x = graph.quantize(graph.op("Pad", ["x", pads], "padded"))
+    w = graph.weights("w", random(4, 3, 3, 3))
+    x = graph.quantize(graph.op("Conv", [x, w], "conv", strides=[2, 2]))
+    made = graph.model(x)
+    data = convert_with_notes(made).data
+    assert "PAD" not in op_names(data)
+    ((name, expected),) = run_onnx(made, graph.inputs, optimized=False).items()
+    assert np.abs(run_tflite(data, graph.inputs)[name] - expected).max() <= 1.01 * float(graph.params["conv"][0])
+
+
+def test_float_op_between_int8_ones_is_noted() -> None:
+    graph = Qdq({"x": random(1, 3, 8, 8)})
+    x = graph.op("Erf", [graph.quantize("x")], "erf")
+    made = graph.model(graph.quantize(x))
+    assert any("between int8 ops" in note and "Erf" in note for note in convert_with_notes(made).notes)
+
+
+def test_unequal_readers_keep_the_value_in_float() -> None:
+    """A value that is quantized in two ways is computed in float once: no way is better than the other."""
+    graph = Qdq({"x": random(1, 3, 8, 8)})
+    w = graph.weights("w", random(3, 3, 1, 1))
+    conv = graph.op("Conv", [graph.quantize("x"), w], "conv")
+    first = graph.quantize(conv)
+    scale, zero = graph.constant("s2", np.float32(0.3)), graph.constant("z2", np.int8(5))
+    graph.op("QuantizeLinear", [conv, scale, zero], "second_q")
+    second = graph.op("DequantizeLinear", ["second_q", scale, zero], "second")
+    made = graph.model(graph.op("Add", [first, second], "sum"))
+    ((name, expected),) = run_onnx(made, graph.inputs, optimized=False).items()
+    actual = run_tflite(convert_with_notes(made).data, graph.inputs)[name]
+    assert np.abs(actual - expected).max() <= 0.31
+    assert np.abs(actual - expected).mean() < 0.01
+
+
+def test_int8_input_and_output_of_the_onnx_model_stay_int8() -> None:
+    graph = Qdq({"x": np.arange(-24, 24, dtype=np.int8).reshape(1, 3, 4, 4)})
+    scale, zero = graph.constant("s", np.float32(0.1)), graph.constant("z", np.int8(3))
+    x = graph.op("DequantizeLinear", ["x", scale, zero], "real")
+    w = graph.weights("w", random(2, 3, 1, 1))
+    x = graph.op("Conv", [x, w], "conv")
+    graph.op("QuantizeLinear", [x, scale, zero], "y")
+    made = graph.model("y")
+    (expected,) = run_onnx(made, graph.inputs, optimized=False).values()
+    (actual,) = run_tflite(convert_with_notes(made).data, graph.inputs).values()
+    assert actual.dtype == np.int8
+    assert np.abs(actual.astype(int) - expected).max() <= 1
+
+
+def test_pt2e_model_of_torchao() -> None:
+    """What torchao's PT2E and torch's exporter make of a small CNN is int8 from end to end."""
+    torch = pytest.importorskip("torch")
+    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+        XNNPACKQuantizer,
+        get_symmetric_quantization_config,
+    )
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.MaxPool2d(2),
+        torch.nn.Conv2d(8, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(8 * 64, 10),
+    ).eval()  # fmt: skip
+    x = torch.randn(1, 3, 16, 16)
+    quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
+    prepared = prepare_pt2e(torch.export.export(net, (x,)).module(), quantizer)
+    prepared(x)
+    made = torch.onnx.export(convert_pt2e(prepared), (x,), dynamo=True, verbose=False).model_proto
+    feeds = {made.graph.input[0].name: x.numpy()}
+    converted = convert_with_notes(made)
+    kinds = op_names(converted.data)
+    assert kinds.count("QUANTIZE") == kinds.count("DEQUANTIZE") == 1
+    assert [note for note in converted.notes if "transpose" not in note] == []
+    (expected,) = run_onnx(made, feeds, optimized=False).values()
+    (actual,) = run_tflite(converted.data, feeds).values()
+    assert np.abs(actual - expected).max() <= 0.02 * np.abs(expected).max()

@@ -141,7 +141,7 @@ def reads_one_channel_channels_last(subject: Subject) -> None:
     """numpy calls such an array contiguous, though its strides are those of channels-last."""
     session = subject.load("gray")
     image = subject.feeds("gray")["image"]
-    channels_last = np.ascontiguousarray(image.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+    channels_last = image.transpose(0, 2, 3, 1).copy("C").transpose(0, 3, 1, 2)
     assert channels_last.flags.c_contiguous and channels_last.strides != image.strides
     close_to(session.run({"image": channels_last}), subject.expected("gray"))
 

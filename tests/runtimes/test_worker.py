@@ -1,0 +1,325 @@
+"""Artifacts run in a process of their own: whatever happens there becomes a result or an error that says what to do."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import flatbuffers
+import numpy as np
+import onnx
+import pytest
+from ai_edge_litert import schema_py_generated as schema
+from conformance import INPUTS, OUTPUTS
+from edgekit.runtimes import RUNTIMES, Timing, run_artifact, table
+from onnx import TensorProto, helper
+
+from edgekit import measure
+from edgekit.errors import EdgeKitError
+
+QUICK = Timing(warmup_runs=2, seconds=0.0, min_runs=5, max_runs=5)
+HERE = tuple(name for name in RUNTIMES if name != "tflite-runtime")
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every test checks that its job folders are gone."""
+    jobs = tmp_path / "jobs"
+    jobs.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(jobs))
+    yield
+    assert not list(jobs.iterdir())
+
+
+def artifact(files: Path, model: str, runtime: str) -> Path:
+    return files / f"{model}{table.SUFFIXES[RUNTIMES[runtime].format]}"
+
+
+def stacked(files: Path, model: str, runs: int) -> list[np.ndarray]:
+    """`runs` different samples, the first of them that of the .npz file."""
+    with np.load(files / f"{model}.npz") as arrays:
+        first = [arrays[name] for name in INPUTS[model]]
+    return [np.stack([array + i for i in range(runs)]).astype(array.dtype) for array in first]
+
+
+@pytest.mark.parametrize("runtime", HERE)
+def test_runs_and_measures(runtime: str, files: Path) -> None:
+    feeds = stacked(files, "pair", 11)
+    names = {"inputs": INPUTS["pair"], "outputs": OUTPUTS["pair"]}
+    result = run_artifact(artifact(files, "pair", runtime), feeds, timing=QUICK, **names)
+    total = np.maximum(feeds[0] + feeds[1].reshape(-1, 1, 1, 1, 1).astype("float32"), 0)
+    np.testing.assert_allclose(result.outputs[0], total, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(result.outputs[1], total.mean((3, 4)), rtol=1e-5, atol=1e-6)
+    assert len(result.latency_ms) == 5 and min(result.latency_ms) > 0
+    assert result.load_ms > 0 and result.first_ms > 0 and result.import_ms > 0
+    assert [spec.name for spec in result.input_specs + result.output_specs] == ["image", "offset", "total", "mean"]
+    assert result.input_specs[1].dtype == "int64" and result.output_specs[1].shape == (1, 2)
+    assert (result.runtime, result.device, result.threads, len(result.cpus)) == (runtime, "local:", 1, 1)
+
+
+def test_does_not_measure_unasked(files: Path) -> None:
+    assert run_artifact(files / "cnn.onnx", stacked(files, "cnn", 1)).latency_ms == ()
+
+
+def test_peak_memory_is_the_workers(files: Path) -> None:
+    held = np.ones(500_000_000, dtype=np.uint8)
+    parent = measure.peak_rss_bytes()
+    result = run_artifact(files / "cnn.tflite", stacked(files, "cnn", 1))
+    assert parent is not None and result.peak_rss_bytes is not None
+    assert parent > held.nbytes > 2 * result.peak_rss_bytes > 20_000_000
+
+
+def test_peak_memory_does_not_grow_with_the_samples(files: Path) -> None:
+    few, many = (run_artifact(files / "cnn.tflite", [np.zeros((n, 1, 3, 16, 16), "float32")]) for n in (1, 20_000))
+    assert few.peak_rss_bytes is not None and many.peak_rss_bytes is not None
+    assert many.peak_rss_bytes - few.peak_rss_bytes < 10_000_000  # the samples are 61 MB
+    assert many.outputs[0].shape == (20_000, 1, 10)
+
+
+def test_reads_weights_beside_an_onnx_file(files: Path, tmp_path: Path) -> None:
+    model = onnx.load(files / "cnn.onnx")
+    path = tmp_path / "split.onnx"
+    onnx.save(model, path, save_as_external_data=True, location="split.onnx.data", size_threshold=1024)
+    feeds = stacked(files, "cnn", 1)
+    want = run_artifact(files / "cnn.onnx", feeds).outputs[0]
+    np.testing.assert_array_equal(run_artifact(path, feeds).outputs[0], want)
+
+
+Spoil = Callable[[bytes], bytes]
+SPOILED: dict[str, Spoil] = {
+    "cut in half": lambda data: data[: len(data) // 2],
+    "head alone": lambda data: data[:16],
+    "zeros after the head": lambda data: data[:16] + bytes(len(data) - 16),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED)
+@pytest.mark.parametrize("runtime", HERE)
+def test_corrupt_file(runtime: str, spoil: Spoil, files: Path, tmp_path: Path) -> None:
+    whole = artifact(files, "cnn", runtime)
+    path = tmp_path / f"corrupt{whole.suffix}"
+    path.write_bytes(spoil(whole.read_bytes()))
+    with pytest.raises(EdgeKitError) as caught:
+        run_artifact(path, stacked(files, "cnn", 1), runtime=runtime)
+    assert "corrupt" in caught.value.what and caught.value.help
+    assert str(tmp_path / "jobs") not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00", b"garbage" * 99, b"PK\x03\x04" + bytes(60)])
+def test_other_file(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "some.onnx"
+    path.write_bytes(content)
+    with pytest.raises(EdgeKitError, match=r"some\.onnx is not a file that EdgeKit can run"):
+        run_artifact(path, [np.zeros((1, 1), "float32")])
+
+
+@pytest.mark.parametrize("runtime", HERE)
+def test_formats_are_read_from_content(runtime: str, files: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.bin"
+    shutil.copy(artifact(files, "pair", runtime), path)
+    assert table.runtime_for(path) == runtime
+
+
+def recursive_tflite(path: Path) -> None:
+    """A file whose IF calls its own subgraph: LiteRT 2.3 recurses until the stack ends."""
+    model = schema.ModelT()
+    model.version = 3
+    model.buffers = [schema.BufferT()]
+    code = schema.OperatorCodeT()
+    code.deprecatedBuiltinCode = code.builtinCode = schema.BuiltinOperator.IF
+    model.operatorCodes = [code]
+    graph = schema.SubGraphT()
+    graph.tensors = [schema.TensorT() for _ in range(2)]
+    for tensor in graph.tensors:
+        tensor.type, tensor.shape = schema.TensorType.BOOL, [1]
+    call = schema.OperatorT()
+    call.inputs, call.outputs = [0, 0], [1]
+    call.builtinOptionsType, call.builtinOptions = schema.BuiltinOptions.IfOptions, schema.IfOptionsT()
+    graph.operators, graph.inputs, graph.outputs = [call], [0], [1]
+    model.subgraphs = [graph]
+    builder = flatbuffers.Builder(1024)
+    builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
+    path.write_bytes(bytes(builder.Output()))
+
+
+def test_crash(tmp_path: Path) -> None:
+    recursive_tflite(tmp_path / "crash.tflite")
+    with pytest.raises(EdgeKitError, match=r"litert crashed with SIGSEGV while loading crash\.tflite") as caught:
+        run_artifact(tmp_path / "crash.tflite", [np.zeros((1, 1), bool)])
+    assert caught.value.help
+
+
+def endless_onnx(path: Path) -> None:
+    """A Loop whose condition stays true."""
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["go"], ["go_on"]), helper.make_node("Identity", ["v"], ["same"])],
+        "body",
+        [
+            helper.make_tensor_value_info("i", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("v", TensorProto.FLOAT, [1]),
+        ],
+        [
+            helper.make_tensor_value_info("go_on", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("same", TensorProto.FLOAT, [1]),
+        ],
+    )
+    graph = helper.make_graph(
+        [helper.make_node("Loop", ["", "true", "x"], ["y"], body=body)],
+        "endless",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])],
+        [helper.make_tensor("true", TensorProto.BOOL, [], [True])],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
+
+
+def test_hang(tmp_path: Path) -> None:
+    endless_onnx(tmp_path / "endless.onnx")
+    with pytest.raises(EdgeKitError, match=r"onnxruntime did not finish endless\.onnx within 3 s"):
+        run_artifact(tmp_path / "endless.onnx", [np.zeros((1, 1), "float32")], timeout_s=3)
+    processes = Path("/proc").glob("[0-9]*/cmdline")
+    assert not [path for path in processes if str(tmp_path) in _read(path)]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+WRONG: dict[str, tuple[dict[str, object], str]] = {
+    "one input too few": ({"feeds": [np.zeros((1, 1, 2, 4, 4), "float32")]}, "takes 2 inputs"),
+    "dtype": (
+        {"feeds": [np.zeros((1, 1, 2, 4, 4)), np.zeros((1, 1), "int64")]},
+        r"'image' takes float32\[1,2,4,4\], not float64",
+    ),
+    "shape": (
+        {"feeds": [np.zeros((1, 2, 4, 4), "float32"), np.zeros((1, 1), "int64")]},
+        r"takes float32\[1,2,4,4\], not float32\[2,4,4\]",
+    ),
+    "number of samples": ({"feeds": [np.zeros((2, 1, 2, 4, 4), "float32"), np.zeros((1, 1), "int64")]}, "same number"),
+    "no samples": ({"feeds": [np.zeros((0, 1, 2, 4, 4), "float32"), np.zeros((0, 1), "int64")]}, "at least one"),
+    "objects": ({"feeds": [np.array([["a", None]], object)] * 2}, "arrays of numbers"),
+    "no inputs": ({"feeds": []}, "at least one input"),
+    "input names": ({"inputs": ("a", "b")}, "named image, offset, not a, b"),
+    "threads": ({"threads": 0}, "at least one thread"),
+    "runtime": ({"runtime": "tensorrt"}, "no runtime 'tensorrt'"),
+    "runtime of another format": ({"runtime": "litert"}, "litert runs tflite files"),
+    "device": ({"device": "ssh://pi"}, "no device 'ssh://pi'"),
+    "address of local": ({"device": "local:there"}, "names nothing"),
+    "no such interpreter": ({"device": "python:/nowhere/python"}, "names no Python interpreter"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_request(case: str, files: Path) -> None:
+    options, message = WRONG[case]
+    arguments = {"feeds": stacked(files, "pair", 1), **options}
+    with pytest.raises(EdgeKitError, match=message):
+        run_artifact(files / "pair.onnx", arguments.pop("feeds"), **arguments)
+
+
+@pytest.fixture(scope="session")
+def bare_python(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An interpreter with numpy and no runtime."""
+    folder = tmp_path_factory.mktemp("bare")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    packages = next(folder.glob("lib/python*/site-packages"))
+    for path in Path(np.__file__).parents[1].glob("numpy*"):
+        (packages / path.name).symlink_to(path)
+    return str(folder / "bin/python")
+
+
+@pytest.mark.parametrize("runtime", HERE)
+def test_missing_runtime(runtime: str, files: Path, bare_python: str) -> None:
+    with pytest.raises(EdgeKitError, match=f"{runtime} is not installed for {bare_python}") as caught:
+        run_artifact(artifact(files, "cnn", runtime), stacked(files, "cnn", 1), device=f"python:{bare_python}")
+    assert caught.value.help == f"{bare_python} -m pip install {RUNTIMES[runtime].package}"
+
+
+def test_program_that_is_no_python(files: Path) -> None:
+    with pytest.raises(EdgeKitError, match="exit code 1 before it began"):
+        run_artifact(files / "cnn.onnx", stacked(files, "cnn", 1), device=f"python:{shutil.which('false')}")
+
+
+def test_damaged_on_the_way(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgekit.runtimes.run._sha256", lambda path: "0" * 64)
+    with pytest.raises(EdgeKitError, match="SHA-256 differs"):
+        run_artifact(files / "cnn.onnx", stacked(files, "cnn", 1))
+
+
+def test_another_interpreter(files: Path) -> None:
+    python = os.environ.get("EDGEKIT_TFLITE_RUNTIME_PYTHON")
+    if not python:
+        pytest.skip("EDGEKIT_TFLITE_RUNTIME_PYTHON does not name an interpreter that has tflite-runtime")
+    feeds = stacked(files, "cnn", 3)
+    there = run_artifact(files / "cnn.tflite", feeds, device=f"python:{python}", runtime="tflite-runtime", timing=QUICK)
+    here = run_artifact(files / "cnn.tflite", feeds)
+    np.testing.assert_allclose(there.outputs[0], here.outputs[0], rtol=1e-5, atol=1e-6)
+    assert there.version == "2.14.0" and len(there.latency_ms) == 5 and there.device == f"python:{python}"
+
+
+THREADS = """
+import os, sys, numpy as np
+sys.path.insert(0, sys.argv[1])
+import torch
+torch.set_num_threads(1)
+from edgekit.runtimes import pte
+before = len(os.listdir("/proc/self/task"))
+session = pte.load(sys.argv[2], threads=int(sys.argv[3]))
+session.run({"input_0": np.zeros((1, 3, 16, 16), "float32")})
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@pytest.mark.parametrize(("threads", "added"), [(1, 0), (2, 1), (3, 2)])
+def test_executorch_uses_as_many_threads_as_asked(threads: int, added: int, files: Path) -> None:
+    """The calling thread is one of them."""
+    root = str(Path(measure.__file__).parents[1])
+    argv = [sys.executable, "-c", THREADS, root, str(files / "cnn.pte"), str(threads)]
+    assert int(subprocess.run(argv, capture_output=True, text=True, check=True).stdout) == added
+
+
+def test_worker_leaves_a_result_file_and_a_log(files: Path, tmp_path: Path) -> None:
+    """The folder protocol itself, as a device sees it."""
+    job = tmp_path / "job"
+    job.mkdir()
+    runtimes = Path(table.__file__).parent
+    for path in (runtimes / "worker.py", runtimes / "session.py", runtimes / "ort.py", Path(measure.__file__)):
+        shutil.copy(path, job)
+    shutil.copy(files / "cnn.onnx", job / "model.onnx")
+    np.save(job / "in_0.npy", stacked(files, "cnn", 2)[0])
+    (job / "job.json").write_text(
+        json.dumps(
+            {
+                "runtime": "onnxruntime",
+                "module": "ort",
+                "package": "onnxruntime",
+                "artifact": "model.onnx",
+                "label": "cnn.onnx",
+                "sha256": hashlib.sha256((job / "model.onnx").read_bytes()).hexdigest(),
+                "threads": 1,
+                "cpus": [],
+                "inputs": [],
+                "outputs": [],
+                "feeds": 1,
+                "timing": None,
+            }
+        )
+    )
+    done = subprocess.run([sys.executable, str(job / "worker.py"), str(job)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    result = json.loads((job / "result.json").read_text())
+    assert result["ok"] and result["timing"] == "measured" and result["numpy"] == np.__version__
+    assert result["outputs"] == [{"name": "logits", "dtype": "float32", "shape": [1, 10]}]
+    assert np.load(job / "out_0.npy").shape == (2, 1, 10)
+    assert "edgekit stage: run" in (job / "log.txt").read_text()
