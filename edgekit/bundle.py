@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "edgekit.json"
 GOLDEN = "golden.npz"
+FILES = {MANIFEST, GOLDEN, *(f"model{suffix}" for suffix in SUFFIXES.values())}  # all that a bundle ever holds
 GOLDEN_SAMPLES = 8
 SCHEMA = 1
 VERSIONED = (
@@ -138,12 +139,20 @@ def write_golden(
 
 
 def read_golden(bundle: Bundle) -> dict[str, np.ndarray]:
-    """Reads the golden pairs; raises EdgeKitError where the file is missing or damaged."""
+    """Reads the golden pairs; raises EdgeKitError where the file is missing, damaged or not whole."""
     import numpy as np
 
     path = bundle.path / GOLDEN
     check_hash(path, bundle.manifest["golden"]["sha256"])
-    return dict(np.load(path, allow_pickle=False))
+    with np.load(path, allow_pickle=False) as stored:
+        arrays = dict(stored)
+    first = bundle.artifacts[0]
+    wanted = {f"input/{spec.name}" for spec in first.inputs} | {
+        f"{artifact.format}/{spec.name}" for artifact in bundle.artifacts for spec in first.outputs
+    }
+    if wanted - arrays.keys():
+        raise EdgeKitError(f"{path} lacks {min(wanted - arrays.keys())}", "export the model again")
+    return arrays
 
 
 def check_hash(path: Path, expected: str) -> None:
@@ -171,14 +180,18 @@ def read(path: Path) -> Bundle:
         content = json.loads(manifest.read_text("utf-8"))
         known = content["schema"]
         bundle = Bundle(folder, content)
-        names = [artifact.path.name for artifact in bundle.artifacts]
-        _ = (content["golden"]["sha256"], content["notes"], [entry["sha256"] for entry in content["artifacts"]])
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        names = [entry["file"] for entry in content["artifacts"]]
+        _ = bundle.artifacts
+        _ = [content["golden"]["sha256"], content["notes"], content["qparams"], content["qparams"].get("outputs")]
+        _ = [(entry["sha256"], SUFFIXES[entry["format"]]) for entry in content["artifacts"]]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise EdgeKitError(f"{manifest} is damaged: {error!r}", "export the model again") from None
     if known != SCHEMA:
         raise EdgeKitError(f"{manifest} has schema {known}, this EdgeKit reads {SCHEMA}", "export with this version")
-    if any(Path(entry["file"]).name != entry["file"] for entry in content["artifacts"]) or not names:
-        raise EdgeKitError(f"{manifest} is damaged: it names files outside its folder", "export the model again")
+    strange = [name for name in names if name not in FILES]
+    if strange or not names:
+        what = f"a bundle has no file '{strange[0]}'" if strange else "it names no files"
+        raise EdgeKitError(f"{manifest} is damaged: {what}", "export the model again")
     return bundle
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +27,22 @@ app = typer.Typer(
 )
 
 LOG = Path("edgekit.log")
+FREE_SPACE = "free some space there, or set TMPDIR to a folder with more"
+# What goes wrong with a machine rather than with EdgeKit → what to do about it.
+MACHINE_ERRORS = {
+    errno.ENOSPC: FREE_SPACE,
+    errno.EDQUOT: FREE_SPACE,
+    errno.EFBIG: "raise the limit on file sizes: ulimit -f",
+    errno.EACCES: "check who may read and write it",
+    errno.EPERM: "check who may read and write it",
+    errno.EROFS: "choose a place that can be written to",
+    errno.EMFILE: "raise the limit on open files: ulimit -n",
+    errno.ENFILE: "close other programs",
+    errno.ENOMEM: "close other programs",
+    errno.EAGAIN: "close other programs: no more processes can be started",
+    errno.EIO: "check the disk",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Model file, FILE.py:factory or package.module:factory.")
@@ -315,6 +332,10 @@ def _plain(text: str) -> str:
     return escape(text)
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does: everything is cleaned up on the way out."""
+
+
 @contextmanager
 def session(verbose: bool, json_to: str | None) -> Iterator[Terminal]:
     """Runs a command: keeps library chatter out of the terminal, and turns errors into exit codes.
@@ -325,35 +346,63 @@ def session(verbose: bool, json_to: str | None) -> Iterator[Terminal]:
     sys.stdout.flush()
     sys.stderr.flush()
     out, err = os.dup(1), os.dup(2)
-    log = os.open(LOG if verbose else os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     ui = Terminal(out, err, json_to)
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
-        os.dup2(log, 1)
-        os.dup2(log, 2)
+        _redirect(LOG if verbose else Path(os.devnull), 1, 2)
+        if json_to not in (None, "-"):
+            from edgekit.files import check_writable
+
+            check_writable(Path(json_to))  # now, and not after minutes of work
         yield ui
+        ui.out.file.flush()
     except EdgeKitError as error:
         ui.error(error)
         ui.exit_code = 1
-    except KeyboardInterrupt:
+    except BrokenPipeError:  # who read the output has seen enough
+        _redirect(Path(os.devnull), out)
+        ui.exit_code = 1
+    except (OSError, MemoryError, RuntimeError) as error:
+        cause = mendable(error)
+        if cause is None:
+            raise
+        ui.error(cause)
+        ui.exit_code = 1
+    except KeyboardInterrupt as stop:
         ui.err.print("[bold red]interrupted:[/bold red] nothing was left behind")
-        ui.exit_code = 130
+        ui.exit_code = 143 if isinstance(stop, _Terminated) else 130
     finally:
         signal.signal(signal.SIGTERM, before)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        ui.out.file.flush()
-        ui.err.file.flush()
+        for stream in (sys.stdout, sys.stderr, ui.out.file, ui.err.file):
+            with suppress(OSError):
+                stream.flush()
         os.dup2(out, 1)
         os.dup2(err, 2)
-        for descriptor in (out, err, log):
-            os.close(descriptor)
+        os.close(out)
+        os.close(err)
     if ui.exit_code:
         raise typer.Exit(ui.exit_code)
 
 
-def _interrupt(signum: int, frame: Any) -> None:
-    raise KeyboardInterrupt
+def _redirect(path: Path, *descriptors: int) -> None:
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    for descriptor in descriptors:
+        os.dup2(file, descriptor)
+    os.close(file)
+
+
+def _terminate(signum: int, frame: Any) -> None:
+    raise _Terminated
+
+
+def mendable(error: Exception) -> EdgeKitError | None:
+    """Returns what the user can do about a failure of the machine; None for an error of any other kind."""
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return EdgeKitError("memory ran out", "close other programs, or give fewer or smaller samples")
+    if not isinstance(error, OSError) or error.errno not in MACHINE_ERRORS:
+        return None
+    where = f" {error.filename}" if error.filename else " a file"
+    return EdgeKitError(f"cannot use{where}: {os.strerror(error.errno)}", MACHINE_ERRORS[error.errno])
 
 
 def main() -> None:

@@ -2,44 +2,74 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from edgekit.errors import EdgeKitError
 
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
 
 @contextmanager
-def new_folder(path: Path, marker: str) -> Iterator[Path]:
+def new_folder(path: Path, ours: Collection[str]) -> Iterator[Path]:
     """Yields an empty temporary folder that becomes `path` when the block ends well, and is removed when it does not.
 
-    An existing folder is replaced only where it is empty or holds `marker`, so that nothing but our own output is
-    ever deleted. Raises EdgeKitError where the place cannot be written to, before the block runs.
+    An existing folder is replaced only where it holds nothing but files named in `ours`, so that nothing but our own
+    output is ever deleted. Raises EdgeKitError where the place cannot be written to, before the block runs.
     """
-    if path.exists() and not (path.is_dir() and ((path / marker).is_file() or not any(path.iterdir()))):
-        raise EdgeKitError(f"{path} exists and is not an EdgeKit bundle", "choose another --out, or move it away")
+    path = path.resolve() if path.is_symlink() else path
+    made: list[Path] = []
     temporary: Path | None = None
     try:
         with writing(path):
+            _check_ours(path, ours)
+            made = [p for p in path.parents if not p.exists()]
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
         yield temporary
         with writing(path):
             temporary.chmod(0o755)
-            old = temporary.with_name(temporary.name + ".old")
-            if path.exists():
-                path.rename(old)
-            temporary.rename(path)
-            shutil.rmtree(old, ignore_errors=True)
+            _replace(path, temporary)
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # holds the result, or what others put there
+                parent.rmdir()
+
+
+def _check_ours(path: Path, ours: Collection[str]) -> None:
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise EdgeKitError(f"{path} exists and is not a folder", "choose another --out, or move it away")
+    foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in ours or not entry.is_file())
+    if foreign:
+        raise EdgeKitError(
+            f"{path} exists and holds what EdgeKit did not write: {foreign[0]}", "choose another --out, or move it away"
+        )
+
+
+def _replace(path: Path, new: Path) -> None:
+    """Puts the folder `new` in the place of `path`, which stays as it was where that fails."""
+    old = new.with_name(f"{new.name}.old")
+    if path.exists():
+        path.rename(old)
+    try:
+        new.rename(path)
+    except BaseException:
+        if old.exists():
+            old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
@@ -50,14 +80,33 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         raise EdgeKitError(
             f"cannot write {path}: {os.strerror(error.errno) if error.errno else error}",
-            "free some space or choose another --out" if error.errno == 28 else "choose another --out",
+            "free some space, or write to another place" if error.errno in FULL else "write to another place",
         ) from None
+
+
+def check_writable(path: Path) -> None:
+    """Raises EdgeKitError where `path` cannot be written, before long work is done for it."""
+    if path.is_dir():
+        raise EdgeKitError(f"cannot write {path}: it is a folder", "name a file")
+    if _is_special(path):
+        return
+    with writing(path), tempfile.NamedTemporaryFile(prefix=f".{path.name}-", dir=path.parent):
+        pass
+
+
+def _is_special(path: Path) -> bool:
+    """Whether `path` is a pipe or a device such as /dev/null, which is written to and never replaced."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def write(path: Path, data: bytes) -> None:
     """Writes `data` to `path` under a temporary name first; raises EdgeKitError where that fails."""
+    path = path.resolve() if path.is_symlink() else path
     temporary = path.with_name(f".{path.name}.partial")
     with writing(path):
+        if _is_special(path):
+            path.write_bytes(data)
+            return
         try:
             with temporary.open("wb") as file:
                 file.write(data)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Advance = Callable[[], None]
 
@@ -27,9 +30,12 @@ class Silent:
 
 
 class Terminal:
-    """Shows the running step with its time, and leaves one line for each finished one that took over two seconds."""
+    """Shows the running step with its time, and leaves one line for each finished one that took over two seconds.
 
-    def __init__(self, console: object) -> None:
+    Where the console is no terminal, the lines are all that it shows.
+    """
+
+    def __init__(self, console: Console) -> None:
         self.console = console
 
     @contextmanager
@@ -37,15 +43,25 @@ class Terminal:
         """Opens a step, shown until it ends."""
         from time import monotonic
 
+        started = monotonic()
+        if self.console.is_terminal:
+            with self._bar(name, total) as advance:
+                yield advance
+        else:
+            yield lambda: None
+        if monotonic() - started >= 2:
+            self.console.print(f"[dim]{name}: {monotonic() - started:.1f} s[/dim]")
+
+    @contextmanager
+    def _bar(self, name: str, total: int | None) -> Iterator[Advance]:
         from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as Bar
 
         columns = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
         if total is not None:
             columns += [BarColumn(bar_width=24), MofNCompleteColumn()]
-        started = monotonic()
-        with Bar(*columns, console=self.console, transient=True) as bar:
+        # Redirecting would show what libraries print, which the command line keeps out of the terminal.
+        quiet = {"transient": True, "redirect_stdout": False, "redirect_stderr": False}
+        with Bar(*columns, console=self.console, **quiet) as bar:
             task = bar.add_task(name, total=total)
             yield lambda: bar.advance(task)
-        if monotonic() - started >= 2:
-            self.console.print(f"[dim]{name}: {monotonic() - started:.1f} s[/dim]")

@@ -214,9 +214,9 @@ def _bytes(tensor: TensorProto) -> int:
     if min(tensor.dims, default=0) < 0:
         raise ValueError(f"tensor '{tensor.name}' has the shape {list(tensor.dims)}")
     expected = stored_bytes(dtype, tensor.dims)
-    if tensor.HasField("raw_data") and tensor.data_location != TensorProto.EXTERNAL:
-        if len(tensor.raw_data) != expected:
-            raise ValueError(f"tensor '{tensor.name}' has {len(tensor.raw_data)} bytes in place of {expected}")
+    inline = tensor.HasField("raw_data") and tensor.data_location != TensorProto.EXTERNAL
+    if inline and len(tensor.raw_data) != expected:
+        raise ValueError(f"tensor '{tensor.name}' has {len(tensor.raw_data)} bytes in place of {expected}")
     return expected
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edgekit.errors import EdgeKitError
@@ -34,11 +35,12 @@ def find(name: str) -> Target:
     return TARGETS[name]
 
 
-def find_formats(names: str | None, target: Target) -> tuple[str, ...]:
+def find_formats(names: str | Sequence[str] | None, target: Target) -> tuple[str, ...]:
     """Parses `executorch,onnx,tflite` (None: all of the target's); raises EdgeKitError for an unknown one."""
     if names is None:
         return target.formats
-    formats = tuple(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    given = names.split(",") if isinstance(names, str) else names
+    formats = tuple(dict.fromkeys(name.strip() for name in given if name.strip()))
     unknown = [name for name in formats if name not in SUFFIXES]
     if unknown or not formats:
         raise EdgeKitError(f"unknown format '{''.join(unknown[:1])}'", f"choose of {', '.join(SUFFIXES)}")

@@ -86,14 +86,8 @@ class ProgramSession:
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:
-    """A tensor on the memory of a C-contiguous array, with the strides of its shape.
-
-    numpy calls an array contiguous whatever the strides of its dimensions of size 1 are. ExecuTorch reads the memory
-    format from the strides, and would take a (1, 1, h, w) array transposed from (1, h, w, 1) for channels-last.
-    """
-    if not array.flags.writeable:
-        array = array.copy()
-    return torch.from_numpy(array)
+    """A tensor on the memory of a C-contiguous array, or of a copy: torch has no tensors that cannot be written."""
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def _info(name: str, meta: _C.TensorInfo) -> TensorInfo:

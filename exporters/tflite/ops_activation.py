@@ -9,20 +9,19 @@ from edgekit.exporters.tflite.builder import FLOAT, Builder
 from edgekit.exporters.tflite.ir import Node, Perm, QParams, Tensor
 from edgekit.exporters.tflite.registry import lowers, unsupported
 
-# ONNX op → (TFLite op, whether it has an int8 kernel that takes any input and output parameters)
-UNARY: dict[str, tuple[str, bool]] = {
-    "Abs": ("ABS", False),
-    "Ceil": ("CEIL", False),
-    "Cos": ("COS", False),
-    "Exp": ("EXP", False),
-    "Floor": ("FLOOR", False),
-    "HardSwish": ("HARD_SWISH", True),
-    "Log": ("LOG", False),
-    "Neg": ("NEG", False),
-    "Round": ("ROUND", False),
-    "Sign": ("SIGN", False),
-    "Sin": ("SIN", False),
-    "Sqrt": ("SQRT", False),
+# Ops that only change their name, and have no int8 kernel that is as exact as the float one.
+UNARY = {
+    "Abs": "ABS",
+    "Ceil": "CEIL",
+    "Cos": "COS",
+    "Exp": "EXP",
+    "Floor": "FLOOR",
+    "Log": "LOG",
+    "Neg": "NEG",
+    "Round": "ROUND",
+    "Sign": "SIGN",
+    "Sin": "SIN",
+    "Sqrt": "SQRT",
 }
 # The runtime's int8 kernels of these fix the output's parameters: (TFLite op, parameters).
 FIXED: dict[str, tuple[str, QParams]] = {
@@ -32,12 +31,11 @@ FIXED: dict[str, tuple[str, QParams]] = {
 RELUS = {(0.0, math.inf): "RELU", (0.0, 6.0): "RELU6", (-1.0, 1.0): "RELU_N1_TO_1"}
 
 
-def _register_unary(op: str, kind: str, int8: bool) -> None:
+def _register_unary(op: str, kind: str) -> None:
     @lowers(op)
     def lowering(b: Builder, node: Node) -> None:
-        q = b.target(node) if int8 and b.int8(node.inputs[0]) else None
-        x, perm = operand(b, node, q is not None)
-        b.bind(node.outputs[0], b.op(kind, [x], x.shape, q=q), perm)
+        x, perm = operand(b, node, False)
+        b.bind(node.outputs[0], b.op(kind, [x], x.shape), perm)
 
 
 def _register_fixed(op: str, kind: str, fixed: QParams) -> None:
@@ -50,8 +48,8 @@ def _register_fixed(op: str, kind: str, fixed: QParams) -> None:
         b.bind(node.outputs[0], b.op(kind, [x], x.shape, q=fixed if int8 else None), perm)
 
 
-for _op, (_kind, _int8) in UNARY.items():
-    _register_unary(_op, _kind, _int8)
+for _op, _kind in UNARY.items():
+    _register_unary(_op, _kind)
 for _op, (_kind, _fixed) in FIXED.items():
     _register_fixed(_op, _kind, _fixed)
 
@@ -167,22 +165,36 @@ def scaled(b: Builder, x: Tensor, factor: float, offset: float = 0.0, activation
 def hard_sigmoid(b: Builder, node: Node, *, alpha: float = 0.2, beta: float = 0.5) -> None:
     """max(0, min(1, αx + β)), written as relu6(6αx + 6β) / 6; in int8 as two rescaling ops."""
     held, q = b.int8(node.inputs[0]), b.target(node)
-    if held is not None and q is not None:
+    if held is not None and q is not None and alpha > 0 and beta >= 0:
         x, perm = operand(b, node, True)
-        sixth = QParams.of(abs(alpha) / 127, 0)
-        step = b.const(np.array([127 if alpha > 0 else -127], np.int8), sixth)
-        slope = QParams.of(held.scale[0] * abs(alpha), held.zero_point[0] if alpha > 0 else -held.zero_point[0])
-        if slope.zero_point[0] <= 127:
-            line = b.op("MUL", [x, step], x.shape, q=slope, fusedActivationFunction="NONE")
-            offset = b.const(np.array([127], np.int8), QParams.of(beta / 127, 0))
-            inside = q.bounds()[1] <= 1
-            y = b.op("ADD", [line, offset], x.shape, q=q, fusedActivationFunction="RELU")
-            if not inside:
-                y = b.op("MINIMUM", [y, b.const(q.quantize(np.ones(1, np.float32)), q)], x.shape, q=q)
-            b.bind(node.outputs[0], y, perm)
-            return
+        b.bind(node.outputs[0], _gate(b, x, held, (alpha, beta), q), perm)
+        return
     x, perm = operand(b, node, False)
     b.bind(node.outputs[0], scaled(b, scaled(b, x, 6 * alpha, 6 * beta, "RELU6"), 1 / 6), perm)
+
+
+def _gate(b: Builder, x: Tensor, held: QParams, line: tuple[float, float], q: QParams) -> Tensor:
+    """Int8 max(0, min(1, αx + β)): αx changes the scale and no number, so that only the sum rounds."""
+    slope, offset = (b.const(np.array([127], np.int8), QParams.of(term / 127 or 1.0, 0)) for term in line)
+    if line[1] == 0:
+        offset = b.const(np.zeros(1, np.int8), QParams.of(1.0, 0))
+    steeper = QParams.of(held.scale[0] * line[0], held.zero_point[0])
+    y = b.op("MUL", [x, slope], x.shape, q=steeper, fusedActivationFunction="NONE")
+    y = b.op("ADD", [y, offset], x.shape, q=q, fusedActivationFunction="RELU")
+    one = q.quantize(np.ones(1, np.float32))
+    return y if one[0] == 127 else b.op("MINIMUM", [y, b.const(one, q)], x.shape, q=q)
+
+
+@lowers("HardSwish")
+def hard_swish(b: Builder, node: Node) -> None:
+    """HARD_SWISH; in int8 x times its gate: the runtime's int8 kernel of the one op takes longer than float."""
+    held, q = b.int8(node.inputs[0]), b.target(node)
+    x, perm = operand(b, node, held is not None and q is not None)
+    if held is not None and q is not None:
+        gate = _gate(b, x, held, (1 / 6, 0.5), QParams.of(1 / 255, -128))
+        b.bind(node.outputs[0], b.op("MUL", [x, gate], x.shape, q=q, fusedActivationFunction="NONE"), perm)
+        return
+    b.bind(node.outputs[0], b.op("HARD_SWISH", [x], x.shape), perm)
 
 
 @lowers("Elu")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from edgekit.exporters.tflite.builder import Builder
 from edgekit.exporters.tflite.ir import Node, QParams, Tensor, Value, channels_last
+from edgekit.exporters.tflite.linear import int32_bias
 from edgekit.exporters.tflite.ops_reduce import reduce
 from edgekit.exporters.tflite.registry import lowers, unsupported
 from edgekit.exporters.tflite.windows import Window, lowest, pad_spatial, padding, windows
@@ -96,7 +97,32 @@ def average_pool(
         factor = (whole / wanted).astype(np.float32)[None, :, :, None]
         return b.op("MUL", [pooled, factor], pooled.shape, fusedActivationFunction=activation)
 
+    held, target = b.int8(node.inputs[0]), b.target(node)
+    even = [index for index, axis in enumerate(axes) if (divisors[index] == axis.kernel).all()]
+    if held is not None and target is not None and held != target and len(even) == len(axes) == 2:
+        tensor = pad_spatial(b, b.take(node.inputs[0], NHWC, held), axes)
+        b.bind(node.outputs[0], _averaging(b, tensor, axes, target, node.activation), NHWC)
+        return
     _pool(b, node, x, mean_q(b, node), pool)
+
+
+def _averaging(b: Builder, x: Tensor, axes: list[Window], q: QParams, activation: str) -> Tensor:
+    """An int8 average with other parameters than its input's: a depthwise convolution, which rounds once."""
+    assert x.q is not None
+    kernel = (1, axes[0].kernel, axes[1].kernel, x.shape[3])
+    share = QParams.of(1 / (127 * kernel[1] * kernel[2]), 0)
+    weights = b.const(np.full(kernel, 127, np.int8), share)
+    return b.op(
+        "DEPTHWISE_CONV_2D",
+        [x, weights, int32_bias(b, "", x.q, share, x.shape[3])],
+        (x.shape[0], axes[0].out, axes[1].out, x.shape[3]),
+        q=q,
+        padding="VALID",
+        strideH=axes[0].stride,
+        strideW=axes[1].stride,
+        depthMultiplier=1,
+        fusedActivationFunction=activation,
+    )
 
 
 def mean_q(b: Builder, node: Node) -> QParams | None:

@@ -14,6 +14,7 @@ from edgekit.exporters.tflite.registry import lowers, unsupported
 from edgekit.exporters.tflite.windows import pad as pad_tensor
 
 NHWC = channels_last(4)
+SPLITS = 4  # XNNPACK's SPLIT makes no more parts
 
 
 def moved(b: Builder, node: Node) -> Value:
@@ -89,19 +90,20 @@ def concat(b: Builder, node: Node, *, axis: int) -> None:
 def split(
     b: Builder, node: Node, *, axis: int = 0, num_outputs: int | None = None, split: Sequence[int] | None = None
 ) -> None:
-    """Split along one axis: SPLIT into equal parts, else SPLIT_V."""
+    """Split along one axis: SPLIT into few equal parts, else cuts, which XNNPACK takes and SPLIT_V it does not."""
     value = b.settle(b.value(node.inputs[0]))
     # The outputs may ask for different parameters, so that each is requantized where it is bound.
     x, physical = value.tensor, value.axis(axis)
     sizes = [b.shape(name)[axis] for name in node.outputs]
-    outputs = [Tensor("", (*x.shape[:physical], size, *x.shape[physical + 1 :]), x.dtype, None, x.q) for size in sizes]
-    if len(sizes) == 1:
-        outputs = [x]
-    elif len(set(sizes)) == 1:
+    if len(set(sizes)) == 1 and 2 <= len(sizes) <= SPLITS:
+        shape = (*x.shape[:physical], sizes[0], *x.shape[physical + 1 :])
+        outputs = [Tensor("", shape, x.dtype, None, x.q) for _ in sizes]
         b.ops_out("SPLIT", [np.array(physical, np.int32), x], [*outputs], numSplits=len(sizes))
     else:
-        parts, where = np.array(sizes, np.int32), np.array(physical, np.int32)
-        b.ops_out("SPLIT_V", [x, parts, where], [*outputs], numSplits=len(sizes))
+        ends = np.cumsum(sizes)
+        whole = [range(size) for size in x.shape]
+        cuts = [range(int(end) - size, int(end)) for end, size in zip(ends, sizes, strict=True)]
+        outputs = [sliced(b, x, [*whole[:physical], cut, *whole[physical + 1 :]]) for cut in cuts]
     for name, output in zip(node.outputs, outputs, strict=True):
         b.bind(name, output, value.perm)
 

@@ -78,6 +78,8 @@ def padding(axes: Sequence[Window]) -> str | None:
 
 def pad_spatial(b: Builder, tensor: Tensor, axes: Sequence[Window], value: float | None = None) -> Tensor:
     """Pad a channels-last tensor by what the windows read outside of it: with zero, or with a value (PADV2)."""
+    if all(axis.begin == axis.end == 0 for axis in axes):
+        return tensor
     amounts = np.array([(0, 0), *((axis.begin, axis.end) for axis in axes), (0, 0)], np.int32)
     return pad(b, tensor, amounts, value)
 

@@ -6,7 +6,8 @@ import numpy as np
 import onnx
 import pytest
 from edgekit.exporters.tflite import convert, convert_with_notes
-from edgekit.exporters.tflite.registry import lowers
+from edgekit.exporters.tflite.ir import Node
+from edgekit.exporters.tflite.registry import lower, lowers
 from onnx import TensorProto, helper, numpy_helper
 from tflite_tools import interpreter, model, node, op_names, run_onnx, run_tflite
 
@@ -230,12 +231,6 @@ def unknown_domain() -> onnx.ModelProto:
     return made
 
 
-def unknown_attribute() -> onnx.ModelProto:
-    made = model([node("Relu", ["x"])], {"x": random(1, 3)}, {})
-    made.graph.node[0].attribute.append(helper.make_attribute("slope", 0.5))
-    return made
-
-
 def data_dependent() -> onnx.ModelProto:
     return model([node("NonZero", ["x"])], {"x": random(1, 3)}, {})
 
@@ -260,7 +255,6 @@ def training() -> onnx.ModelProto:
         (old_opset, "opset 11"),
         (unknown_op, "no lowering for ONNX op 'GridSample' (node '/head/grid')"),
         (unknown_domain, "no lowering for ONNX op 'com.example.Relu'"),
-        (unknown_attribute, "attribute 'slope'"),
         (data_dependent, "dynamic dimension"),
         (double, "float64"),
         (int16, "int16"),
@@ -272,6 +266,11 @@ def test_what_cannot_be_done_is_an_error_with_help(make: object, words: str) -> 
         convert(make())
     assert words in caught.value.what
     assert caught.value.help or "training" not in words
+
+
+def test_attribute_that_a_lowering_does_not_name_is_an_error() -> None:
+    with pytest.raises(EdgeKitError, match="attribute 'slope' of ONNX op 'Relu'"):
+        lower(None, Node("Relu", "r", ["x"], ["y"], {"slope": 0.5}))
 
 
 def test_two_lowerings_of_one_op_are_refused() -> None:
