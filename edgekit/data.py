@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,7 +70,8 @@ class Data:
     def example(self) -> Arrays:
         """Returns the first sample, with a batch dimension of 1."""
         for batch in self.calibration:
-            return {key: array[:1] for key, array in batch.inputs.items()}
+            if len(batch):
+                return {key: array[:1] for key, array in batch.inputs.items()}
         raise EdgeKitError(f"{self.source} holds no samples", HELP)
 
 
@@ -89,12 +90,11 @@ def load(
 
     Raises EdgeKitError for a source that is missing, empty, of an unknown form, or inconsistent.
     """
-    if bool(mean) != bool(std):
-        raise EdgeKitError("normalization needs both a mean and a standard deviation", "give --mean and --std together")
+    check_normalization(mean, std)
     if isinstance(source, Mapping):
         return _from_arrays("the given arrays", source, mean, std)
     if not isinstance(source, (str, Path)):
-        return _from_iterable("the given iterable", source)
+        return _from_iterable("the given iterable", source, mean)
     path = Path(source)
     if path.is_dir():
         return _from_folder(path, image_size, mean, std)
@@ -104,10 +104,20 @@ def load(
     if ":" in text:
         from edgekit.code import import_code
 
-        return _from_iterable(text, import_code(text).get())
+        return _from_iterable(text, import_code(text).get(), mean)
     if path.suffix == ".py" and path.is_file():
         raise EdgeKitError(f"{text} names a file but no function in it", f"write --data {text}:function")
     raise EdgeKitError(f"no data at {text}", HELP)
+
+
+def check_normalization(mean: Sequence[float], std: Sequence[float]) -> None:
+    """Raises EdgeKitError unless both or none are given, of finite numbers with positive standard deviations."""
+    if bool(mean) != bool(std):
+        raise EdgeKitError("normalization needs both a mean and a standard deviation", "give --mean and --std together")
+    if not all(map(math.isfinite, (*mean, *std))) or any(value <= 0 for value in std):
+        raise EdgeKitError(
+            "a mean must be finite, and a standard deviation above zero", "give those of each channel on the 0..1 scale"
+        )
 
 
 def batches(
@@ -158,7 +168,10 @@ def conform(array: np.ndarray, spec: TensorSpec) -> np.ndarray:
     if array.dtype != wanted:
         if np.issubdtype(array.dtype, np.floating) and not np.issubdtype(wanted, np.floating):
             raise EdgeKitError(f"input '{spec.name}' takes {spec.dtype}, but the data holds {array.dtype}", HELP)
-        array = array.astype(wanted)
+        cast = array.astype(wanted)
+        if np.issubdtype(wanted, np.integer) and (cast != array).any():
+            raise EdgeKitError(f"the data for input '{spec.name}' holds values outside {spec.dtype}", HELP)
+        array = cast
     if np.issubdtype(wanted, np.floating) and not np.isfinite(array).all():
         raise EdgeKitError(f"the data for input '{spec.name}' holds NaN or infinite values", "clean the data first")
     return np.ascontiguousarray(array)
@@ -216,7 +229,7 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     if magic == b"\x93NUMPY":
         return {"x": _guarded(path, lambda: np.load(path, allow_pickle=False))}
     if path.suffix == ".npz":
-        return _guarded(path, lambda: dict(np.load(path, allow_pickle=False)))
+        return _guarded(path, lambda: _read_npz(path))
     if not zipfile.is_zipfile(path):
         raise EdgeKitError(f"{path} is neither an .npz nor a .pt file", HELP)
     import torch
@@ -229,7 +242,18 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
         content = {"x": content}
     if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):
         raise EdgeKitError(f"{path} does not hold a dict of tensors", HELP)
-    return {key: value.numpy() for key, value in content.items()}
+    return {str(key): _array(value) for key, value in content.items()}
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    import zipfile
+
+    import numpy as np
+
+    if not zipfile.is_zipfile(path):
+        raise ValueError("it is damaged, cut short, or no .npz file")
+    with np.load(path, allow_pickle=False) as arrays:
+        return dict(arrays)
 
 
 def _guarded(path: Path, read: Any) -> Any:
@@ -247,23 +271,22 @@ def _guarded(path: Path, read: Any) -> Any:
 def _from_arrays(source: str, arrays: Mapping[str, Any], mean: Sequence[float], std: Sequence[float]) -> Data:
     import numpy as np
 
-    arrays = {key: np.asarray(value) for key, value in arrays.items()}
-    inputs: dict[str | int, np.ndarray] = {k: v for k, v in arrays.items() if k not in RESERVED}
-    if "x" in arrays:
-        inputs = {0: arrays["x"], **inputs}
-    if not inputs:
+    arrays = {str(key): _plain(value) for key, value in arrays.items()}
+    named = {key: array for key, array in arrays.items() if key not in RESERVED or key == "x"}
+    if not named:
         raise EdgeKitError(f"{source} has no inputs: it holds {', '.join(arrays) or 'nothing'}", HELP)
-    for key, array in inputs.items():
+    batched = {key: arrays[key] for key in (*named, "y", "calib_x") if key in arrays}
+    for key, array in batched.items():
         if array.ndim == 0 or array.dtype.kind not in "fiub":
-            raise EdgeKitError(f"array '{_shown(key)}' of {source} is not a batch of numbers", HELP)
+            raise EdgeKitError(f"array '{key}' of {source} is not a batch of numbers", HELP)
+        if len(array) == 0:
+            raise EdgeKitError(f"array '{key}' of {source} holds no samples", HELP)
     target = arrays.get("y")
-    lengths = {_shown(key): len(array) for key, array in inputs.items()} | (
-        {"y": len(target)} if target is not None else {}
-    )
+    lengths = {key: len(array) for key, array in batched.items() if key != "calib_x"}
     if len(set(lengths.values())) > 1:
         raise EdgeKitError(f"the arrays of {source} differ in length: {lengths}", "give each sample one label")
-    if 0 in lengths.values():
-        raise EdgeKitError(f"{source} holds no samples", HELP)
+    # A lone `x` is the model's one input, whatever the model calls it.
+    inputs: dict[str | int, np.ndarray] = {0: named["x"]} if set(named) == {"x"} else dict(named)
     preprocessing, notes = None, []
     images = [array for array in inputs.values() if _is_image(array)]
     if images:
@@ -272,33 +295,45 @@ def _from_arrays(source: str, arrays: Mapping[str, Any], mean: Sequence[float], 
         preprocessing = _preprocessing(images[0].shape[1], mean, std)
         if not mean:
             notes.append("uint8 images are scaled to 0..1 and not normalized: no mean and std given")
-    if "calib_x" in arrays and len(inputs) == 1 and 0 in inputs:
-        calibration = _Slices({0: arrays["calib_x"]}, None, preprocessing, _spaced(len(arrays["calib_x"])))
+    elif mean:
+        raise _not_normalizable(source)
+    elif "mean" in arrays:
+        notes.append(f"mean and std in {source} are left aside: they normalize uint8 images, and it holds none")
+    if "calib_x" in arrays and len(inputs) == 1:
+        calibration = _Slices(dict.fromkeys(inputs, arrays["calib_x"]), None, preprocessing, _spaced(arrays["calib_x"]))
+    elif "calib_x" in arrays:
+        raise EdgeKitError(
+            f"{source} has calib_x beside {len(inputs)} inputs, and it does not tell which it is",
+            "leave calib_x out: calibration then reads the evaluation samples",
+        )
     else:
-        count = len(next(iter(inputs.values())))
-        calibration = _Slices(inputs, None, preprocessing, _spaced(count))
+        calibration = _Slices(inputs, None, preprocessing, _spaced(next(iter(inputs.values()))))
         notes.append(f"calibration reads samples that evaluation reads too: {source} has no calib_x of its own")
     labels = tuple(str(label) for label in arrays.get("labels", ()))
     return Data(source, calibration, _Slices(inputs, target, preprocessing), preprocessing, labels, tuple(notes))
 
 
-def _shown(key: str | int) -> str:
-    return "x" if key == 0 else str(key)
+def _not_normalizable(source: str) -> EdgeKitError:
+    return EdgeKitError(
+        f"--mean and --std normalize uint8 images, and {source} gives none", "leave them out, or give uint8 images"
+    )
 
 
-def _spaced(count: int) -> np.ndarray:
+def _spaced(samples: Sized) -> np.ndarray:
     """Returns the indices of at most CALIBRATION_SAMPLES samples, spread evenly: sorted sources stay balanced."""
     import numpy as np
 
+    count = len(samples)
     return np.unique(np.linspace(0, count - 1, min(count, CALIBRATION_SAMPLES)).astype(int))
 
 
 def _preprocessing(channels: int, mean: Sequence[float], std: Sequence[float]) -> Preprocessing:
+    check_normalization(mean, std)
     for name, values in (("mean", mean), ("std", std)):
         if values and len(values) not in (1, channels):
-            raise EdgeKitError(f"{name} has {len(values)} values, the images have {channels} channels", None)
-    if any(value == 0 for value in std):
-        raise EdgeKitError("std holds a zero", "give the standard deviation of each channel on the 0..1 scale")
+            raise EdgeKitError(
+                f"{name} has {len(values)} values, the images have {channels} channels", "give one value per channel"
+            )
     return Preprocessing(1 / 255, tuple(map(float, mean)), tuple(map(float, std)))
 
 
@@ -332,7 +367,7 @@ def _read_image(path: Path, size: tuple[int, int, int]) -> np.ndarray:
             image = image.resize(
                 (math.ceil(image.width * factor), math.ceil(image.height * factor)), Image.Resampling.BILINEAR
             )
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise EdgeKitError(f"{path} is not a readable image: {error}", "remove it from the data folder") from None
     left, top = (image.width - width) // 2, (image.height - height) // 2
     pixels = np.asarray(image.crop((left, top, left + width, top + height)), dtype=np.uint8)
@@ -342,7 +377,7 @@ def _read_image(path: Path, size: tuple[int, int, int]) -> np.ndarray:
 def _from_folder(
     folder: Path, image_size: tuple[int, int, int] | None, mean: Sequence[float], std: Sequence[float]
 ) -> Data:
-    classes = sorted(entry for entry in folder.iterdir() if entry.is_dir())
+    classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     numbered = bool(classes) and all(entry.name.isdecimal() for entry in classes)
     files = [
         (path, int(entry.name) if numbered else index)
@@ -352,6 +387,12 @@ def _from_folder(
     ]
     if not files:
         raise EdgeKitError(f"{folder} holds no images in class folders", "expected FOLDER/<class>/<image>.jpg")
+    empty = sorted({entry.name for entry in classes} - {path.relative_to(folder).parts[0] for path, _ in files})
+    if empty and not numbered:
+        raise EdgeKitError(
+            f"{folder / empty[0]} holds no images, and would still count as a class",
+            "remove it, or name every folder by its class number",
+        )
     if image_size is None:
         raise EdgeKitError(f"{folder} does not tell the size that the model takes", "add --input 1x3x224x224")
     if image_size[0] not in (1, 3):
@@ -360,13 +401,13 @@ def _from_folder(
     notes = ["calibration reads images that evaluation reads too"]
     if not mean:
         notes.append("images are scaled to 0..1 and not normalized: no --mean and --std given")
-    calibration = [files[i] for i in _spaced(len(files))]
+    calibration = [files[i] for i in _spaced(files)]
     return Data(
         str(folder),
         _Images(calibration, image_size, preprocessing),
         _Images(files, image_size, preprocessing),
         preprocessing,
-        tuple(entry.name for entry in classes),
+        () if numbered else tuple(entry.name for entry in classes),
         tuple(notes),
     )
 
@@ -400,9 +441,11 @@ class _Iterable:
             raise EdgeKitError(f"{self.source} gave no samples", HELP)
 
 
-def _from_iterable(source: str, made: Any) -> Data:
-    if not callable(made) and iter(made) is made:
-        made = list(made)  # a generator can be read once only
+def _from_iterable(source: str, made: Any, mean: Sequence[float]) -> Data:
+    if mean:
+        raise _not_normalizable(source)
+    if isinstance(made, Iterator):
+        made = list(made)  # it can be read once only
     notes = ("calibration reads samples that evaluation reads too",)
     return Data(source, _Iterable(source, made, CALIBRATION_SAMPLES), _Iterable(source, made), notes=notes)
 
@@ -417,6 +460,8 @@ def _as_batch(source: str, item: Any) -> Batch:
         arrays = {i: _array(value) for i, value in enumerate(inputs)}
     else:
         arrays = {0: _array(inputs)}
+    if not arrays:
+        raise EdgeKitError(f"{source} gave a batch without inputs", HELP)
     target = None if target is None else _array(target)
     count = len(next(iter(arrays.values())))
     if target is not None and len(target) != count:
@@ -425,9 +470,19 @@ def _as_batch(source: str, item: Any) -> Batch:
 
 
 def _array(value: Any) -> np.ndarray:
-    import numpy as np
-
-    array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
+    array = _plain(value)
     if array.ndim == 0 or array.dtype.kind not in "fiub":
         raise EdgeKitError("data must be batched along the first dimension and hold numbers", HELP)
     return array
+
+
+def _plain(value: Any) -> np.ndarray:
+    import numpy as np
+
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        value = value.float() if value.is_floating_point() else value  # numpy has no bfloat16
+    try:
+        return np.asarray(value)
+    except ValueError:
+        raise EdgeKitError("the rows of one array differ in length", HELP) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -215,13 +216,8 @@ def _install_command(requirement: Requirement, reinstall: bool) -> str:
     force = "--force-reinstall " if reinstall else ""
     # The default index has a CUDA build of torch for Linux, gigabytes that nothing here needs.
     index = " --index-url https://download.pytorch.org/whl/cpu" if requirement.name == "torch" else ""
-    return f"{_quoted(sys.executable)} -m pip install {force}{_quoted(f'{requirement.name}{requirement.specifier}')}{index}"
-
-
-def _quoted(text: str) -> str:
-    import shlex
-
-    return shlex.quote(text)
+    wanted = shlex.quote(f"{requirement.name}{requirement.specifier}")
+    return f"{shlex.quote(sys.executable)} -m pip install {force}{wanted}{index}"
 
 
 def _tflite_runtime(deep: bool) -> Dependency:
@@ -276,7 +272,8 @@ def _cpuinfo() -> str:
         return f"model name: {name}\nflags: {' '.join(listed.lower().split())}\n"
     answer, _ = _ask(["sysctl", "hw.optional.arm"], ANSWER_TIMEOUT_S)
     present = {line.split(":")[0].rsplit(".", 1)[-1] for line in answer.splitlines() if line.endswith(": 1")}
-    return f"model name: {name}\nFeatures: {' '.join(linux for apple, linux in APPLE_FEATURES.items() if apple in present)}\n"
+    names = [linux for apple, linux in APPLE_FEATURES.items() if apple in present]
+    return f"model name: {name}\nFeatures: {' '.join(names)}\n"
 
 
 def cpu_name(cpuinfo: str) -> str:

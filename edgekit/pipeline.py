@@ -32,7 +32,7 @@ def export(
     model: Any,
     *,
     target: str = "android",
-    formats: str | None = None,
+    formats: str | Sequence[str] | None = None,
     precision: str | None = None,
     data: Any = None,
     inputs: Sequence[str] = (),
@@ -64,22 +64,24 @@ def export(
     with progress.step("Loading"):
         original, source = stages.load(model, data=data, inputs=inputs, code=code, mean=mean, std=std)
     folder = Path(out) / f"{name or original.name}-{target}"
-    with files.new_folder(folder, bundles.MANIFEST) as building:
+    batch = stages.batch_of(original.inputs)
+    with files.new_folder(folder, bundles.FILES) as building:
         program = stages.compress(original, source, recipe.name, progress)
         feeds, samples = stages.golden_feeds(original, source)
         with progress.step("Running the original"):
             reference = stages.run_module(original.module, feeds)
             graph = stages.run_module(program.module(check_guards=False), feeds) if program is not None else reference
-        graph_parity = judge.parity(stages.flat(reference), stages.flat(graph))
+        graph_parity = judge.parity(stages.flat(reference, batch), stages.flat(graph, batch))
         results, entries = {"original": reference}, []
         notes = [*original.notes, *(source.notes if source else ("checked on random inputs: no --data was given",))]
+        notes += judge.loss(recipe.name, graph_parity)
         for format, exported in stages.emit(original, program, chosen, recipe.half_weights, progress):
             path = building / bundles.file_name(format)
             files.write(path, exported.data)
             with progress.step(f"Checking {path.name}"):
                 artifact = Artifact(path, format, recipe.name, original.inputs, original.outputs)
                 results[format] = stages.run(artifact, feeds).outputs
-            agreement = judge.parity(stages.flat(reference), stages.flat(results[format]))
+            agreement = judge.parity(stages.flat(reference, batch), stages.flat(results[format], batch))
             why = judge.faithful(recipe.name, agreement, graph_parity)
             if why is not None:
                 raise EdgeKitError(
@@ -131,13 +133,21 @@ def compare(
     """
     progress = progress or Silent()
     judge.check_metric(metric)
+    stages.check_devices(device, baseline_device)
+    found = expand(artifacts)
     with progress.step("Loading"):
-        original, source = stages.load(model, data=data, inputs=inputs, code=code, mean=mean, std=std)
-        assert source is not None
-        given = expand(artifacts, original)
-    with progress.step("Running the original"):
+        original, source = stages.load(
+            model, data=data, inputs=inputs, code=code, mean=mean, std=std, like=found[0].inputs
+        )
+        if source is None:
+            raise EdgeKitError("a comparison needs data", "give --data: real samples, with labels to measure accuracy")
+        given = [stages.fitted(artifact, original) for artifact in found]
         evaluation = stages.evaluation_set(source, original)
-        reference = evaluation.cut(stages.run_module(original.module, evaluation.feeds, baseline_device))
+    if max_drop is not None and evaluation.target is None:
+        raise EdgeKitError("a largest drop cannot be proven: the data has no labels", "add labels, or drop --max-drop")
+    with progress.step("Running the original"):
+        outcome = stages.run_module(original.module, evaluation.feeds, baseline_device, threads)
+        reference = evaluation.cut(outcome)
         right = None if evaluation.target is None else judge.correct(metric, reference[0], evaluation.target)
     outputs = {}
     for artifact in given:
@@ -146,7 +156,7 @@ def compare(
                 stages.run(artifact, evaluation.feeds, device=device, threads=threads).outputs
             )
     with ExitStack() as stack:
-        references = fp32_references(original, given, stack, progress)
+        references, notes = fp32_references(original, given, stack, progress)
         files_to_time = [*given, *(r for r in references.values() if r not in given)]
         baseline_latency, timed = race(original, files_to_time, evaluation, device, baseline_device, threads, progress)
     measured = []
@@ -156,7 +166,8 @@ def compare(
         result = None
         if right is not None:
             result = judge.accuracy(metric, right, judge.correct(metric, outputs[artifact][0], evaluation.target))
-        fp32 = None if artifact.precision == "fp32" else timed[references[artifact.format]][1]
+        fp32_file = None if artifact.precision == "fp32" else references.get(artifact.format)
+        fp32 = timed[fp32_file][1] if fp32_file is not None else None
         verdict = judge.verdict(artifact.precision, result, latency, fp32, near, max_drop)
         measured.append(
             Measurement(
@@ -180,16 +191,14 @@ def compare(
         baseline_device,
         accuracy,
         metric if right is not None else None,
-        len(reference[0]),
+        evaluation.count,
         baseline_latency,
     )
-    return Comparison(baseline, tuple(measured), (*original.notes, *source.notes))
+    return Comparison(baseline, tuple(measured), (*original.notes, *source.notes, *notes))
 
 
-def expand(artifacts: Sequence[str | Path | bundles.Bundle], original: Model) -> list[Artifact]:
-    """Turns bundles into their files, and bare files into artifacts with the original's inputs and outputs."""
-    from edgekit.runtimes import format_of
-
+def expand(artifacts: Sequence[str | Path | bundles.Bundle]) -> list[Artifact]:
+    """Turns bundles into their files, unchanged since the export, and paths of files into artifacts."""
     found: list[Artifact] = []
     for item in artifacts:
         if isinstance(item, bundles.Bundle) or bundles.is_bundle(Path(item)):
@@ -197,26 +206,36 @@ def expand(artifacts: Sequence[str | Path | bundles.Bundle], original: Model) ->
             for artifact, entry in zip(bundle.artifacts, bundle.manifest["artifacts"], strict=True):
                 bundles.check_hash(artifact.path, entry["sha256"])
                 found.append(artifact)
-            continue
-        path = Path(item)
-        if not path.is_file():
-            raise EdgeKitError(f"no artifact at {path}", "name a .pte, .onnx or .tflite file, or a bundle folder")
-        manifest = path.parent / bundles.MANIFEST
-        known = [a for a in bundles.read(manifest).artifacts if a.path.name == path.name] if manifest.is_file() else []
-        found += known or [
-            Artifact(path, format_of(path), stages.precision_of(path), original.inputs, original.outputs)
-        ]
+        else:
+            found.append(identify(Path(item)))
     if not found:
         raise EdgeKitError("no artifacts to compare", "name files or bundle folders after the model")
     return list(dict.fromkeys(found))
 
 
+def identify(path: Path) -> Artifact:
+    """Returns the file at `path` as an artifact, as the bundle around it tells, or else as the file itself does."""
+    if not path.is_file():
+        raise EdgeKitError(f"no artifact at {path}", "name a .pte, .onnx or .tflite file, or a bundle folder")
+    if (path.parent / bundles.MANIFEST).is_file():
+        bundle = bundles.read(path.parent)
+        for artifact, entry in zip(bundle.artifacts, bundle.manifest["artifacts"], strict=True):
+            if artifact.path.name == path.name:
+                bundles.check_hash(path, entry["sha256"])
+                return artifact
+    return stages.bare(path)
+
+
 def fp32_references(
     original: Model, given: Sequence[Artifact], stack: ExitStack, progress: Progress
-) -> dict[str, Artifact]:
-    """Returns one fp32 file per format that needs one to compare with: a given one, or one exported for the while."""
+) -> tuple[dict[str, Artifact], tuple[str, ...]]:
+    """Returns one fp32 file per format that needs one to compare with, given or exported for the while, and notes."""
     references = {artifact.format: artifact for artifact in given if artifact.precision == "fp32"}
     missing = sorted({a.format for a in given if a.precision != "fp32"} - references.keys())
+    notes = ()
+    if original.onnx is not None and "executorch" in missing:
+        missing.remove("executorch")
+        notes = ("no fp32 .pte to compare speed with: ExecuTorch starts from a PyTorch model",)
     if missing:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="edgekit-")))
         program = stages.compress(original, None, "fp32", progress)
@@ -224,7 +243,7 @@ def fp32_references(
             path = folder / bundles.file_name(format)
             files.write(path, exported.data)
             references[format] = Artifact(path, format, "fp32", original.inputs, original.outputs)
-    return references
+    return references, notes
 
 
 def race(
@@ -255,15 +274,8 @@ def profile(
     artifact: str | Path, *, device: str = "local:", threads: int = 1, progress: Progress | None = None
 ) -> Profile:
     """Measures latency, load time and memory of one file on `device`, over ROUNDS processes, on random inputs."""
-    from edgekit.summary import inspect_artifact
-
-    path = Path(artifact)
-    found = inspect_artifact(path)
-    manifest = path.parent / bundles.MANIFEST
-    known = [a for a in bundles.read(manifest).artifacts if a.path.name == path.name] if manifest.is_file() else []
-    subject = (
-        known[0] if known else Artifact(path, found.format, stages.precision_of(path), found.inputs, found.outputs)
-    )
+    subject = identify(Path(artifact))
+    stages.check_devices(device)
     feeds = stages.random_feeds(subject.inputs)
     with (progress or Silent()).step("Measuring latency", ROUNDS) as advance:
         runs = []
@@ -278,10 +290,15 @@ def profile(
 def verify(bundle: str | Path, *, device: str = "local:", progress: Progress | None = None) -> tuple[Replay, ...]:
     """Replays a bundle's golden inputs on `device` and compares with the outputs that were recorded at export.
 
-    A file whose hash has changed is not run. Raises EdgeKitError for a folder that is no bundle.
+    A file whose hash has changed is not run. Raises EdgeKitError for a folder that is no bundle, and for a device
+    that does not answer.
     """
     opened = bundles.read(Path(bundle))
-    golden = bundles.read_golden(opened)
+    stages.check_devices(device)
+    try:
+        golden = bundles.read_golden(opened)
+    except EdgeKitError as error:
+        return tuple(Replay(artifact, None, error.what) for artifact in opened.artifacts)
     replays = []
     for artifact, entry in zip(opened.artifacts, opened.manifest["artifacts"], strict=True):
         with (progress or Silent()).step(f"Replaying {artifact.path.name}"):
@@ -301,9 +318,10 @@ def _replay(
         feeds = [golden[f"input/{spec.name}"] for spec in artifact.inputs]
         outputs = stages.run(artifact, feeds, device=device).outputs
     except EdgeKitError as error:
-        return Replay(artifact, None, str(error.what))
+        return Replay(artifact, None, error.what)
     recorded = [golden[f"{artifact.format}/{spec.name}"] for spec in artifact.outputs]
-    near = judge.parity(stages.flat(recorded), stages.flat(outputs))
+    batch = stages.batch_of(artifact.inputs)
+    near = judge.parity(stages.flat(recorded, batch), stages.flat(outputs, batch))
     steps = [
         qparams["outputs"][spec.name]["scale"] for spec in artifact.outputs if spec.name in qparams.get("outputs", {})
     ]

@@ -33,10 +33,12 @@ def read(path: Path) -> Contents:
         raise ValueError(str(error)) from None
     if not model.graph.node and not model.graph.output:
         raise ValueError("it holds no graph")
+    bodies = list(_graphs(model.graph))
+    _check_text(model, bodies)
     opsets = {o.domain or "ai.onnx": o.version for o in model.opset_import}
     initializers = {tensor.name for tensor in model.graph.initializer}
     dtypes = _dtypes(model)
-    graphs = [Graph(graph, dtypes) for graph in _graphs(model.graph)]
+    graphs = [Graph(graph, dtypes) for graph in bodies]
     inputs = tuple(_spec(value) for value in model.graph.input if value.name not in initializers)
     outputs = tuple(_spec(value) for value in model.graph.output)
     sizes: Counter[str] = Counter()
@@ -150,8 +152,13 @@ class Graph:
     def _requantizes(self, node: NodeProto) -> bool:
         """Whether a quantized value reaches this node unchanged, at another scale or zero point."""
         pending, sources = [node.input[0]], []
+        seen: set[str] = set()  # a damaged file can hold a cycle
         while pending:
-            producer = self.producer.get(pending.pop())
+            name = pending.pop()
+            if name in seen:
+                continue
+            seen.add(name)
+            producer = self.producer.get(name)
             if producer is None or producer.op_type not in (*MOVES, "DequantizeLinear"):
                 return False
             if producer.op_type == "DequantizeLinear":
@@ -162,10 +169,8 @@ class Graph:
 
     def _parameters(self, node: NodeProto) -> tuple[bytes | str, ...]:
         values = [self._value(node, index) for index in (1, 2)]
-        return tuple(
-            value.tobytes() if value is not None else name
-            for name, value in zip([*node.input[1:], ""], values, strict=False)
-        )
+        names = (*node.input[1:], "")  # the zero point may be left out
+        return tuple(name if value is None else value.tobytes() for name, value in zip(names, values, strict=False))
 
 
 def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
@@ -175,6 +180,16 @@ def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
         for attribute in node.attribute:
             for body in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
                 yield from _graphs(body)
+
+
+def _check_text(model: ModelProto, bodies: list[GraphProto]) -> None:
+    """Raises ValueError for a name that is not UTF-8: protobuf hands those out as bytes."""
+    nodes = [node for graph in bodies for node in graph.node]
+    texts = [text for node in nodes for text in (node.op_type, *node.input, *node.output)]
+    texts += [value.name for value in (*model.graph.input, *model.graph.output)]
+    texts += [opset.domain for opset in model.opset_import]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("it has names that are not text")
 
 
 def _tensors(model: ModelProto) -> Iterator[TensorProto]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -47,7 +48,7 @@ def bundle_report(bundle: Bundle) -> RenderableType:
         rows.add_row(
             entry["file"],
             size(entry["size_bytes"]),
-            _decibel(near["sqnr_db"]),
+            _decibel(near["sqnr_db"], near["max_abs"]),
             f"{near['max_abs']:.2g}",
             "–" if near["agreement"] is None else f"{100 * near['agreement']:.0f} %",
         )
@@ -123,7 +124,7 @@ def _comparison_row(m: Measurement) -> list[RenderableType]:
     return [
         _label(m),
         *quality,
-        _decibel(m.parity.sqnr_db),
+        _decibel(m.parity.sqnr_db, m.parity.max_abs),
         milliseconds(m.latency.p50),
         milliseconds(m.latency.percentile(90)),
         milliseconds(m.latency.percentile(99)),
@@ -178,5 +179,7 @@ def _label(m: Measurement) -> str:
     return f"{m.artifact.path.name} {m.artifact.precision}"
 
 
-def _decibel(value: float | None) -> str:
-    return "equal" if value is None or value == float("inf") else f"{value:.1f} dB"
+def _decibel(value: float | None, max_abs: float | None) -> str:
+    if max_abs == 0:
+        return "equal"
+    return "–" if value is None or not isfinite(value) else f"{value:.1f} dB"

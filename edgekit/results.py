@@ -54,10 +54,8 @@ class Parity:
     samples: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns JSON-ready values; infinite SQNR is null."""
-        values = asdict(self)
-        values["sqnr_db"] = finite(self.sqnr_db)
-        return values
+        """Returns JSON-ready values; what is infinite is null: SQNR of equal outputs, differences from NaN ones."""
+        return {key: finite(value) if isinstance(value, float) else value for key, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,20 +35,35 @@ class Exported:
 
 
 def load(
-    model: Any, *, data: Any, inputs: Sequence[str], code: str | None, mean: Sequence[float], std: Sequence[float]
+    model: Any,
+    *,
+    data: Any,
+    inputs: Sequence[str],
+    code: str | None,
+    mean: Sequence[float],
+    std: Sequence[float],
+    like: Sequence[TensorSpec] = (),
 ) -> tuple[Model, sources.Data | None]:
-    """Loads the model and opens its data, each telling the other what it does not know: shapes, or an image size."""
+    """Loads the model and opens its data, each telling the other what it does not know: shapes, or an image size.
+
+    Where `inputs` are not given, the batch and the image size are those of `like`, the inputs of an exported file.
+    """
     from edgekit.model import load as load_model
     from edgekit.model import parse_spec
 
+    sources.check_normalization(mean, std)
     if data is None:
+        if mean:
+            raise EdgeKitError("--mean and --std normalize data, and none are given", "add --data, or leave them out")
         return load_model(model, code=code, inputs=inputs), None
-    size = None
-    if inputs:
-        shape = parse_spec(inputs[0]).shape
-        size = (shape[1], shape[2], shape[3]) if len(shape) == 4 else None
+    specs = [parse_spec(text) for text in inputs] or like
+    shape = specs[0].shape if specs else ()
+    size = (shape[1], shape[2], shape[3]) if len(shape) == 4 else None
     source = sources.load(data, image_size=size, mean=mean, std=std)
-    loaded = load_model(model, code=code, inputs=inputs, example=_named(source.example()))
+    example = source.example()
+    if like and shape and not inputs:
+        example = {key: array.repeat(max(shape[0] or 1, 1), axis=0) for key, array in example.items()}
+    loaded = load_model(model, code=code, inputs=inputs, example=_named(example))
     first = next(iter(sources.batches(source.evaluation, loaded.inputs)))[0]  # tells now whether the data fits
     return replace(loaded, example=_tensors(first)), source
 
@@ -69,10 +86,10 @@ def compress(
         with progress.step("Capturing the graph"):
             return recipe.apply(original.module, original.example, ())
     assert source is not None
-    rows = -(-sources.CALIBRATION_SAMPLES // max(original.inputs[0].shape[0], 1))
+    runs = -(-sources.CALIBRATION_SAMPLES // batch_of(original.inputs))
     with progress.step(f"Calibrating {precision}") as advance:
         return recipe.apply(
-            original.module, original.example, _counted(_calibration(source, original.inputs, rows), advance)
+            original.module, original.example, _counted(_calibration(source, original.inputs, runs), advance)
         )
 
 
@@ -183,17 +200,43 @@ def qparams(original: Model, program: ExportedProgram | None) -> dict[str, Any]:
     return io_qparams(program, [s.name for s in original.inputs], [s.name for s in original.outputs])
 
 
-def run_module(module: torch.nn.Module, feeds: Sequence[np.ndarray], device: str = "cpu") -> tuple[np.ndarray, ...]:
-    """Runs a torch module in this process on (runs, *shape) inputs; returns (runs, *shape) outputs."""
-    import os
-
-    import numpy as np
+@contextmanager
+def in_process(module: torch.nn.Module, device: str, threads: int) -> Iterator[Any]:
+    """Yields a session on a torch module in this process, and then puts the module and the threads back."""
+    import torch
 
     from edgekit.runtimes import eager
 
-    session = eager.load(module, device=device, threads=os.cpu_count() or 1)
-    results = [session.run({f"input_{i}": feed[run] for i, feed in enumerate(feeds)}) for run in range(len(feeds[0]))]
-    session.close()
+    before = torch.get_num_threads()
+    session = eager.load(module, device=device, threads=threads)
+    try:
+        yield session
+    finally:
+        session.close()
+        module.to("cpu")
+        torch.set_num_threads(before)
+
+
+def run_module(
+    module: torch.nn.Module, feeds: Sequence[np.ndarray], device: str = "cpu", threads: int = 1
+) -> tuple[np.ndarray, ...]:
+    """Runs a torch module in this process on (runs, *shape) inputs; returns (runs, *shape) outputs.
+
+    One thread is the default because torch's spin at every op: on a machine with other work, two took ten times
+    as long as one. Raises EdgeKitError where the module fails on a sample.
+    """
+    import numpy as np
+
+    with in_process(module, device, threads) as session:
+        results = []
+        for run in range(len(feeds[0])):
+            try:
+                results.append(session.run({f"input_{i}": feed[run] for i, feed in enumerate(feeds)}))
+            except (IndexError, ValueError, RuntimeError) as error:
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                raise EdgeKitError(
+                    f"the model fails on batch {run} of the data: {reason}", "check the values in --data"
+                ) from error
     return tuple(np.stack([result[name] for result in results]) for name in results[0])
 
 
@@ -205,9 +248,14 @@ def run(artifact: Artifact, feeds: Sequence[np.ndarray], **options: Any) -> Any:
     return run_artifact(artifact.path, feeds, **names, **options)
 
 
-def flat(outputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Joins runs and batch: (runs, batch, …) → (runs·batch, …)."""
-    return [array.reshape(-1, *array.shape[2:]) if array.ndim > 1 else array for array in outputs]
+def flat(outputs: Sequence[np.ndarray], batch: int) -> list[np.ndarray]:
+    """Joins runs and batch, (runs, batch, …) → (runs·batch, …); outputs without the batch in front stay as they are."""
+    return [a.reshape(-1, *a.shape[2:]) if a.ndim > 1 and a.shape[1] == batch else a for a in outputs]
+
+
+def batch_of(specs: Sequence[TensorSpec]) -> int:
+    """Returns how many samples one run takes: the first dimension of the first input, 1 for a scalar."""
+    return specs[0].shape[0] if specs and specs[0].shape else 1
 
 
 def _named(example: sources.Arrays) -> list[np.ndarray] | dict[str, np.ndarray]:
@@ -227,12 +275,13 @@ class Evaluation:
     """All evaluation samples as feeds of whole batches, and how many of the padded samples are real."""
 
     feeds: tuple[np.ndarray, ...]
+    batch: int
     count: int
     target: np.ndarray | None
 
     def cut(self, outputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Joins (runs, batch, …) outputs to one row a sample and drops the padding."""
-        return [array[: self.count] for array in flat(outputs)]
+        return [array[: self.count] for array in flat(outputs, self.batch)]
 
 
 def evaluation_set(source: sources.Data, original: Model) -> Evaluation:
@@ -248,7 +297,8 @@ def evaluation_set(source: sources.Data, original: Model) -> Evaluation:
     target = np.concatenate(targets) if targets else None
     if target is not None and len(target) != count:
         raise EdgeKitError(f"the data has {count} samples but {len(target)} labels", "give each sample one label")
-    return Evaluation(tuple(np.stack(arrays) for arrays in zip(*feeds, strict=True)), count, target)
+    stacked = tuple(np.stack(arrays) for arrays in zip(*feeds, strict=True))
+    return Evaluation(stacked, batch_of(original.inputs), count, target)
 
 
 def time_module(
@@ -258,26 +308,79 @@ def time_module(
     import os
     from itertools import cycle
 
-    import torch
-
     from edgekit import measure
-    from edgekit.runtimes import eager
 
-    cores, before = os.sched_getaffinity(0), torch.get_num_threads()
-    session = eager.load(module, device=device, threads=threads)
     samples = cycle([{f"input_{i}": feed[run] for i, feed in enumerate(feeds)} for run in range(len(feeds[0]))])
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    with in_process(module, device, threads) as session:
+        try:
+            measure.pin(threads)
+            return tuple(measure.time_runs(lambda: session.run(next(samples)), **asdict(timing)))
+        finally:
+            if cores is not None:
+                os.sched_setaffinity(0, cores)
+
+
+def check_devices(device: str, baseline: str = "cpu") -> None:
+    """Raises EdgeKitError for a device that does not answer, or a baseline device that torch cannot use."""
+    from edgekit.runtimes import open_device
+
+    if baseline not in ("cpu", "cuda"):
+        raise EdgeKitError(f"unknown baseline device '{baseline}'", "choose cpu or cuda")
+    if baseline == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise EdgeKitError("torch finds no CUDA device here", "leave out --baseline-device")
+    opened = open_device(device)
     try:
-        measure.pin(threads)
-        return tuple(measure.time_runs(lambda: session.run(next(samples)), **asdict(timing)))
+        opened.probe()
     finally:
-        session.close()
-        os.sched_setaffinity(0, cores)
-        torch.set_num_threads(before)
+        opened.cleanup()
 
 
-def precision_of(path: Path) -> str:
-    """Returns the precision of a bare file by what its weights are stored in: int8, fp16 or fp32."""
+def bare(path: Path) -> Artifact:
+    """Returns a file that comes without a bundle as an artifact; its names, shapes and precision are read from it."""
     from edgekit.summary import inspect_artifact
 
-    sizes = inspect_artifact(path).parameter_bytes
-    return next((name for dtype, name in (("int8", "int8"), ("float16", "fp16")) if sizes.get(dtype)), "fp32")
+    found = inspect_artifact(path)
+    return Artifact(path, found.format, precision_of(found.parameter_bytes), tuple(found.inputs), tuple(found.outputs))
+
+
+def fitted(artifact: Artifact, original: Model) -> Artifact:
+    """Returns `artifact` with its inputs and outputs in the original's order, by name or else by position.
+
+    A dimension that the file leaves open is the original's. Raises EdgeKitError where the two do not take the same
+    inputs or do not give as many outputs.
+    """
+    inputs, outputs = (
+        _arranged(specs, wanted)
+        for specs, wanted in ((artifact.inputs, original.inputs), (artifact.outputs, original.outputs))
+    )
+    if not all(_fits(a, b) for a, b in zip_longest(inputs, original.inputs)) or len(outputs) != len(original.outputs):
+        takes, wanted = (", ".join(map(str, specs)) for specs in (inputs, original.inputs))
+        raise EdgeKitError(
+            f"{artifact.path} is not this model: it takes {takes} and gives {len(outputs)} outputs; "
+            f"the model takes {wanted} and gives {len(original.outputs)}",
+            "name the model that it was exported from; files of another batch size are compared on their own",
+        )
+    inputs = [replace(spec, shape=other.shape) for spec, other in zip(inputs, original.inputs, strict=True)]
+    return replace(artifact, inputs=tuple(inputs), outputs=tuple(outputs))
+
+
+def _arranged(specs: Sequence[TensorSpec], wanted: Sequence[TensorSpec]) -> list[TensorSpec]:
+    by_name = {spec.name: spec for spec in specs}
+    names = [spec.name for spec in wanted]
+    return [by_name[name] for name in names] if sorted(by_name) == sorted(names) else list(specs)
+
+
+def _fits(spec: TensorSpec | None, original: TensorSpec | None) -> bool:
+    if spec is None or original is None:
+        return False
+    open_or_same = (not a or a < 0 or a == b for a, b in zip_longest(spec.shape, original.shape, fillvalue=1))
+    return spec.dtype == original.dtype and len(spec.shape) == len(original.shape) and all(open_or_same)
+
+
+def precision_of(parameter_bytes: Mapping[str, int]) -> str:
+    """Returns the precision of a bare file by what its weights are stored in: int8, fp16 or fp32."""
+    return next((name for dtype, name in (("int8", "int8"), ("float16", "fp16")) if parameter_bytes.get(dtype)), "fp32")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -228,13 +229,16 @@ def _countable() -> Iterator[None]:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    fast = torch.backends.mha.get_fastpath_enabled()
+    onednn: Any = torch.backends.mkldnn
+    fast, enabled = torch.backends.mha.get_fastpath_enabled(), onednn.enabled
     torch.backends.mha.set_fastpath_enabled(False)
+    onednn.enabled = False  # it has one op for a whole LSTM
     try:
-        with torch.backends.mkldnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+        onednn.enabled = enabled
 
 
 def _memory_mode() -> Any:
@@ -385,7 +389,10 @@ def _render_artifact(summary: ArtifactSummary) -> RenderableType:
         parts = ", ".join(f"{count} × {name}" for name, count in summary.delegates.items()) or "none"
         outside = ", ".join(f"{count} × {name}" for name, count in summary.undelegated.items()) or "none"
         facts.append(f"delegates: {parts}; ops outside them: {outside}")
-    islands = [f"float between int8 ops: {names}" for names in summary.float_islands]
+    islands = [
+        f"float between int8 ops: {names}" + (f" ({count} times)" if count > 1 else "")
+        for names, count in Counter(summary.float_islands).items()
+    ]
     return Group(
         Text.assemble((summary.path.name, "bold"), f"  {summary.format} {summary.version}, {size(summary.size_bytes)}"),
         Text(f"sha256 {summary.sha256}", style="dim"),

@@ -86,3 +86,29 @@ class MSEObserver(ObserverBase):
         cost = ((errors + inside * (steps**2 / 12)[:, None]) * counts[None]).sum(dim=1)
         best = int(cost.argmin())
         return float(lows[best]), float(highs[best])
+
+
+class KnownScale(ObserverBase):
+    """Quantizes weights that are already multiples of known scales, so that rounding them again changes nothing."""
+
+    def __init__(
+        self,
+        scale: torch.Tensor,
+        dtype: torch.dtype = torch.int8,
+        qscheme: torch.qscheme = torch.per_channel_symmetric,
+        quant_min: int = -127,
+        quant_max: int = 127,
+        ch_axis: int = 0,
+        is_dynamic: bool = False,
+    ) -> None:
+        super().__init__(dtype, is_dynamic)
+        self.qscheme, self.quant_min, self.quant_max, self.ch_axis = qscheme, quant_min, quant_max, ch_axis
+        self.scale = scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns `x` unchanged: there is nothing to observe."""
+        return x
+
+    def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the known scales (float32) and zero points of 0 (int64)."""
+        return self.scale.float(), torch.zeros(len(self.scale), dtype=torch.int64)

@@ -6,12 +6,11 @@ per-channel weights, int32 bias at s_in·s_w (derived by the exporters). A new o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
-from edgekit.quant.passes import argument, is_attribute, is_zero_pad
 from torch.fx import GraphModule, Node
-from torchao.quantization.pt2e import MinMaxObserver, ObserverOrFakeQuantizeConstructor, PerChannelMinMaxObserver
+from torchao.quantization.pt2e import MinMaxObserver, PerChannelMinMaxObserver
 from torchao.quantization.pt2e.quantizer import (
     FixedQParamsQuantizationSpec,
     QuantizationAnnotation,
@@ -20,6 +19,9 @@ from torchao.quantization.pt2e.quantizer import (
     Quantizer,
     SharedQuantizationSpec,
 )
+
+from edgekit.quant.observers import KnownScale, MSEObserver
+from edgekit.quant.passes import argument, is_attribute, is_zero_pad
 
 aten = torch.ops.aten
 
@@ -67,23 +69,26 @@ FIXED_OUTPUT = {
 }
 
 
-def activation_spec(observer: ObserverOrFakeQuantizeConstructor = MinMaxObserver) -> QuantizationSpec:
+def activation_spec() -> QuantizationSpec:
     """Int8 asymmetric per-tensor, -128..127; the range always holds 0, so that padding is exact."""
     return QuantizationSpec(
         dtype=torch.int8,
-        observer_or_fake_quant_ctr=observer.with_args(eps=2**-16),
+        observer_or_fake_quant_ctr=MSEObserver.with_args(eps=2**-16),
         quant_min=-128,
         quant_max=127,
         qscheme=torch.per_tensor_affine,
     )
 
 
-def weight_spec(axis: int | None) -> QuantizationSpec:
-    """Int8 symmetric, -127..127, per channel of `axis`, or per tensor where `axis` is None."""
-    ctr = MinMaxObserver if axis is None else PerChannelMinMaxObserver
+def weight_spec(axis: int | None, scale: torch.Tensor | None = None) -> QuantizationSpec:
+    """Int8 symmetric, -127..127: with known `scale`, or by max |w| per channel of `axis` (None: per tensor)."""
+    if scale is not None:
+        observer = KnownScale.with_args(scale=scale)
+    else:
+        observer = (MinMaxObserver if axis is None else PerChannelMinMaxObserver).with_args(eps=1e-12)
     return QuantizationSpec(
         dtype=torch.int8,
-        observer_or_fake_quant_ctr=ctr.with_args(eps=1e-12),
+        observer_or_fake_quant_ctr=observer,
         quant_min=-127,
         quant_max=127,
         qscheme=torch.per_tensor_symmetric if axis is None else torch.per_channel_symmetric,
@@ -94,10 +99,14 @@ def weight_spec(axis: int | None) -> QuantizationSpec:
 class EdgeQuantizer(Quantizer):
     """Annotates a canonical graph (see `passes.canonicalize`) for static int8.
 
-    `keep_float` names graph nodes of weighted ops that stay in float.
+    `weight_scales` holds the scales of layers whose weights are rounded already, by node name; `keep_float` names
+    nodes of weighted ops that stay in float.
     """
 
-    def __init__(self, keep_float: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self, weight_scales: Mapping[str, torch.Tensor] | None = None, keep_float: frozenset[str] = frozenset()
+    ) -> None:
+        self.weight_scales = weight_scales or {}
         self.keep_float = keep_float
         self.activation = activation_spec()
 
@@ -142,7 +151,8 @@ class EdgeQuantizer(Quantizer):
         weight = node.args[1]
         # A grouped transposed convolution has its output channels spread over axis 1 and the groups.
         per_tensor = target_groups(node) > 1 and axis == 1
-        inputs = {node.args[0]: self.activation, weight: weight_spec(None if per_tensor else axis)}
+        spec = weight_spec(None if per_tensor else axis, self.weight_scales.get(node.name))
+        inputs = {node.args[0]: self.activation, weight: spec}
         self._annotate_compute(node, inputs)
 
     def _annotate_compute(self, node: Node, inputs: dict[Node, QuantizationSpecBase]) -> None:

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from edgekit.quant.passes import capture, drop_implied_clips
-from edgekit.quant.quantizer import EdgeQuantizer
 from torch.export import ExportedProgram
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+from edgekit.quant.passes import capture, drop_implied_clips
+from edgekit.quant.quantizer import EdgeQuantizer
+from edgekit.quant.rounding import round_weights
 
 q = torch.ops.quantized_decomposed
 
@@ -34,8 +36,12 @@ def float32(module: torch.nn.Module, example: Batch, batches: Iterable[Batch]) -
 
 
 def int8_static(module: torch.nn.Module, example: Batch, batches: Iterable[Batch]) -> ExportedProgram:
-    """Quantizes weights and activations to int8 by torchao's PT2E flow, calibrated on `batches` one at a time."""
-    prepared = prepare_pt2e(capture(module, example), EdgeQuantizer())
+    """Quantizes weights and activations to int8 by torchao's PT2E flow.
+
+    Reads `batches` twice, one at a time: to round the weights, then to find the ranges of the activations.
+    """
+    graph = capture(module, example)
+    prepared = prepare_pt2e(graph, EdgeQuantizer(round_weights(graph, batches)))
     with torch.inference_mode():
         for batch in batches:
             prepared(*batch)
@@ -89,6 +95,12 @@ RECIPES = {
     for recipe in (
         Recipe("fp32", "as trained", needs_data=False, half_weights=False, apply=float32),
         Recipe("fp16", "weights in half precision", needs_data=False, half_weights=True, apply=float32),
-        Recipe("int8", "weights and activations in int8", needs_data=True, half_weights=False, apply=int8_static),
+        Recipe(
+            "int8",
+            "int8 weights by GPTQ, corrected biases, activation ranges of least squared error",
+            needs_data=True,
+            half_weights=False,
+            apply=int8_static,
+        ),
     )
 }

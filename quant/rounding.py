@@ -18,9 +18,10 @@ from torch.fx import GraphModule, Interpreter, Node
 from edgekit.quant.passes import CONV_DEFAULTS, CONVOLUTIONS, add_attribute, aten, attribute, is_attribute, spread
 
 BATCHES = 64  # calibration batches that are looked at
-POSITIONS = 256  # image positions taken of each: an H of rank 16,384 is more than any layer needs
+POSITIONS = 32  # image positions taken of each, at least; wide layers get a quarter of their columns
 MOST_COLUMNS = 4608  # a 3×3 convolution of 512 channels; the cost grows with the cube
 DAMPING = 0.01
+ROUNDABLE = {aten.linear.default, aten.conv1d.default, aten.conv2d.default}
 
 
 @dataclass
@@ -59,25 +60,40 @@ class _Collector(Interpreter):
     def _columns(self, node: Node, x: torch.Tensor) -> torch.Tensor:
         """Returns the layer's input as columns that its weight, flattened, multiplies: (groups, samples, n)."""
         if node.target == aten.linear.default:
-            columns = x.reshape(1, -1, x.shape[-1])
-            return columns[:, self._some(columns.shape[1], len(x))]
+            rows = x.reshape(-1, x.shape[-1])
+            return rows[self._some(len(rows), len(x) * positions(x.shape[-1]))].unsqueeze(0)
+        if node.target == aten.conv1d.default:
+            x = x.unsqueeze(2)
         kernel, stride, padding, dilation, groups = geometry(node)
-        batch, channels = x.shape[:2]
-        patches = F.unfold(x, kernel, dilation, padding, stride)  # (batch, channels · kh · kw, positions)
-        patches = patches[:, :, self._some(patches.shape[2], 1)]
-        patches = patches.reshape(batch, groups, -1, patches.shape[2])
-        return patches.permute(1, 0, 3, 2).reshape(groups, -1, patches.shape[2])
+        height, width = (
+            node.meta["val"].shape[-2:] if node.target == aten.conv2d.default else (1, node.meta["val"].shape[-1])
+        )
+        picked = self._some(height * width, positions(kernel[0] * kernel[1] * x.shape[1] // groups))
+        x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+        rows = (picked // width * stride[0])[:, None, None] + (torch.arange(kernel[0]) * dilation[0])[:, None]
+        columns = (picked % width * stride[1])[:, None, None] + torch.arange(kernel[1]) * dilation[1]
+        patches = x.flatten(2)[:, :, rows * x.shape[3] + columns]  # (batch, channels, positions, kh, kw)
+        batch, channels, count = patches.shape[:3]
+        patches = patches.reshape(batch, groups, channels // groups, count, -1)
+        return patches.permute(1, 0, 3, 2, 4).reshape(groups, batch * count, -1)
 
-    def _some(self, count: int, samples: int) -> torch.Tensor:
-        most = POSITIONS * samples
+    def _some(self, count: int, most: int) -> torch.Tensor:
         return torch.randperm(count, generator=self.generator)[:most] if count > most else torch.arange(count)
 
 
+def positions(columns: int) -> int:
+    """Returns how many positions of each image tell enough about H of a layer with so many columns."""
+    return max(POSITIONS, columns // 4)
+
+
 def geometry(conv: Node) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], tuple[int, int], int]:
-    """Returns kernel, stride, padding, dilation (each of two) and groups of a conv2d node."""
+    """Returns kernel, stride, padding, dilation (each of two) and groups of a conv1d (as 1×k) or conv2d node."""
     args = [*conv.args, *CONV_DEFAULTS[len(conv.args) - 2 :]]
+    rank = CONVOLUTIONS[conv.target]
     kernel = tuple(conv.args[1].meta["val"].shape[2:])
-    stride, padding, dilation = (spread(args[index], 2) for index in (3, 4, 5))
+    stride, padding, dilation = (spread(args[index], rank) for index in (3, 4, 5))
+    if rank == 1:
+        kernel, stride, padding, dilation = (1, *kernel), (1, *stride), (0, *padding), (1, *dilation)
     return kernel, stride, padding, dilation, args[6]
 
 
@@ -94,10 +110,8 @@ def collect(model: GraphModule, batches: Iterable[tuple[torch.Tensor, ...]]) -> 
 
 
 def roundable(node: Node) -> bool:
-    """Whether `node` is a linear or conv2d layer with a weight of its own and not too many columns."""
-    if node.target not in (aten.linear.default, aten.conv2d.default) or not is_attribute(node.args[1]):
-        return False
-    if node.target in CONVOLUTIONS and len(node.args) > 4 and isinstance(node.args[4], str):
+    """Whether `node` is a linear, conv1d or conv2d layer with a weight of its own and not too many columns."""
+    if node.target not in ROUNDABLE or not is_attribute(node.args[1]):
         return False
     return node.args[1].meta["val"][0].numel() <= MOST_COLUMNS
 
@@ -134,3 +148,31 @@ def round_layer(
     mean = (moments.first / moments.count).unsqueeze(2)
     correction = ((shaped - rounded) @ mean).reshape(-1)
     return rounded.reshape(weight.shape), correction
+
+
+def round_weights(model: GraphModule, batches: Iterable[tuple[torch.Tensor, ...]]) -> dict[str, torch.Tensor]:
+    """Replaces, in place, the weight of each roundable layer by multiples of its scale, and corrects its bias.
+
+    Returns each layer's scales (one per output channel) by node name: the quantizer must use these very ones.
+    """
+    scales = {}
+    for node, moments in collect(model, batches).items():
+        weight = attribute(model, node.args[1])
+        scale = channel_scales(weight)
+        groups = 1 if node.target == aten.linear.default else geometry(node)[4]
+        rounded, correction = round_layer(weight, scale, groups, moments)
+        bias = node.args[2] if len(node.args) > 2 else None
+        with model.graph.inserting_before(node):
+            new_weight = add_attribute(model, f"{node.name}_rounded_weight", rounded)
+            old = 0 if bias is None else attribute(model, bias)
+            new_bias = add_attribute(model, f"{node.name}_corrected_bias", correction + old)
+        node.args = (node.args[0], new_weight, new_bias, *node.args[3:])
+        scales[node.name] = scale
+    model.graph.eliminate_dead_code()
+    model.recompile()
+    return scales
+
+
+def channel_scales(weight: torch.Tensor) -> torch.Tensor:
+    """Returns the symmetric int8 scale of each output channel (axis 0): max |w| / 127, tiny where all are 0."""
+    return (weight.reshape(len(weight), -1).abs().amax(dim=1) / 127).clamp(min=1e-12)

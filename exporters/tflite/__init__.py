@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import onnx
+
 from edgekit.exporters.tflite import lowerings as _lowerings  # noqa: F401 (fills the table of lowerings)
 from edgekit.exporters.tflite.builder import Builder
 from edgekit.exporters.tflite.fuse import fuse, fuse_activations

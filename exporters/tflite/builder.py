@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import numpy as np
+
+from edgekit.errors import EdgeKitError
 from edgekit.exporters.tflite.ir import (
     Graph,
     Info,
@@ -18,8 +20,7 @@ from edgekit.exporters.tflite.ir import (
     channels_last,
     identity,
 )
-
-from edgekit.errors import EdgeKitError
+from edgekit.exporters.tflite.kernels import data_input, takes
 
 Operand = Tensor | np.ndarray | None
 FLOAT = np.dtype(np.float32)
@@ -276,6 +277,12 @@ class Builder:
     def ops_out(self, kind: str, inputs: list[Operand], outputs: list[Tensor], **options: Any) -> None:
         """Emit an op with the given output tensors."""
         operands = [self.const(item) if isinstance(item, np.ndarray) else item for item in inputs]
+        data = data_input(kind, operands)
+        if data is not None and data.q is None and not takes(kind, data.dtype):
+            raise EdgeKitError(
+                f"TFLite has no {kind} for {data.dtype}, which ONNX node '{self.source}' needs",
+                "compute in float32 or int32 there, or export with --format onnx or executorch",
+            )
         self.ops.append(Op(kind, operands, outputs, options, self.source))
 
     def activate(self, tensor: Tensor, activation: str) -> Tensor:
@@ -312,6 +319,8 @@ class Builder:
         for name in self.graph.outputs:
             self.source = name
             value = self.settle(self.value(name))
+            if 0 in value.shape:
+                raise EdgeKitError(f"the output '{name}' of the ONNX model is empty, with shape {list(value.shape)}")
             tensor = self.in_layout(value, self._edge_perm(value.shape))
             if self.graph.info[name].dtype != INT8:
                 tensor = self.as_float(tensor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+
 from edgekit.exporters.tflite.builder import FLOAT
 from edgekit.exporters.tflite.ir import Graph, Info, Node
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+
 from edgekit.exporters.tflite.builder import FLOAT, INT8, INT32, Builder
 from edgekit.exporters.tflite.ir import Node, Perm, QParams, Tensor, Value
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx.inliner
-from edgekit.exporters.tflite.ir import Graph, Info, Node, QParams
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from edgekit.errors import EdgeKitError
+from edgekit.exporters.tflite.ir import Graph, Info, Node, QParams
+from edgekit.exporters.tflite.registry import LOWERINGS
 
 OLDEST_OPSET = 13
 DATA_LIMIT = 4096  # elements: a constant larger than this does not describe a shape
 # Their value differs from run to run, so that they cannot be computed ahead.
 RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
+QUANTIZATION = {"QuantizeLinear", "DequantizeLinear"}
 MOVES = {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten"}
 
 
@@ -26,7 +29,7 @@ def normalize(model: onnx.ModelProto) -> Graph:
     Raises EdgeKitError for an opset before 13, dynamic shapes, control flow that is not constant, and data-dependent
     shapes.
     """
-    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+    opset = _opset(model.opset_import)
     if opset < OLDEST_OPSET:
         raise EdgeKitError(
             f"the ONNX model uses opset {opset}, and TFLite export reads opset {OLDEST_OPSET} and newer",
@@ -42,7 +45,7 @@ class _Reader:
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.model = model
-        self.opsets = {entry.domain: entry.version for entry in model.opset_import}
+        self.imports = list(model.opset_import)
         self.types: dict[str, onnx.TypeProto] = {}
         self.renamed: dict[str, str] = {}
         self.graph = Graph([], {}, {}, [], [value.name for value in model.graph.output])
@@ -89,8 +92,10 @@ class _Reader:
                 return
         if proto.op_type == "Shape":
             self.shape_of(proto)
+        elif proto.op_type not in LOWERINGS and proto.op_type not in QUANTIZATION and self.expand(proto):
             return
-        self.infer(proto)
+        else:
+            self.infer(proto)
 
     def constant(self, name: str, stored: np.ndarray, held: QParams | None = None, dtype: Any = None) -> None:
         self.graph.constants[name] = stored
@@ -136,7 +141,7 @@ class _Reader:
     def held_constant(self, proto: onnx.NodeProto) -> bool:
         """Keep a constant as stored through DequantizeLinear, float16 → float32 Cast and moves of its axes."""
         graph = self.graph
-        if not proto.input or any(name and name not in graph.constants for name in proto.input):
+        if not proto.input or not proto.input[0] or any(name and name not in graph.constants for name in proto.input):
             return False
         source, out = proto.input[0], proto.output[0]
         stored, held = graph.constants[source], graph.held.get(source)
@@ -154,9 +159,9 @@ class _Reader:
             return True
         widened = stored.dtype == np.float16 and graph.info[source].dtype == np.float32
         if proto.op_type in MOVES and (held or widened):
-            moved = ReferenceEvaluator(proto, self.opsets).run(
-                None, {proto.input[0]: stored} | {name: graph.constants[name] for name in proto.input[1:] if name}
-            )[0]
+            opsets = {entry.domain: entry.version for entry in self.imports}
+            feeds = {name: graph.constants[name] for name in proto.input if name}
+            moved = ReferenceEvaluator(proto, opsets).run(None, feeds)[0]
             if held and held.axis is not None:
                 if proto.op_type != "Transpose":
                     return False
@@ -169,13 +174,20 @@ class _Reader:
     def evaluate(self, proto: onnx.NodeProto) -> list[Any] | None:
         feeds = {name: self.graph.array(name) for name in proto.input if name}
         try:
-            evaluator = ReferenceEvaluator(_alone(proto, self.types, self.model))
+            evaluator = ReferenceEvaluator(self.alone(proto))
             outputs = evaluator.run(None, feeds)
         except Exception:  # the reference lacks some ops and types: ONNX Runtime has the rest
-            outputs = _onnxruntime(_alone(proto, self.types, self.model), feeds)
+            outputs = _onnxruntime(self.alone(proto), feeds)
         if outputs is None or not all(isinstance(array, np.ndarray | np.generic) for array in outputs):
             return None
         return outputs
+
+    def alone(self, proto: onnx.NodeProto) -> onnx.ModelProto:
+        """A model of one node."""
+        inputs = [onnx.helper.make_value_info(name, self.types[name]) for name in dict.fromkeys(proto.input) if name]
+        outputs = [onnx.ValueInfoProto(name=name) for name in proto.output if name]
+        graph = onnx.helper.make_graph([proto], "node", inputs, outputs)
+        return onnx.helper.make_model(graph, opset_imports=self.imports, ir_version=self.model.ir_version)
 
     def shape_of(self, proto: onnx.NodeProto) -> None:
         attrs = attributes(proto)
@@ -199,6 +211,49 @@ class _Reader:
                 self.renamed[outer] = name
         return True
 
+    def expand(self, proto: onnx.NodeProto) -> bool:
+        """Replace an op that has no lowering by the ONNX function that defines it, if one does."""
+        body = self.function(proto)
+        if body is None:
+            return False
+        defaults = [attribute.default_value for attribute in self.schema(proto).attributes.values()]
+        given = [*(value for value in defaults if value.name), *body.attribute_proto, *proto.attribute]
+        attrs = {attribute.name: attribute for attribute in given}
+        names = {"": ""}
+        names |= dict(zip(body.input, [*proto.input, *[""] * len(body.input)], strict=False))
+        names |= {inner: outer for inner, outer in zip(body.output, proto.output, strict=False) if outer}
+        nodes = [_renamed(node, names, f"{proto.name}/", attrs) for node in body.node]
+        outside, self.imports = self.imports, list(body.opset_import) or self.imports
+        self.block(nodes)
+        self.imports = outside
+        return True
+
+    def function(self, proto: onnx.NodeProto) -> onnx.FunctionProto | None:
+        """The newest function that defines an op and is no newer than the model."""
+        if proto.domain not in ("", "ai.onnx") or not onnx.defs.has(proto.op_type):
+            return None
+        schema = self.schema(proto)
+        plain = [version for version in schema.function_opset_versions if version <= self.opset]
+        if plain:
+            return onnx.FunctionProto.FromString(schema.get_function_with_opset_version(max(plain)))
+        for_types = [version for version in schema.context_dependent_function_opset_versions if version <= self.opset]
+        if not for_types:
+            return None
+        types = [self.types[name].SerializeToString() if name else b"" for name in proto.input]
+        made = schema.get_context_dependent_function_with_opset_version(
+            max(for_types), proto.SerializeToString(), types
+        )
+        return onnx.FunctionProto.FromString(made) if made else None
+
+    def schema(self, proto: onnx.NodeProto) -> onnx.defs.OpSchema:
+        """ONNX's own description of an op."""
+        return onnx.defs.get_schema(proto.op_type, self.opset, "")
+
+    @property
+    def opset(self) -> int:
+        """Version of the ONNX operators that the nodes at hand are written in."""
+        return _opset(self.imports)
+
     def infer(self, proto: onnx.NodeProto) -> None:
         node = Node(proto.op_type, proto.name, [*proto.input], [*proto.output], attributes(proto))
         self.graph.nodes.append(node)
@@ -212,15 +267,13 @@ class _Reader:
             for name in proto.input
             if name and self.graph.constants.get(name, _LARGE).size <= DATA_LIMIT and name not in self.graph.held
         }
-        version = self.opsets.get("", self.opsets.get("ai.onnx", OLDEST_OPSET))
         try:
-            schema = onnx.defs.get_schema(proto.op_type, version, "")
             types = onnx.shape_inference.infer_node_outputs(
-                schema,
+                self.schema(proto),
                 proto,
                 {name: self.types[name] for name in proto.input if name},
                 data,
-                opset_imports=list(self.model.opset_import),
+                opset_imports=self.imports,
             )
         except Exception as error:
             raise EdgeKitError(f"the ONNX model is not valid at {node}: {str(error).splitlines()[0]}") from error
@@ -270,11 +323,38 @@ def _has_graphs(proto: onnx.NodeProto) -> bool:
     return any(attribute.type == onnx.AttributeProto.GRAPH for attribute in proto.attribute)
 
 
-def _alone(proto: onnx.NodeProto, types: dict[str, onnx.TypeProto], model: onnx.ModelProto) -> onnx.ModelProto:
-    inputs = [onnx.helper.make_value_info(name, types[name]) for name in dict.fromkeys(proto.input) if name]
-    outputs = [onnx.ValueInfoProto(name=name) for name in proto.output if name]
-    graph = onnx.helper.make_graph([proto], "node", inputs, outputs)
-    return onnx.helper.make_model(graph, opset_imports=list(model.opset_import), ir_version=model.ir_version)
+def _opset(imports: Iterable[onnx.OperatorSetIdProto]) -> int:
+    return next((entry.version for entry in imports if entry.domain in ("", "ai.onnx")), 0)
+
+
+def _renamed(
+    node: onnx.NodeProto, names: dict[str, str], prefix: str, attrs: dict[str, onnx.AttributeProto]
+) -> onnx.NodeProto:
+    """A node of a function's body as a node of the graph: names prefixed, references to attributes resolved."""
+    made = onnx.NodeProto()
+    made.CopyFrom(node)
+    made.name = prefix + (node.name or node.output[0])
+    for field in (made.input, made.output):
+        field[:] = [names.setdefault(name, prefix + name) for name in field]
+    del made.attribute[:]
+    for attribute in node.attribute:
+        if attribute.ref_attr_name:
+            given = attrs.get(attribute.ref_attr_name)
+            if given is None:
+                continue
+            made.attribute.add().CopyFrom(given)
+            made.attribute[-1].name = attribute.name
+            continue
+        made.attribute.add().CopyFrom(attribute)
+        graph = made.attribute[-1].g
+        for tensor in graph.initializer:
+            tensor.name = names.setdefault(tensor.name, prefix + tensor.name)
+        inner = [_renamed(each, names, prefix, attrs) for each in graph.node]
+        del graph.node[:]
+        graph.node.extend(inner)
+        for value in (*graph.input, *graph.output):
+            value.name = names.setdefault(value.name, prefix + value.name)
+    return made
 
 
 def _onnxruntime(model: onnx.ModelProto, feeds: dict[str, Any]) -> list[Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from edgekit.exporters.tflite.ir import Op, Tensor
 
 MOVES = {"TRANSPOSE", "RESHAPE", "DEQUANTIZE", "QUANTIZE"}

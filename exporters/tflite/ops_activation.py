@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+
 from edgekit.exporters.tflite.builder import FLOAT, Builder
 from edgekit.exporters.tflite.ir import Node, Perm, QParams, Tensor
 from edgekit.exporters.tflite.registry import lowers, unsupported

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+
 from edgekit.exporters.tflite.builder import Builder
 from edgekit.exporters.tflite.ir import Node, QParams, Tensor, Value, channels_last
 from edgekit.exporters.tflite.linear import Linear, constant, operands

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from edgekit.exporters.tflite.builder import Builder
 from edgekit.exporters.tflite.ir import Node, Tensor, Value, identity
 from edgekit.exporters.tflite.ops_shape import moved

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+
 from edgekit.exporters.tflite.builder import FLOAT, INT32, Builder
 from edgekit.exporters.tflite.ir import Node, QParams, Tensor
+from edgekit.exporters.tflite.kernels import WIDER, takes
 from edgekit.exporters.tflite.registry import lowers, unsupported
 
 # ONNX op → TFLite op with a fused activation; those of RESCALE have an int8 kernel for any parameters.
@@ -22,8 +26,8 @@ COMPARISON = {
 SELECTING = {"Max": "MAXIMUM", "Min": "MINIMUM"}
 
 
-def binary(b: Builder, node: Node, kind: str, dtype: object = None) -> None:
-    """Lower an op of two broadcast inputs in the layout of the larger one."""
+def binary(b: Builder, node: Node, kind: str, dtype: Any = None) -> None:
+    """Lower an op of two broadcast inputs in the layout of the larger one; `dtype` is the result's if it differs."""
     names, out = node.inputs, node.outputs[0]
     rank = len(b.shape(out))
     perm = b.layout_of(names, rank)
@@ -31,7 +35,18 @@ def binary(b: Builder, node: Node, kind: str, dtype: object = None) -> None:
     q = b.target(node) if kind in RESCALE and all(b.int8(name) for name in names) else None
     tensors = [b.broadcastable(name, perm, b.int8(name) if q else None) for name in names]
     options = {"fusedActivationFunction": node.activation} if kind in ARITHMETIC.values() else {}
-    b.bind(out, b.op(kind, [*tensors], shape, dtype, q, **options), perm)
+    if q is not None:
+        b.bind(out, b.op(kind, [*tensors], shape, None, q, **options), perm)
+        return
+    narrow = b.dtype(names[0])
+    wide = narrow if takes(kind, narrow) else WIDER.get(narrow, narrow)
+    result = b.op(kind, [casted(b, tensor, wide) for tensor in tensors], shape, dtype, **options)
+    b.bind(out, casted(b, result, b.dtype(out)), perm)
+
+
+def casted(b: Builder, tensor: Tensor, dtype: np.dtype) -> Tensor:
+    """The tensor as another type."""
+    return tensor if tensor.dtype == dtype else b.op("CAST", [tensor], tensor.shape, dtype)
 
 
 def _register_arithmetic(op: str, kind: str) -> None:
@@ -55,12 +70,16 @@ def _register_selecting(op: str, kind: str) -> None:
         names, out = node.inputs, node.outputs[0]
         perm = b.layout_of(names, len(b.shape(out)))
         q = b.common_q(node, names)
+        narrow = b.dtype(out)
+        wide = narrow if takes(kind, narrow) else WIDER.get(narrow, narrow)
         result: Tensor | None = None
         for name in names:
             tensor = b.broadcastable(name, perm, q)
+            tensor = casted(b, tensor, wide) if q is None else tensor
             shape = tensor.shape if result is None else np.broadcast_shapes(result.shape, tensor.shape)
             result = tensor if result is None else b.op(kind, [result, tensor], shape, q=q)
         assert result is not None
+        result = casted(b, result, narrow) if q is None else result
         b.bind(out, result, perm if len(result.shape) == len(perm) else None)
 
 
@@ -73,8 +92,8 @@ for _op, _kind in SELECTING.items():
 
 
 def _divide_integers(b: Builder, node: Node) -> None:
-    """ONNX truncates toward zero, as the int32 kernel does."""
-    if b.dtype(node.inputs[0]) != INT32:
+    """ONNX truncates toward zero, as the int32 kernel does; narrower types go through it."""
+    if b.dtype(node.inputs[0]) not in (INT32, *(narrow for narrow, wide in WIDER.items() if wide == INT32)):
         raise unsupported(node, f"division of {b.dtype(node.inputs[0])}")
     binary(b, node, "DIV")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from edgekit.exporters.tflite.builder import FLOAT, Builder, merge_groups
 from edgekit.exporters.tflite.ir import Node, QParams, Shape, Tensor, Value, identity
 from edgekit.exporters.tflite.linear import constant, operands

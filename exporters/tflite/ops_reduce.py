@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+
 from edgekit.exporters.tflite.builder import FLOAT, Builder
 from edgekit.exporters.tflite.ir import Node, QParams, Tensor
 from edgekit.exporters.tflite.registry import lowers, unsupported
@@ -33,10 +34,24 @@ def reduce(b: Builder, node: Node, kind: str, axes: Sequence[int], keepdims: boo
     value = b.settle(b.value(name))
     tensor = b.held_as(value.tensor, held)
     result = reduced(b, kind, tensor, [value.axis(axis) for axis in axes], keepdims, out_q)
+    if kind in SELECTING and result.dtype == FLOAT and _asked_for_infinity(b, node):
+        result = _with_infinity(b, kind, result)
     dropped = {axis % len(value.perm) for axis in axes} if not keepdims else set()
     left = [axis for axis in value.perm if axis not in dropped]
     order = sorted(left)
     b.bind(node.outputs[0], b.activate(result, node.activation), tuple(order.index(axis) for axis in left))
+
+
+def _asked_for_infinity(b: Builder, node: Node) -> bool:
+    return any(reader.op in ("Equal", "IsInf", "IsNaN") for reader in b.graph.readers().get(node.outputs[0], []))
+
+
+def _with_infinity(b: Builder, kind: str, x: Tensor) -> Tensor:
+    """The runtime's own kernels start from the largest finite number: where that is left, all was infinite."""
+    sign = 1 if kind == "REDUCE_MIN" else -1
+    bound = np.array([sign * np.finfo(np.float32).max], np.float32)
+    untouched = b.op("EQUAL", [x, bound], x.shape, np.bool_)
+    return b.op("SELECT_V2", [untouched, np.array([sign * np.inf], np.float32), x], x.shape, FLOAT)
 
 
 def reduced(

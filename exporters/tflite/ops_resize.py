@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+
 from edgekit.exporters.tflite.builder import Builder
 from edgekit.exporters.tflite.ir import Node, Tensor, channels_last
 from edgekit.exporters.tflite.ops_shape import gathered
@@ -45,6 +46,12 @@ def resize(
         "nearest_mode": nearest_mode,
     }
     scales = _scales(b, node, axes, keep_aspect_ratio_policy)
+    if coordinate_transformation_mode == "align_corners" and any(
+        abs(scale * size - out) > 1e-4 for scale, size, out in zip(scales, source, target, strict=True)
+    ):
+        raise unsupported(
+            node, "align_corners with a scale that makes no whole number, which runtimes read differently"
+        )
     changed = [axis for axis, scale in enumerate(scales) if source[axis] != target[axis] or scale != 1]
     matrices = {axis: _matrix(source[axis], target[axis], scales[axis], attributes) for axis in changed}
     picks = all(_one_hot(matrix) for matrix in matrices.values())

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx
+
 from edgekit.exporters.tflite.builder import FLOAT, Builder
 from edgekit.exporters.tflite.fuse import slice_arrays
 from edgekit.exporters.tflite.ir import Node, QParams, Shape, Tensor, Value, channels_last

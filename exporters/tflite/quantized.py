@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from edgekit.exporters.tflite.ir import Graph, Node, QParams
 from edgekit.exporters.tflite.normalize import linear_params
 from edgekit.exporters.tflite.registry import unsupported

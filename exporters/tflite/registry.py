@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 Lowering = Callable[..., None]
 LOWERINGS: dict[str, Lowering] = {}
+COMPUTED = ("float32", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "bool")
 
 
 def lowers(*ops: str) -> Callable[[Lowering], Lowering]:
@@ -46,7 +47,18 @@ def lower(builder: Builder, node: Node) -> None:
                 "export with --format onnx or executorch, or extend the lowering in exporters/tflite/ops_*.py",
             )
         attributes[name] = value
+    _check_values(builder, node)
     lowering(builder, node, **attributes)
+
+
+def _check_values(builder: Builder, node: Node) -> None:
+    """Refuse types that TFLite computes nothing with, and empty tensors, which its kernels do not expect."""
+    for name in filter(None, [*node.inputs, *node.outputs]):
+        info = builder.graph.info[name]
+        if name in node.outputs and info.dtype.name not in COMPUTED:
+            raise unsupported(node, f"it makes {info.dtype}, and TFLite computes with {', '.join(COMPUTED)}")
+        if 0 in info.shape and name not in builder.graph.constants and node.op != "Concat":
+            raise unsupported(node, f"'{name}' is empty, with shape {list(info.shape)}")
 
 
 def unsupported(node: Node, what: str) -> EdgeKitError:

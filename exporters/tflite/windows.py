@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
 from edgekit.exporters.tflite.builder import Builder
 from edgekit.exporters.tflite.ir import Node, QParams, Tensor
 from edgekit.exporters.tflite.registry import unsupported

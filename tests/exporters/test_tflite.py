@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from edgekit.exporters.tflite import convert, convert_with_notes
-from edgekit.exporters.tflite.ir import Node
-from edgekit.exporters.tflite.registry import lower, lowers
 from onnx import TensorProto, helper, numpy_helper
 from tflite_tools import interpreter, model, node, op_names, run_onnx, run_tflite
 
 from edgekit.errors import EdgeKitError
+from edgekit.exporters.tflite import convert, convert_with_notes
+from edgekit.exporters.tflite.ir import Node
+from edgekit.exporters.tflite.registry import lower, lowers
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:

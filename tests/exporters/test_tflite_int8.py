@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx
 import pytest
-from edgekit.exporters.tflite import convert_with_notes
 from tflite_tools import interpreter, model, node, op_names, run_onnx, run_tflite
+
+from edgekit.exporters.tflite import convert_with_notes
 
 INT8, UINT8 = np.dtype(np.int8), np.dtype(np.uint8)
 

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from tflite_tools import model, node, run_onnx, run_tflite
+
 from edgekit.exporters.tflite import convert
 from edgekit.exporters.tflite.registry import LOWERINGS
-from tflite_tools import model, node, run_onnx, run_tflite
 
 
 class Case(NamedTuple):

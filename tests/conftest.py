@@ -1,0 +1,35 @@
+"""The tiny network of kit.py, exported once per precision for all tests that only read its bundles."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import edgekit
+import numpy as np
+import pytest
+
+sys.path.append(str(Path(__file__).parent))  # for the tests in sub-folders
+
+from edgekit.bundle import Bundle
+from kit import NET, network, samples
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with net.py and data.npz."""
+    folder = tmp_path_factory.mktemp("workshop")
+    (folder / "net.py").write_text(NET)
+    np.savez(folder / "data.npz", **samples())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bundles(workshop: Path) -> dict[str, Bundle]:
+    """Bundles of the tiny network, by precision, with all three formats."""
+    return {
+        precision: edgekit.export(
+            network(), target="x86", precision=precision, data=samples(), out=workshop / precision, name="net"
+        )
+        for precision in ("fp32", "int8")
+    }

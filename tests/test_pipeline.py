@@ -1,0 +1,163 @@
+"""The pipeline through its Python API: what is exported, measured and judged, against numpy and torch eager."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import edgekit
+import numpy as np
+import onnx
+import pytest
+import torch
+from edgekit import pipeline, stages
+from edgekit.bundle import Bundle
+from edgekit.results import Comparison
+from kit import SHAPE, network, quick, samples
+
+FORMATS = ["executorch", "onnx", "tflite"]
+
+
+@pytest.fixture(scope="module")
+def compared(bundles: dict[str, Bundle]) -> Iterator[Comparison]:
+    """fp32 and int8 bundles against the module; no fp32 file is to be exported for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        quick(patch)
+        patch.setattr(stages, "emit", lambda *args: pytest.fail("an fp32 file was given, yet another is exported"))
+        yield edgekit.compare(network(), [bundles["fp32"], bundles["int8"].path], data=samples())
+
+
+def eager(x: np.ndarray) -> np.ndarray:
+    with torch.inference_mode():
+        return network()(torch.from_numpy(x)).numpy()
+
+
+def test_every_format_and_precision_is_compared(compared: Comparison) -> None:
+    found = [(m.artifact.precision, m.artifact.format) for m in compared.artifacts]
+    assert found == [(precision, format) for precision in ("fp32", "int8") for format in FORMATS]
+
+
+def test_accuracy_is_that_of_numpy_on_eager_outputs(compared: Comparison) -> None:
+    data = samples()
+    expected = float((eager(data["x"]).argmax(1) == data["y"]).mean())
+    assert expected == 0.75
+    assert compared.baseline.accuracy == expected
+    assert compared.baseline.samples == len(data["y"])
+    for m in compared.artifacts:
+        assert m.accuracy.n == len(data["y"])
+        assert m.accuracy.baseline == expected
+        assert m.accuracy.drop == pytest.approx(100 * (expected - m.accuracy.value))
+        assert abs(m.accuracy.value - expected) <= (0 if m.artifact.precision == "fp32" else 0.1)
+
+
+def test_fp32_files_equal_eager_and_int8_files_come_near(compared: Comparison) -> None:
+    for m in compared.artifacts:
+        assert m.parity.samples == 40
+        if m.artifact.precision == "fp32":
+            assert m.parity.max_rel < 1e-4
+            assert m.parity.agreement == 1
+        else:
+            assert 25 < m.parity.sqnr_db < 80
+            assert m.parity.agreement >= 0.9
+
+
+def test_speedups_are_ratios_of_medians(compared: Comparison) -> None:
+    fp32 = {m.artifact.format: m for m in compared.artifacts if m.artifact.precision == "fp32"}
+    for m in compared.artifacts:
+        assert len(m.latency.samples) == 5
+        assert m.speedup == m.baseline_latency.p50 / m.latency.p50
+        assert m.latency.p50 == np.median(m.latency.samples)
+        if m.artifact.precision == "int8":
+            assert m.fp32_latency == fp32[m.artifact.format].latency
+            assert m.speedup_fp32 == m.fp32_latency.p50 / m.latency.p50
+        else:
+            assert m.fp32_latency is None and m.speedup_fp32 is None
+
+
+def test_files_without_their_bundle_are_compared_by_what_they_hold(
+    bundles: dict[str, Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No labels either: agreement, cosine and SQNR are what there is, and int8 is not judged."""
+    quick(monkeypatch)
+    files = [shutil.copy(bundles[p].path / f"model{s}", tmp_path / f"{p}{s}")
+             for p in bundles for s in (".onnx", ".tflite")]  # fmt: skip
+    result = edgekit.compare(network(), files, data={"x": samples()["x"][:5]})
+    assert [m.artifact.precision for m in result.artifacts] == ["fp32", "fp32", "int8", "int8"]
+    assert result.baseline.accuracy is None
+    for m in result.artifacts:
+        assert m.accuracy is None
+        assert m.parity.agreement == 1
+        assert m.parity.cosine > 0.99
+        assert m.parity.sqnr_db > 25
+        assert not m.within(100)
+        if m.artifact.precision == "int8":
+            assert m.speedup_fp32 is not None
+            assert m.verdict.word != "ship"
+            assert "no labels: accuracy was not measured" in m.verdict.reasons
+
+
+def test_a_bare_pte_is_known_for_what_it_is(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    for precision, bundle in bundles.items():
+        bare = pipeline.identify(Path(shutil.copy(bundle.path / "model.pte", tmp_path / f"{precision}.pte")))
+        assert (bare.format, bare.precision) == ("executorch", precision)
+        assert [(spec.dtype, spec.shape) for spec in bare.inputs] == [("float32", (1, *SHAPE))]
+
+
+def test_an_onnx_file_of_other_names_and_an_open_batch_is_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch.onnx.export writes it, not EdgeKit."""
+    quick(monkeypatch)
+    program = torch.onnx.export(
+        network(), (torch.zeros(2, *SHAPE),), dynamo=True, verbose=False, input_names=["image"], output_names=["scores"],
+        dynamic_shapes=({0: torch.export.Dim("n")},),
+    )  # fmt: skip
+    onnx.save(program.model_proto, tmp_path / "theirs.onnx")
+    result = edgekit.compare(network(), [tmp_path / "theirs.onnx"], data=samples(6))
+    assert result.artifacts[0].parity.max_rel < 1e-4
+    assert result.artifacts[0].accuracy.drop == 0
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_any_batch_size_feeds_a_bundle_of_another(
+    batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bundle for batches of 4 is judged on 6 samples that come one at a time, or five and one."""
+    quick(monkeypatch)
+    data = samples(6)
+    bundle = edgekit.export(
+        network(), target="x86", formats=["onnx"], precision="fp32", inputs=[f"{batch}x3x16x16"], out=tmp_path,
+        name="net",
+    )  # fmt: skip
+    assert bundle.artifacts[0].inputs[0].shape == (batch, *SHAPE)
+    cuts = [(0, 5), (5, 6)] if batch == 4 else [(0, 6)]
+    pairs = [(torch.from_numpy(data["x"][a:b]), data["y"][a:b]) for a, b in cuts]
+    result = edgekit.compare(network(), [bundle], data=pairs)
+    assert result.artifacts[0].accuracy.n == 6
+    assert result.artifacts[0].accuracy.value == (eager(data["x"]).argmax(1) == data["y"]).mean()
+    assert result.artifacts[0].parity.samples == 6
+    assert result.artifacts[0].parity.max_rel < 1e-4
+
+
+def test_outputs_without_the_batch_in_front_are_compared_whole() -> None:
+    sequence = np.zeros((3, 7, 1, 5))  # three runs of (time, batch, features)
+    assert stages.flat([sequence], 1)[0].shape == (3, 7, 1, 5)
+    assert stages.flat([np.zeros((3, 4, 5))], 4)[0].shape == (12, 5)
+    assert stages.flat([np.zeros(3)], 4)[0].shape == (3,)
+
+
+def test_the_callers_module_and_threads_stay_as_they_are() -> None:
+    module, threads = network(), torch.get_num_threads()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    stages.run_module(module, [np.zeros((2, 1, *SHAPE), np.float32)])
+    assert torch.get_num_threads() == threads
+    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+
+
+def test_profile_measures_a_file(bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
+    quick(monkeypatch)
+    result = edgekit.profile(bundles["int8"].path / "model.tflite")
+    assert (result.runtime, result.artifact.precision) == ("litert", "int8")
+    assert 0 < result.latency.p50 < 1000
+    assert result.to_dict()["latency_ms"]["n"] == 5
