@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -399,10 +400,12 @@ def mendable(error: Exception) -> EdgeKitError | None:
     """Returns what the user can do about a failure of the machine; None for an error of any other kind."""
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return EdgeKitError("memory ran out", "close other programs, or give fewer or smaller samples")
-    if not isinstance(error, OSError) or error.errno not in MACHINE_ERRORS:
+    # numpy's short writes carry no number: "6144 requested and 992 written".
+    number = errno.ENOSPC if str(error).endswith(" written") else getattr(error, "errno", None)
+    if not isinstance(error, OSError) or number not in MACHINE_ERRORS:
         return None
-    where = f" {error.filename}" if error.filename else " a file"
-    return EdgeKitError(f"cannot use{where}: {os.strerror(error.errno)}", MACHINE_ERRORS[error.errno])
+    where = error.filename or f"a file (temporary ones lie in {tempfile.gettempdir()})"
+    return EdgeKitError(f"cannot use {where}: {os.strerror(number)}", MACHINE_ERRORS[number])
 
 
 def main() -> None:

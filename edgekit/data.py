@@ -136,8 +136,6 @@ def batches(
     held_target: np.ndarray | None = None
     for batch in stream:
         arrays = [conform(array, spec) for array, spec in zip(_in_order(batch.inputs, inputs), inputs, strict=True)]
-        if len({len(a) for a in arrays}) > 1:
-            raise EdgeKitError(f"the inputs of one batch differ in length: {[len(a) for a in arrays]}", HELP)
         held = [np.concatenate(pair) for pair in zip(held, arrays, strict=True)] if held else arrays
         if batch.target is not None:
             held_target = batch.target if held_target is None else np.concatenate([held_target, batch.target])
@@ -462,6 +460,8 @@ def _as_batch(source: str, item: Any) -> Batch:
         arrays = {0: _array(inputs)}
     if not arrays:
         raise EdgeKitError(f"{source} gave a batch without inputs", HELP)
+    if len({len(array) for array in arrays.values()}) > 1:
+        raise EdgeKitError(f"the inputs of one batch differ in length: {[len(a) for a in arrays.values()]}", HELP)
     target = None if target is None else _array(target)
     count = len(next(iter(arrays.values())))
     if target is not None and len(target) != count:

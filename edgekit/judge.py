@@ -162,7 +162,7 @@ def verdict(
     parity: Parity,
     max_drop: float | None,
 ) -> Verdict:
-    """Says whether an artifact is worth shipping: accuracy by the interval's bound, speed against the runtime's fp32."""
+    """Says whether an artifact is worth shipping: accuracy by its interval's bound, speed by the runtime's fp32."""
     limit = DEFAULT_MAX_DROP if max_drop is None else max_drop
     rejects: list[str] = []
     doubts: list[str] = []

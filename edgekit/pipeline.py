@@ -80,7 +80,7 @@ def export(
             files.write(path, exported.data)
             with progress.step(f"Checking {path.name}"):
                 artifact = Artifact(path, format, recipe.name, original.inputs, original.outputs)
-                results[format] = stages.run(artifact, feeds).outputs
+                results[format] = stages.try_out(artifact, feeds, exported).outputs
             agreement = judge.parity(stages.flat(reference, batch), stages.flat(results[format], batch))
             why = judge.faithful(recipe.name, agreement, graph_parity)
             if why is not None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,24 +86,21 @@ def compress(
         with progress.step("Capturing the graph"):
             return recipe.apply(original.module, original.example, ())
     assert source is not None
-    runs = -(-sources.CALIBRATION_SAMPLES // batch_of(original.inputs))
-    with progress.step(f"Calibrating {precision}") as advance:
-        return recipe.apply(
-            original.module, original.example, _counted(_calibration(source, original.inputs, runs), advance)
-        )
+    with progress.step(f"Calibrating {precision}"):
+        return recipe.apply(original.module, original.example, Calibration(source, original.inputs))
 
 
-def _calibration(source: sources.Data, inputs: Sequence[TensorSpec], most: int) -> Iterator[tuple[torch.Tensor, ...]]:
-    for index, (arrays, _, _) in enumerate(sources.batches(source.calibration, inputs)):
-        if index >= most:
-            return
-        yield _tensors(arrays)
+@dataclass(frozen=True)
+class Calibration:
+    """Batches for a recipe, which may read them any number of times; each time one at a time."""
 
+    source: sources.Data
+    inputs: tuple[TensorSpec, ...]
 
-def _counted(items: Iterable[Any], advance: Any) -> Iterator[Any]:
-    for item in items:
-        yield item
-        advance()
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        most = -(-sources.CALIBRATION_SAMPLES // batch_of(self.inputs))
+        for arrays, _, _ in islice(sources.batches(self.source.calibration, self.inputs), most):
+            yield _tensors(arrays)
 
 
 def emit(
@@ -158,7 +155,7 @@ def _executorch(original: Model, program: ExportedProgram | None, half_weights: 
         )
     if half_weights:
         notes.append(
-            "ExecuTorch: fp16 computes in half precision and stores convolution weights in fp32, so the file is not smaller"
+            "ExecuTorch: fp16 computes in half precision and stores convolution weights in fp32: the file is not smaller"
         )
     return Exported(lowered.data, {"delegates": lowered.delegates, "undelegated": lowered.undelegated}, tuple(notes))
 
@@ -246,6 +243,20 @@ def run(artifact: Artifact, feeds: Sequence[np.ndarray], **options: Any) -> Any:
 
     names = {"inputs": [s.name for s in artifact.inputs], "outputs": [s.name for s in artifact.outputs]}
     return run_artifact(artifact.path, feeds, **names, **options)
+
+
+def try_out(artifact: Artifact, feeds: Sequence[np.ndarray], exported: Exported) -> Any:
+    """Runs a file that was exported just now; where it does not run, the error names the operators to suspect."""
+    try:
+        return run(artifact, feeds)
+    except EdgeKitError as error:
+        suspects = ", ".join(exported.facts.get("undelegated", ()))
+        raise EdgeKitError(
+            f"{artifact.path.name} was exported, but does not run here: {error.what}",
+            f"the runtime may have no kernel for {suspects}: leave {artifact.format} out with --format"
+            if suspects
+            else error.help,
+        ) from error
 
 
 def flat(outputs: Sequence[np.ndarray], batch: int) -> list[np.ndarray]:

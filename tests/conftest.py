@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import edgekit
 import numpy as np
 import pytest
-
-sys.path.append(str(Path(__file__).parent))  # for the tests in sub-folders
-
 from edgekit.bundle import Bundle
 from kit import NET, network, samples
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import edgekit
@@ -20,12 +19,12 @@ FORMATS = ["executorch", "onnx", "tflite"]
 
 
 @pytest.fixture(scope="module")
-def compared(bundles: dict[str, Bundle]) -> Iterator[Comparison]:
+def compared(bundles: dict[str, Bundle]) -> Comparison:
     """fp32 and int8 bundles against the module; no fp32 file is to be exported for it."""
     with pytest.MonkeyPatch.context() as patch:
         quick(patch)
         patch.setattr(stages, "emit", lambda *args: pytest.fail("an fp32 file was given, yet another is exported"))
-        yield edgekit.compare(network(), [bundles["fp32"], bundles["int8"].path], data=samples())
+        return edgekit.compare(network(), [bundles["fp32"], bundles["int8"].path], data=samples())
 
 
 def eager(x: np.ndarray) -> np.ndarray:

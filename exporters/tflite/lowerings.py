@@ -3,11 +3,14 @@
 from edgekit.exporters.tflite import (  # noqa: F401
     ops_activation,
     ops_conv,
+    ops_einsum,
     ops_index,
     ops_math,
     ops_matmul,
+    ops_norm,
     ops_pool,
     ops_reduce,
     ops_resize,
+    ops_rnn,
     ops_shape,
 )

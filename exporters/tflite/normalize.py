@@ -19,6 +19,7 @@ OLDEST_OPSET = 13
 DATA_LIMIT = 4096  # elements: a constant larger than this does not describe a shape
 # Their value differs from run to run, so that they cannot be computed ahead.
 RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
+SHAPE_ONLY = {"Shape", "Size", "EyeLike"}
 QUANTIZATION = {"QuantizeLinear", "DequantizeLinear"}
 MOVES = {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten"}
 
@@ -90,7 +91,7 @@ class _Reader:
                     if name:
                         self.constant(name, np.asarray(array))
                 return
-        if proto.op_type == "Shape":
+        if proto.op_type in SHAPE_ONLY:
             self.shape_of(proto)
         elif proto.op_type not in LOWERINGS and proto.op_type not in QUANTIZATION and self.expand(proto):
             return
@@ -190,10 +191,10 @@ class _Reader:
         return onnx.helper.make_model(graph, opset_imports=self.imports, ir_version=self.model.ir_version)
 
     def shape_of(self, proto: onnx.NodeProto) -> None:
-        attrs = attributes(proto)
-        shape = self.graph.info[proto.input[0]].shape
-        start, end = attrs.get("start", 0), attrs.get("end", len(shape))
-        self.constant(proto.output[0], np.array(shape[start:end], np.int64))
+        """Compute what depends on nothing but the shape and type of an input."""
+        info = self.graph.info[proto.input[0]]
+        (result,) = ReferenceEvaluator(self.alone(proto)).run(None, {proto.input[0]: np.zeros(info.shape, info.dtype)})
+        self.constant(proto.output[0], np.asarray(result))
 
     def constant_if(self, proto: onnx.NodeProto) -> bool:
         condition = self.graph.array(proto.input[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -319,3 +320,70 @@ def _axis_last(b: Builder, node: Node, axis: int, int8: bool) -> tuple[Tensor, P
     axis %= len(value.perm)
     perm = (*(other for other in value.perm if other != axis), axis)
     return b.held_as(b.in_layout(value, perm), b.int8(node.inputs[0]) if int8 else None), perm
+
+
+def _divide(b: Builder, x: Tensor, y: Tensor) -> Tensor:
+    return b.op("DIV", [x, y], x.shape, fusedActivationFunction="NONE")
+
+
+def _apply(b: Builder, kind: str, x: Tensor) -> Tensor:
+    return b.op(kind, [x], x.shape)
+
+
+def _atan2(b: Builder, y: Tensor, x: Tensor) -> Tensor:
+    return b.op("ATAN2", [y, x], y.shape)
+
+
+def _complement(b: Builder, x: Tensor) -> Tensor:
+    """√(1 − x²), as √((1 − x)(1 + x)), which keeps its digits near 1."""
+    return _apply(b, "SQRT", mul(b, scaled(b, x, -1, 1.0), scaled(b, x, 1, 1.0)))
+
+
+def _exponentials(b: Builder, x: Tensor, sign: float) -> Tensor:
+    """(exp(x) ± exp(−x)) / 2."""
+    up, down = _apply(b, "EXP", x), _apply(b, "EXP", _apply(b, "NEG", x))
+    return scaled(b, add(b, up, scaled(b, down, sign) if sign != 1 else down), 0.5)
+
+
+def _area_sine(b: Builder, x: Tensor) -> Tensor:
+    """sign(x) · log(|x| + √(x² + 1))."""
+    size = _apply(b, "ABS", x)
+    root = _apply(b, "SQRT", scaled(b, _apply(b, "SQUARE", x), 1, 1.0))
+    return mul(b, _apply(b, "SIGN", x), _apply(b, "LOG", add(b, size, root)))
+
+
+def _area_cosine(b: Builder, x: Tensor) -> Tensor:
+    """log(x + √(x² − 1))."""
+    root = _apply(b, "SQRT", mul(b, scaled(b, x, 1, -1.0), scaled(b, x, 1, 1.0)))
+    return _apply(b, "LOG", add(b, x, root))
+
+
+def _area_tangent(b: Builder, x: Tensor) -> Tensor:
+    """½ · log((1 + x) / (1 − x))."""
+    ratio = _divide(b, scaled(b, x, 1, 1.0), scaled(b, x, -1, 1.0))
+    return scaled(b, _apply(b, "LOG", ratio), 0.5)
+
+
+# Functions without an operator of their own: ONNX op → formula.
+FORMULAS: dict[str, Callable[[Builder, Tensor], Tensor]] = {
+    "Tan": lambda b, x: _divide(b, _apply(b, "SIN", x), _apply(b, "COS", x)),
+    "Asin": lambda b, x: _atan2(b, x, _complement(b, x)),
+    "Acos": lambda b, x: _atan2(b, _complement(b, x), x),
+    "Atan": lambda b, x: _atan2(b, x, b.const(np.ones(x.shape, np.float32))),
+    "Sinh": lambda b, x: _exponentials(b, x, -1),
+    "Cosh": lambda b, x: _exponentials(b, x, 1),
+    "Asinh": _area_sine,
+    "Acosh": _area_cosine,
+    "Atanh": _area_tangent,
+}
+
+
+def _register_formula(op: str, formula: Callable[[Builder, Tensor], Tensor]) -> None:
+    @lowers(op)
+    def lowering(b: Builder, node: Node) -> None:
+        x, perm = operand(b, node, False)
+        b.bind(node.outputs[0], formula(b, x), perm)
+
+
+for _op, _formula in FORMULAS.items():
+    _register_formula(_op, _formula)

@@ -20,6 +20,7 @@ COMPARISON = {
     "GreaterOrEqual": "GREATER_EQUAL",
     "Less": "LESS",
     "LessOrEqual": "LESS_EQUAL",
+    "Xor": "NOT_EQUAL",
     "And": "LOGICAL_AND",
     "Or": "LOGICAL_OR",
 }
@@ -46,7 +47,11 @@ def binary(b: Builder, node: Node, kind: str, dtype: Any = None) -> None:
 
 def casted(b: Builder, tensor: Tensor, dtype: np.dtype) -> Tensor:
     """The tensor as another type."""
-    return tensor if tensor.dtype == dtype else b.op("CAST", [tensor], tensor.shape, dtype)
+    if tensor.dtype == dtype:
+        return tensor
+    if tensor.data is not None:
+        return b.const(tensor.data.astype(dtype))
+    return b.op("CAST", [tensor], tensor.shape, dtype)
 
 
 def _register_arithmetic(op: str, kind: str) -> None:
@@ -105,9 +110,9 @@ def logical_not(b: Builder, node: Node) -> None:
     b.bind(node.outputs[0], b.op("LOGICAL_NOT", [value.tensor], value.tensor.shape), value.perm)
 
 
-@lowers("Sum")
+@lowers("Sum", "Mean")
 def total(b: Builder, node: Node) -> None:
-    """Sum of any number of inputs."""
+    """Sum or mean of any number of inputs."""
     out = node.outputs[0]
     perm = b.layout_of(node.inputs, len(b.shape(out)))
     result = b.broadcastable(node.inputs[0], perm, None)
@@ -115,7 +120,10 @@ def total(b: Builder, node: Node) -> None:
         other = b.broadcastable(name, perm, None)
         shape = np.broadcast_shapes(result.shape, other.shape)
         result = b.op("ADD", [result, other], shape, fusedActivationFunction="NONE")
-    b.bind(out, result, perm)
+    if node.op == "Mean":
+        share = np.array([1 / len(node.inputs)], np.float32)
+        result = b.op("MUL", [result, share], result.shape, fusedActivationFunction="NONE")
+    b.bind(out, result, perm if len(result.shape) == len(perm) else None)
 
 
 @lowers("Pow")
@@ -135,9 +143,56 @@ def power(b: Builder, node: Node) -> None:
                 x = b.op(kind, [x], x.shape)
             b.bind(node.outputs[0], x, value.perm)
             return
-    if b.dtype(node.inputs[0]) != b.dtype(node.inputs[1]):
-        raise unsupported(node, "base and exponent of different types")
-    binary(b, node, "POW")
+    if b.dtype(node.inputs[0]) == b.dtype(node.inputs[1]):
+        binary(b, node, "POW")
+        return
+    if b.dtype(node.inputs[0]) != FLOAT:
+        raise unsupported(node, "an integer to the power of another type")
+    perm = b.layout_of(node.inputs, len(b.shape(node.outputs[0])))
+    base, power_of = (b.broadcastable(name, perm, None) for name in node.inputs)
+    shape = tuple(b.shape(node.outputs[0])[axis] for axis in perm)
+    b.bind(node.outputs[0], b.op("POW", [base, casted(b, power_of, FLOAT)], shape), perm)
+
+
+@lowers("Mod")
+def modulo(b: Builder, node: Node, *, fmod: int = 0) -> None:
+    """The remainder with the divisor's sign, or with the dividend's for fmod = 1."""
+    if not fmod:
+        if b.dtype(node.inputs[0]) == FLOAT:
+            raise unsupported(node, "a floating-point remainder with fmod = 0, which ONNX leaves undefined")
+        binary(b, node, "FLOOR_MOD")
+        return
+    narrow = b.dtype(node.inputs[0])
+    wide = narrow if takes("ABS", narrow) else WIDER.get(narrow, narrow)
+    perm = b.layout_of(node.inputs, len(b.shape(node.outputs[0])))
+    x, y = (casted(b, b.broadcastable(name, perm, None), wide) for name in node.inputs)
+    shape = tuple(b.shape(node.outputs[0])[axis] for axis in perm)
+    sizes = [b.op("ABS", [operand], operand.shape) for operand in (x, y)]
+    rest = b.op("FLOOR_MOD", [*sizes], shape)
+    signed = b.op("MUL", [rest, b.op("SIGN", [x], x.shape)], shape, fusedActivationFunction="NONE")
+    b.bind(node.outputs[0], casted(b, signed, narrow), perm)
+
+
+@lowers("IsNaN")
+def is_nan(b: Builder, node: Node) -> None:
+    """What is not equal to itself."""
+    value = b.settle(b.value(node.inputs[0]))
+    x = b.as_float(value.tensor)
+    b.bind(node.outputs[0], b.op("NOT_EQUAL", [x, x], x.shape, np.bool_), value.perm)
+
+
+@lowers("IsInf")
+def is_inf(b: Builder, node: Node, *, detect_negative: int = 1, detect_positive: int = 1) -> None:
+    """Comparison with infinity, of one sign or both."""
+    value = b.settle(b.value(node.inputs[0]))
+    x = b.as_float(value.tensor)
+    if detect_negative and detect_positive:
+        x = b.op("ABS", [x], x.shape)
+    sign = 1 if detect_positive else -1
+    if not (detect_negative or detect_positive):
+        raise unsupported(node, "detection of neither sign")
+    infinity = np.array([sign * np.inf], np.float32)
+    b.bind(node.outputs[0], b.op("EQUAL", [x, infinity], x.shape, np.bool_), value.perm)
 
 
 @lowers("BatchNormalization")

@@ -79,7 +79,7 @@ def matmul(b: Builder, node: Node) -> None:
     if w.tensor.data is not None and len(w.shape) == 2:
         result, perm = fully_connected(b, node, x, swapped(w), bias)
     else:
-        result, perm = _batched(b, node, b.settle(x), w)
+        result, perm = batched(b, node, b.settle(x), w)
     b.bind(node.outputs[0], b.reshape(Value(result, perm), out))
 
 
@@ -126,7 +126,8 @@ def _reorder_weights(b: Builder, x: Value, w: Value) -> tuple[Value, Value]:
     return Value(b.raw_reshape(x.tensor, x.pending), identity(len(x.pending))), weights
 
 
-def _batched(b: Builder, node: Node, x: Value, w: Value) -> tuple[Tensor, tuple[int, ...]]:
+def batched(b: Builder, node: Node, x: Value, w: Value) -> tuple[Tensor, tuple[int, ...]]:
+    """A product of stacks of matrices: int8 where both sides and the result are; a transposed one is read as such."""
     q = b.target(node)
     held = x.tensor.q, w.tensor.q
     int8 = q is not None and all(item is not None and item.per_tensor for item in held)

@@ -153,6 +153,8 @@ def _cut(b: Builder, x: Tensor, ranges: Sequence[range]) -> Tensor:
     shape = tuple(len(indices) for indices in ranges)
     if shape == x.shape:
         return x
+    if 0 in shape:
+        return b.const(np.zeros(shape, x.dtype), x.q)
     begin = np.array([indices.start for indices in ranges], np.int32)
     return b.op("SLICE", [x, begin, np.array(shape, np.int32)], shape, q=x.q)
 

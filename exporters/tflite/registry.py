@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from edgekit.errors import EdgeKitError
 
 if TYPE_CHECKING:
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 
 Lowering = Callable[..., None]
 LOWERINGS: dict[str, Lowering] = {}
+EMPTY_PARTS = ("Concat", "Split")  # some of their inputs or outputs may be empty
 COMPUTED = ("float32", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "bool")
 
 
@@ -48,16 +51,21 @@ def lower(builder: Builder, node: Node) -> None:
             )
         attributes[name] = value
     _check_values(builder, node)
+    if all(0 in builder.shape(name) for name in node.outputs if name):
+        for name in filter(None, node.outputs):
+            builder.bind(name, builder.const(np.zeros(builder.shape(name), builder.dtype(name))))
+        return
     lowering(builder, node, **attributes)
 
 
 def _check_values(builder: Builder, node: Node) -> None:
-    """Refuse types that TFLite computes nothing with, and empty tensors, which its kernels do not expect."""
+    """Refuse types that TFLite computes nothing with, and empty tensors where kernels do not expect them."""
     for name in filter(None, [*node.inputs, *node.outputs]):
         info = builder.graph.info[name]
         if name in node.outputs and info.dtype.name not in COMPUTED:
             raise unsupported(node, f"it makes {info.dtype}, and TFLite computes with {', '.join(COMPUTED)}")
-        if 0 in info.shape and name not in builder.graph.constants and node.op != "Concat":
+        empty = 0 in info.shape and name not in builder.graph.constants
+        if empty and node.op not in EMPTY_PARTS and not all(0 in builder.shape(out) for out in node.outputs if out):
             raise unsupported(node, f"'{name}' is empty, with shape {list(info.shape)}")
 
 

@@ -256,7 +256,97 @@ RESIZE = [
     c("Resize", (1, 2, 8, 6), {"roi": f32(), "scales": f32(1, 1, 0.5, 0.5)}, mode="linear", antialias=1),
     c("Resize", (1, 2, 6), {"roi": f32(), "scales": f32(1, 1, 2)}, mode="nearest"),
 ]
-CASES = [*CONV, *POOL, *ACTIVATION, *MATH, *MATMUL, *REDUCE, *SHAPE, *RESIZE]
+PERMUTED = np.random.default_rng(1).permutation(60).astype(np.float32).reshape(3, 4, 5)
+SMALLS = np.linspace(-0.9, 0.9, 24, dtype=np.float32).reshape(2, 12)
+MORE = [
+    *(c(op, SMALLS) for op in ["Tan", "Asin", "Acos", "Atan", "Sinh", "Cosh", "Asinh", "Atanh"]),
+    c("Acosh", 2 + SMALLS),
+    c("Mean", {"x": (2, 3), "z": (2, 3), "t": (3,)}),
+    c("Mod", {"x": INTS, "z": np.array([[3, 3, -2, -4]], np.int32)}),
+    c("Mod", {"x": INTS, "z": np.array([[3, 3, -2, -4]], np.int32)}, fmod=1),
+    c("Mod", {"x": f32(-4.3, 7.2, 5, 4.3), "z": f32(2.1, -3.4, 8, -2)}, fmod=1),
+    c("IsNaN", f32(1, np.nan, np.inf)),
+    c("IsInf", f32(1, np.nan, np.inf, -np.inf)),
+    c("IsInf", f32(1, np.nan, np.inf, -np.inf), detect_positive=0),
+    c("Xor", {"x": BOOLS, "z": np.array([[True, True, False, False]])}),
+    c("Pow", POSITIVE, {"e": i64(2, 1, 0, 1, 2, 3)}),
+]
+INDEX = [
+    *(c(op, PERMUTED, axis=axis, keepdims=keep) for op in ("ArgMax", "ArgMin") for axis, keep in ((1, 1), (-1, 0))),
+    c("ArgMax", f32(1, 3, 3, 2), axis=0, select_last_index=1),
+    c("TopK", PERMUTED, {"k": i64(3)}, ("y", "z")),
+    c("TopK", PERMUTED, {"k": i64(2)}, ("y", "z"), axis=1, largest=0),
+    c("GatherND", PERMUTED, {"i": np.array([[0, 1], [-1, 2]])}),
+    c("GatherND", {"x": PERMUTED, "i": np.array([[0, 1], [-1, 2]])}),
+    c("GatherElements", PERMUTED, {"i": np.array([[[0, -1]], [[2, 1]]])}, axis=2),
+    c("GatherElements", {"x": PERMUTED, "i": np.array([[[0, -1]], [[2, 1]]])}, axis=1),
+    c("ScatterND", {"x": (4, 3)}, {"i": np.array([[1], [-1]]), "u": (2, 3)}),
+    c("ScatterND", {"x": (4, 3), "i": np.array([[1], [3]]), "u": (2, 3)}, reduction="add"),
+    c("ScatterElements", {"x": (3, 4), "i": np.array([[1, 0], [2, -1]]), "u": (2, 2)}, axis=1),
+    c("CumSum", (3, 4), {"a": np.int64(1)}),
+    c("CumSum", (3, 4), {"a": np.int64(0)}, exclusive=1, reverse=1),
+    c("OneHot", np.array([0, -1, 2]), {"d": np.int64(4), "v": f32(0.5, 2)}, axis=0),
+    c("Hardmax", (3, 4, 5), axis=1),
+    c("Trilu", (2, 4, 5), {"k": np.int64(1)}),
+    c("Trilu", (2, 4, 5), upper=0),
+    c("ReverseSequence", (4, 3), {"l": i64(1, 4, 2)}),
+]
+NORM = [
+    c("LayerNormalization", (2, 3, 8), {"s": (8,), "o": (8,)}),
+    c("LayerNormalization", (2, 3, 8), {"s": (3, 8)}, ("y", "m", "d"), axis=1, epsilon=1e-3),
+    c("InstanceNormalization", (2, 3, 5, 6), {"s": (3,), "o": (3,)}),
+    c("LpNormalization", (2, 3, 4), axis=1),
+    c("LpNormalization", (2, 3, 4), p=1),
+    c("LRN", (1, 8, 3, 3), size=5, alpha=0.02, beta=0.6, bias=1.5),
+    c("RMSNormalization", (2, 3, 8), {"s": (8,)}, opset=23),
+]
+EINSUM = [
+    c("Einsum", {"x": (2, 3, 4), "z": (2, 4, 5)}, equation="bij,bjk->bik"),
+    c("Einsum", {"x": (2, 3, 4, 5), "z": (2, 6, 4, 5)}, equation="bqhd,bkhd->bhqk"),
+    c("Einsum", {"x": (3, 4), "z": (5, 4)}, equation="ij,kj"),
+    c("Einsum", {"x": (2, 3, 4), "z": (5, 4)}, equation="...j,kj->...k"),
+    c("Einsum", {"x": (3, 4), "z": (5,)}, equation="ij,k->kji"),
+    c("Einsum", (3, 4, 5), equation="ijk->ki"),
+]
+RECURRENT = [
+    c("LSTM", (4, 2, 3), {"w": (1, 20, 3), "r": (1, 20, 5), "b": (1, 40)}, ("y", "yh", "yc"), hidden_size=5),
+    c("LSTM", (4, 2, 3), {"w": (2, 20, 3), "r": (2, 20, 5)}, hidden_size=5, direction="bidirectional"),
+    c(
+        "LSTM",
+        {"x": (3, 2, 3), "h": (1, 2, 5), "c": (1, 2, 5)},
+        {"w": (1, 20, 3), "r": (1, 20, 5), "b": (1, 40), "p": (1, 15)},
+        ("y", "yh", "yc"),
+        hidden_size=5,
+        direction="reverse",
+    ),
+    *(
+        c(
+            "GRU",
+            (4, 2, 3),
+            {"w": (1, 15, 3), "r": (1, 15, 5), "b": (1, 30)},
+            ("y", "yh"),
+            hidden_size=5,
+            linear_before_reset=linear,
+        )
+        for linear in (0, 1)
+    ),
+    c(
+        "GRU",
+        {"x": (3, 2, 3), "h": (2, 2, 5)},
+        {"w": (2, 15, 3), "r": (2, 15, 5), "b": (2, 30)},
+        ("y", "yh"),
+        hidden_size=5,
+        direction="bidirectional",
+    ),
+    c("RNN", (4, 2, 3), {"w": (1, 5, 3), "r": (1, 5, 5), "b": (1, 10)}, ("y", "yh"), hidden_size=5),
+]
+# The inputs of the recurrent ops by position: x, w, r, b, sequence lengths, h, c, peepholes.
+POSITIONS = {
+    "LSTM": ("x", "w", "r", "b", "", "h", "c", "p"),
+    "GRU": ("x", "w", "r", "b", "", "h"),
+    "RNN": ("x", "w", "r", "b"),
+}
+CASES = [*MORE, *INDEX, *NORM, *EINSUM, *RECURRENT, *CONV, *POOL, *ACTIVATION, *MATH, *MATMUL, *REDUCE, *SHAPE, *RESIZE]
 INTERNAL = {"Quantize", "StoredOutput"}  # made by the converter's own passes
 
 
@@ -275,6 +365,8 @@ def build(case: Case) -> tuple[Any, dict[str, np.ndarray]]:
     if case.op == "Resize":
         names = ["x", *("" if name in ("roi", "s") else name for name in constants)]
         constants = {name: array for name, array in constants.items() if name in names}
+    if case.op in POSITIONS:
+        names = [name if name in (*feeds, *constants) else "" for name in POSITIONS[case.op]]
     made = model([node(case.op, names, case.outputs, **case.attrs)], feeds, constants, case.outputs, case.opset)
     return made, feeds
 

@@ -1,0 +1,277 @@
+"""Recurrent layers, unrolled over time: the runtime's fused LSTM keeps its state from one call to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgekit.exporters.tflite.builder import Builder
+from edgekit.exporters.tflite.ir import Node, Tensor, identity
+from edgekit.exporters.tflite.ops_activation import add, mul, scaled
+from edgekit.exporters.tflite.registry import lowers, unsupported
+
+ACTIVATIONS = {"Sigmoid": "LOGISTIC", "Tanh": "TANH", "Relu": "RELU"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One direction's constants ([gates · hidden, features] and so on), its initial states and activations."""
+
+    w: np.ndarray
+    r: np.ndarray
+    wb: np.ndarray
+    rb: np.ndarray
+    peephole: np.ndarray | None
+    h: Tensor | None
+    c: Tensor | None
+    functions: tuple[str, ...]
+
+
+Steps = tuple[list[Tensor], Tensor | None]
+Unroll = Callable[[Builder, Cell, Tensor, Sequence[int]], Steps]
+
+
+def _input(node: Node, index: int) -> str:
+    return node.inputs[index] if len(node.inputs) > index else ""
+
+
+def _constant(b: Builder, node: Node, index: int, shape: tuple[int, ...]) -> np.ndarray:
+    name = _input(node, index)
+    array = b.array(name) if name else np.zeros(shape, np.float32)
+    if array is None:
+        raise unsupported(node, "its weights are not constant")
+    return array
+
+
+def _recurrent(
+    b: Builder,
+    node: Node,
+    unroll: Unroll,
+    gates: int,
+    functions: Sequence[str],
+    names: Sequence[str] | None,
+    direction: str,
+    layout: int,
+) -> None:
+    """Run each direction over [time, batch, features] and bind Y, Y_h and Y_c."""
+    batch_first = (1, 0, 2) if layout else (0, 1, 2)
+    x = b.in_layout(b.value(node.inputs[0]), batch_first)
+    time, batch, _ = x.shape
+    directions = 2 if direction == "bidirectional" else 1
+    names = list(names or [*functions] * directions)
+    hidden = b.shape(node.inputs[2])[-1]
+    lengths = _input(node, 4)
+    if lengths:
+        array = b.array(lengths)
+        if array is None or (array != time).any():
+            raise unsupported(node, "sequences shorter than the input")
+    if any(name not in ACTIVATIONS for name in names):
+        raise unsupported(node, f"activations {names}")
+    w = _constant(b, node, 1, ())
+    r = _constant(b, node, 2, ())
+    bias = _constant(b, node, 3, (directions, 2 * gates * hidden))
+    peephole = _constant(b, node, 7, ()) if _input(node, 7) else None
+    x = b.as_float(x)
+    b.note(f"ONNX node '{node.name}' is unrolled over {time} time steps")
+    outputs, last_h, last_c = [], [], []
+    for index in range(directions):
+        per = len(names) // directions
+        cell = Cell(
+            w[index],
+            r[index],
+            bias[index, : gates * hidden],
+            bias[index, gates * hidden :],
+            None if peephole is None else peephole[index],
+            _state(b, node, 5, index, layout),
+            _state(b, node, 6, index, layout),
+            tuple(ACTIVATIONS[name] for name in names[index * per : (index + 1) * per]),
+        )
+        backward = direction == "reverse" or index == 1
+        order = range(time)[::-1] if backward else range(time)
+        steps, c = unroll(b, cell, x, order)
+        last_h.append(steps[-1])
+        if c is not None:
+            last_c.append(c)
+        outputs.append(_joined(b, steps[::-1] if backward else steps, 0))
+    y = [b.raw_reshape(output, (time, 1, batch, hidden)) for output in outputs]
+    # ONNX has [time, directions, batch, hidden], or [batch, time, directions, hidden] with layout 1.
+    _bind(b, node, 0, _joined(b, y, 1), (1, 2, 0, 3) if layout else (0, 1, 2, 3))
+    _bind(b, node, 1, _joined(b, last_h, 0), (1, 0, 2) if layout else (0, 1, 2))
+    if last_c:
+        _bind(b, node, 2, _joined(b, last_c, 0), (1, 0, 2) if layout else (0, 1, 2))
+
+
+def _bind(b: Builder, node: Node, index: int, tensor: Tensor, perm: tuple[int, ...]) -> None:
+    if len(node.outputs) > index and node.outputs[index]:
+        b.bind(node.outputs[index], tensor, perm)
+
+
+def _state(b: Builder, node: Node, index: int, direction: int, layout: int) -> Tensor | None:
+    """The initial state [1, batch, hidden] of one direction, or None for zeros."""
+    name = _input(node, index)
+    if not name:
+        return None
+    array = b.array(name)
+    if array is not None and not array.any():
+        return None
+    state = b.take(name, (1, 0, 2) if layout else identity(3))
+    if state.shape[0] == 1:
+        return state
+    begin, size = np.array([direction, 0, 0], np.int32), (1, *state.shape[1:])
+    return b.op("SLICE", [state, begin, np.array(size, np.int32)], size)
+
+
+def _joined(b: Builder, tensors: list[Tensor], axis: int) -> Tensor:
+    if len(tensors) == 1:
+        return tensors[0]
+    shape = list(tensors[0].shape)
+    shape[axis] = sum(tensor.shape[axis] for tensor in tensors)
+    return b.op("CONCATENATION", [*tensors], tuple(shape), axis=axis, fusedActivationFunction="NONE")
+
+
+def _dense(b: Builder, x: Tensor, weights: np.ndarray, bias: np.ndarray) -> Tensor:
+    """x · weightsᵀ + bias over the last axis of a rank-3 tensor."""
+    return b.op(
+        "FULLY_CONNECTED",
+        [x, np.ascontiguousarray(weights), np.ascontiguousarray(bias)],
+        (*x.shape[:2], len(weights)),
+        keepNumDims=True,
+        fusedActivationFunction="NONE",
+    )
+
+
+def _at(b: Builder, x: Tensor, time: int) -> Tensor:
+    shape = (1, *x.shape[1:])
+    if x.shape[0] == 1:
+        return x
+    return b.op("SLICE", [x, np.array([time, 0, 0], np.int32), np.array(shape, np.int32)], shape)
+
+
+def _parts(b: Builder, x: Tensor, count: int) -> list[Tensor]:
+    if count == 1:
+        return [x]
+    shape = (*x.shape[:2], x.shape[2] // count)
+    parts = [Tensor("", shape, x.dtype) for _ in range(count)]
+    b.ops_out("SPLIT", [np.array(2, np.int32), x], [*parts], numSplits=count)
+    return parts
+
+
+def _apply(b: Builder, kind: str, x: Tensor) -> Tensor:
+    return b.op(kind, [x], x.shape)
+
+
+@lowers("LSTM")
+def lstm(
+    b: Builder,
+    node: Node,
+    *,
+    hidden_size: int | None = None,
+    activations: Sequence[str] | None = None,
+    direction: str = "forward",
+    input_forget: int = 0,
+    layout: int = 0,
+) -> None:
+    """LSTM with optional initial states and peepholes."""
+    if input_forget:
+        raise unsupported(node, "coupled input and forget gates")
+    _recurrent(b, node, _unroll_lstm, 4, ("Sigmoid", "Tanh", "Tanh"), activations, direction, layout)
+
+
+def _unroll_lstm(b: Builder, cell: Cell, x: Tensor, order: Sequence[int]) -> Steps:
+    projected = _dense(b, x, cell.w, cell.wb + cell.rb)
+    h, c, steps = cell.h, cell.c, []
+    none = np.zeros(len(cell.rb), np.float32)
+    gate, candidate, squash = cell.functions
+    for time in order:
+        z = _at(b, projected, time)
+        z = add(b, z, _dense(b, h, cell.r, none)) if h is not None else z
+        i, o, f, g = _parts(b, z, 4)
+        peep_i, peep_o, peep_f = (None,) * 3 if cell.peephole is None else np.split(cell.peephole, 3)
+        g = _apply(b, candidate, g)
+        inside = mul(b, _apply(b, gate, _peeped(b, i, c, peep_i)), g)
+        if c is not None:
+            kept = mul(b, _apply(b, gate, _peeped(b, f, c, peep_f)), c)
+            inside = add(b, kept, inside)
+        c = inside
+        h = mul(b, _apply(b, gate, _peeped(b, o, c, peep_o)), _apply(b, squash, c))
+        steps.append(h)
+    return steps, c
+
+
+def _peeped(b: Builder, z: Tensor, c: Tensor | None, weights: np.ndarray | None) -> Tensor:
+    if c is None or weights is None:
+        return z
+    return add(b, z, b.op("MUL", [c, weights], c.shape, fusedActivationFunction="NONE"))
+
+
+@lowers("GRU")
+def gru(
+    b: Builder,
+    node: Node,
+    *,
+    hidden_size: int | None = None,
+    activations: Sequence[str] | None = None,
+    direction: str = "forward",
+    layout: int = 0,
+    linear_before_reset: int = 0,
+) -> None:
+    """GRU in both of its forms."""
+
+    def unroll(b: Builder, cell: Cell, x: Tensor, order: Sequence[int]) -> Steps:
+        return _unroll_gru(b, cell, x, order, bool(linear_before_reset))
+
+    _recurrent(b, node, unroll, 3, ("Sigmoid", "Tanh"), activations, direction, layout)
+
+
+def _unroll_gru(b: Builder, cell: Cell, x: Tensor, order: Sequence[int], linear: bool) -> Steps:
+    hidden = len(cell.rb) // 3
+    split = 2 * hidden
+    outside = cell.rb.copy()
+    outside[split:] = 0 if linear else outside[split:]
+    projected = _dense(b, x, cell.w, cell.wb + outside)
+    h, steps = cell.h, []
+    gate, candidate = cell.functions
+    if h is None:
+        h = b.const(np.zeros((1, x.shape[1], hidden), np.float32))
+    none, recurrent_bias = np.zeros(split, np.float32), cell.rb[split:]
+    for time in order:
+        z_x, r_x, n_x = _parts(b, _at(b, projected, time), 3)
+        z_h, r_h = _parts(b, _dense(b, h, cell.r[:split], none), 2)
+        z = _apply(b, gate, add(b, z_x, z_h))
+        r = _apply(b, gate, add(b, r_x, r_h))
+        if linear:
+            n_h = mul(b, r, _dense(b, h, cell.r[split:], recurrent_bias))
+        else:
+            n_h = _dense(b, mul(b, r, h), cell.r[split:], np.zeros(hidden, np.float32))
+        n = _apply(b, candidate, add(b, n_x, n_h))
+        # (1 − z) · n + z · h
+        h = add(b, mul(b, scaled(b, z, -1, 1.0), n), mul(b, z, h))
+        steps.append(h)
+    return steps, None
+
+
+@lowers("RNN")
+def rnn(
+    b: Builder,
+    node: Node,
+    *,
+    hidden_size: int | None = None,
+    activations: Sequence[str] | None = None,
+    direction: str = "forward",
+    layout: int = 0,
+) -> None:
+    """The plain recurrent layer."""
+    _recurrent(b, node, _unroll_rnn, 1, ("Tanh",), activations, direction, layout)
+
+
+def _unroll_rnn(b: Builder, cell: Cell, x: Tensor, order: Sequence[int]) -> Steps:
+    projected = _dense(b, x, cell.w, cell.wb + cell.rb)
+    h, steps, none = cell.h, [], np.zeros(len(cell.rb), np.float32)
+    for time in order:
+        z = _at(b, projected, time)
+        z = add(b, z, _dense(b, h, cell.r, none)) if h is not None else z
+        h = _apply(b, cell.functions[0], z)
+        steps.append(h)
+    return steps, None
