@@ -15,6 +15,11 @@ aten = torch.ops.aten
 q = torch.ops.quantized_decomposed
 
 CONVOLUTIONS = {aten.conv1d.default: 1, aten.conv2d.default: 2, aten.conv3d.default: 3}  # target → spatial rank
+NAMED_PADDINGS = {
+    aten.conv1d.padding: aten.conv1d.default,
+    aten.conv2d.padding: aten.conv2d.default,
+    aten.conv3d.padding: aten.conv3d.default,
+}
 CONV_DEFAULTS = (None, 1, 0, 1, 1)  # bias, stride, padding, dilation, groups
 
 
@@ -30,7 +35,7 @@ def capture(module: torch.nn.Module, example: tuple[torch.Tensor, ...]) -> Graph
 
 def canonicalize(model: GraphModule) -> GraphModule:
     """Runs the passes that precede quantization and export; works in place and returns `model`."""
-    for run in (drop_no_ops, clamps_to_activations, global_pools_to_mean, fold_batch_norms, fold_pads):
+    for run in PASSES:
         run(model)
         model.graph.eliminate_dead_code()
         model.graph.lint()
@@ -60,10 +65,33 @@ def clamps_to_activations(model: GraphModule) -> None:
             continue
         if not node.meta["val"].is_floating_point():
             continue
-        if low == 0 and high is None:
+        if low == 0 and high in (None, math.inf):
             _respell(node, aten.relu.default, node.args[0])
-        elif low is not None and high is not None:
+        elif low is not None and high is not None and low <= high:
             _respell(node, aten.hardtanh.default, node.args[0], float(low), float(high))
+
+
+def named_paddings_to_amounts(model: GraphModule) -> None:
+    """Spells a convolution's padding "same" or "valid" as amounts, with a pad of one where "same" is asymmetric."""
+    for conv in _calls(model):
+        if conv.target not in NAMED_PADDINGS:
+            continue
+        rank = CONVOLUTIONS[NAMED_PADDINGS[conv.target]]
+        args = [*conv.args, *CONV_DEFAULTS[len(conv.args) - 2 :]]
+        args[4] = [0] * rank if isinstance(args[4], int) else args[4]  # the default is "valid"
+        if args[4] in ("same", "valid"):
+            kernel = args[1].meta["val"].shape[2:]
+            dilation = spread(args[5], rank)
+            totals = [d * (k - 1) if args[4] == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
+            args[4] = [total // 2 for total in totals]
+            odd = [total % 2 for total in totals]
+            if any(odd):
+                amounts = [amount for extra in reversed(odd) for amount in (0, extra)]
+                with model.graph.inserting_before(conv):
+                    pad = model.graph.call_function(aten.pad.default, (args[0], amounts))
+                pad.meta["val"] = aten.pad.default(args[0].meta["val"], amounts)
+                args[0] = pad
+        _respell(conv, NAMED_PADDINGS[conv.target], *args)
 
 
 def global_pools_to_mean(model: GraphModule) -> None:
@@ -93,10 +121,14 @@ def fold_batch_norms(model: GraphModule) -> None:
             continue
         source, gamma, beta, mean, variance, _, eps = node.args
         readers = list(node.users)
-        foldable = source.target in CONVOLUTIONS or source.target == aten.linear.default
-        if not foldable or len(source.users) != 1 or len(readers) != 1 or not is_attribute(source.args[1]):
+        rank = CONVOLUTIONS.get(source.target, 0 if source.target == aten.linear.default else None)
+        if rank is None or source.meta["val"].ndim != rank + 2:  # else the norm's channels are not the layer's
             continue
         bias = source.args[2] if len(source.args) > 2 else None
+        constants = [source.args[1], *(c for c in (bias, gamma, beta, mean, variance) if c is not None)]
+        if len(source.users) != 1 or len(readers) != 1 or not all(map(is_attribute, constants)):
+            continue
+        dtype = source.meta["val"].dtype
         weight = attribute(model, source.args[1]).double()
         factor = (attribute(model, variance).double() + eps).rsqrt()
         if gamma is not None:
@@ -109,8 +141,8 @@ def fold_batch_norms(model: GraphModule) -> None:
             shift = shift + attribute(model, beta).double()
         folded = weight * factor.reshape(-1, *[1] * (weight.ndim - 1))
         with model.graph.inserting_before(source):
-            new_weight = add_attribute(model, f"{source.name}_weight", folded.float())
-            new_bias = add_attribute(model, f"{source.name}_bias", shift.float())
+            new_weight = add_attribute(model, f"{source.name}_weight", folded.to(dtype))
+            new_bias = add_attribute(model, f"{source.name}_bias", shift.to(dtype))
         source.args = (source.args[0], new_weight, new_bias, *source.args[3:])
         readers[0].replace_all_uses_with(source)
         model.graph.erase_node(readers[0])
@@ -136,6 +168,40 @@ def fold_pads(model: GraphModule) -> None:
             conv.args = tuple(args)
 
 
+def strided_slices_to_convolutions(model: GraphModule) -> None:
+    """Spells x[:, :, ::a, ::b] as a depthwise 1×1 convolution by 1 with stride (a, b).
+
+    The values are the same, and delegates take convolutions where they take no strided slice.
+    """
+    for node in _calls(model):
+        stride = _image_stride(node)
+        if stride is None or (node.users and all(_image_stride(user) for user in node.users)):
+            continue  # the last slice of a chain stands for all of them
+        source, steps = node.args[0], list(stride)
+        while (before := _image_stride(source)) is not None and len(source.users) == 1:
+            steps = [a * b for a, b in zip(steps, before, strict=True)]
+            source = source.args[0]
+        channels = node.meta["val"].shape[1]
+        with model.graph.inserting_before(node):
+            ones = add_attribute(model, f"{node.name}_ones", torch.ones(channels, 1, 1, 1))
+        _respell(node, aten.conv2d.default, source, ones, None, steps, [0, 0], [1, 1], channels)
+
+
+def _image_stride(node: object) -> tuple[int, int] | None:
+    """Returns the (vertical, horizontal) step of a slice of a whole float image dimension, None for other nodes."""
+    if not isinstance(node, Node) or node.target != aten.slice.Tensor or node.meta["val"].ndim != 4:
+        return None
+    source = node.args[0].meta["val"]
+    dim, start, end, step = (
+        argument(node, index, name, default)
+        for index, (name, default) in enumerate((("dim", 0), ("start", None), ("end", None), ("step", 1)), start=1)
+    )
+    whole = start in (None, 0) and (end is None or end >= source.shape[dim])
+    if dim not in (2, 3) or step == 1 or not whole or source.dtype != torch.float32:
+        return None
+    return (step, 1) if dim == 2 else (1, step)
+
+
 def drop_implied_clips(model: GraphModule) -> GraphModule:
     """Removes each relu/hardtanh whose every reader quantizes to a range inside its bounds.
 
@@ -159,8 +225,8 @@ def _saturates(quantize: Node, low: float, high: float) -> bool:
     if quantize.target != q.quantize_per_tensor.default:
         return False
     _, scale, zero_point, qmin, qmax, _ = quantize.args
-    lowest = round(low / scale) + zero_point <= qmin
-    return lowest and (math.isinf(high) or round(high / scale) + zero_point >= qmax)
+    # Half a step is what rounding takes in, less what float32 kernels err by.
+    return low / scale + zero_point < qmin + 0.499 and high / scale + zero_point > qmax - 0.499
 
 
 PAD_VALUE_INDEX = {aten.constant_pad_nd.default: 2, aten.pad.default: 3}  # target → index of the value argument
@@ -193,7 +259,12 @@ def attribute(model: GraphModule, node: Node) -> torch.Tensor:
 
 
 def add_attribute(model: GraphModule, name: str, value: torch.Tensor) -> Node:
-    """Registers `value` as a buffer of `model` and returns a node, at the insertion point, that reads it."""
+    """Registers `value` as a buffer of `model` and returns a node, at the insertion point, that reads it.
+
+    The buffer is called `name`, with underscores behind it where the model has that name already.
+    """
+    while hasattr(model, name):
+        name += "_"
     model.register_buffer(name, value)
     node = model.graph.get_attr(name)
     mode = next(n.meta["val"].fake_mode for n in model.graph.nodes if hasattr(n.meta.get("val"), "fake_mode"))
@@ -217,3 +288,14 @@ def _is_output(node: Node) -> bool:
 
 def _respell(node: Node, target: object, *args: object) -> None:
     node.target, node.args, node.kwargs = target, args, {}
+
+
+PASSES = (
+    drop_no_ops,
+    clamps_to_activations,
+    named_paddings_to_amounts,
+    global_pools_to_mean,
+    fold_batch_norms,
+    fold_pads,
+    strided_slices_to_convolutions,
+)

@@ -168,8 +168,8 @@ def check(ran: Ran, what: str, help: str) -> None:
 
 
 def left(folder: Path) -> list[str]:
-    """What lies in a folder, but for what Python and torch keep for their next start."""
-    return [path for path in tree(folder) if "__pycache__" not in path and "torchinductor" not in path]
+    """What lies in a folder, but for what Python, torch and ONNX Runtime keep there for their next start."""
+    return [path for path in tree(folder) if not any(name in path for name in ("__pycache__", "torchinductor", ".ses"))]
 
 
 @pytest.mark.parametrize("case", EXPORTS)

@@ -7,7 +7,7 @@ import numpy as np
 from edgekit.exporters.tflite.builder import FLOAT, INT32, Builder
 from edgekit.exporters.tflite.ir import Node, Perm, QParams, Shape, Tensor, Value, identity
 from edgekit.exporters.tflite.ops_math import casted
-from edgekit.exporters.tflite.ops_shape import moved
+from edgekit.exporters.tflite.ops_shape import moved, sliced
 from edgekit.exporters.tflite.registry import lowers, unsupported
 
 INT32_CODE, INT64_CODE = 2, 4  # TFLite's TensorType
@@ -25,6 +25,13 @@ def gather(b: Builder, node: Node, *, axis: int = 0) -> None:
     indices: Tensor | np.ndarray
     if array is not None:
         indices = np.where(array < 0, array + size, array).astype(np.int32)
+        if indices.size == 1:
+            # XNNPACK has no gather: one element is a cut.
+            whole: list[range] = [range(extent) for extent in value.tensor.shape]
+            whole[physical] = range(int(indices.reshape(())), int(indices.reshape(())) + 1)
+            cut = Value(sliced(b, value.tensor, whole), value.perm)
+            b.bind(node.outputs[0], b.reshape(cut, b.shape(node.outputs[0])))
+            return
     else:
         indices = wrapped(b, b.take(node.inputs[1]), size)
     shape = (*value.tensor.shape[:physical], *b.shape(node.inputs[1]), *value.tensor.shape[physical + 1 :])

@@ -1,0 +1,170 @@
+"""What a bundle holds, and how it is written: whole or not at all, and never over what is not ours."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+
+import edgekit
+import numpy as np
+import pytest
+import torch
+from edgekit import bundle as bundling
+from edgekit import files
+from edgekit.bundle import Bundle
+from edgekit.errors import EdgeKitError
+from edgekit.results import TensorSpec
+from kit import SHAPE, network, samples, tree
+
+KEYS = {
+    "schema", "model", "target", "precision", "recipe", "versions", "inputs", "outputs", "layout", "preprocessing",
+    "labels", "qparams", "artifacts", "golden", "notes",
+}  # fmt: skip
+ENTRY_KEYS = {"format", "file", "size_bytes", "sha256", "parity"}
+FORMATS = {"executorch": "model.pte", "onnx": "model.onnx", "tflite": "model.tflite"}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_manifest_describes_the_files(precision: str, bundles: dict[str, Bundle]) -> None:
+    bundle = bundles[precision]
+    manifest = json.loads((bundle.path / "edgekit.json").read_text())
+    assert manifest.keys() == KEYS
+    assert (manifest["schema"], manifest["precision"], manifest["target"]) == (1, precision, "x86")
+    assert {entry["format"]: entry["file"] for entry in manifest["artifacts"]} == FORMATS
+    for entry in manifest["artifacts"]:
+        content = (bundle.path / entry["file"]).read_bytes()
+        assert entry.keys() >= ENTRY_KEYS
+        assert entry["size_bytes"] == len(content)
+        assert entry["sha256"] == hashlib.sha256(content).hexdigest()
+        assert entry["parity"]["samples"] == 8
+    golden = (bundle.path / "golden.npz").read_bytes()
+    assert manifest["golden"] == {"file": "golden.npz", "sha256": hashlib.sha256(golden).hexdigest()}
+    assert manifest["inputs"] == [{"name": "input", "dtype": "float32", "shape": [1, *SHAPE]}]
+    assert manifest["outputs"][0]["shape"] == [1, 10]
+    assert manifest["versions"]["torch"] == version("torch")
+    assert manifest["versions"]["edgekit"] == edgekit.__version__
+    assert set(manifest["qparams"].get("outputs", {})) == ({manifest["outputs"][0]["name"]} if precision == "int8" else set())
+    assert set(tree(bundle.path)) == bundling.FILES
+
+
+def test_golden_outputs_of_the_original_are_those_of_eager(bundles: dict[str, Bundle]) -> None:
+    for bundle in bundles.values():
+        golden = bundling.read_golden(bundle)
+        name = bundle.manifest["outputs"][0]["name"]
+        assert golden.keys() == {"input/input", *(f"{source}/{name}" for source in ("original", *FORMATS))}
+        assert np.array_equal(golden["input/input"][:, 0], samples()["x"][:8])
+        with torch.inference_mode():
+            expected = network()(torch.from_numpy(golden["input/input"][:, 0])).numpy()
+        assert np.allclose(golden[f"original/{name}"][:, 0], expected, atol=1e-6)
+
+
+def test_verify_replays_every_file(bundles: dict[str, Bundle]) -> None:
+    for bundle in bundles.values():
+        replays = edgekit.verify(bundle.path)
+        assert [replay.artifact.format for replay in replays] == list(FORMATS)
+        assert [replay.problem for replay in replays] == [None] * 3
+        assert all(replay.parity.max_abs == 0 for replay in replays)  # the same machine, the same file
+
+
+def test_verify_sees_other_outputs(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    """A file with a hash that fits, but which computes something else: here the recorded outputs are another's."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundles["int8"].path, folder)
+    golden = bundling.read_golden(bundles["int8"])
+    name = bundles["int8"].manifest["outputs"][0]["name"]
+    np.savez(folder / "golden.npz", **{**golden, f"onnx/{name}": golden[f"onnx/{name}"][::-1]})
+    manifest = json.loads((folder / "edgekit.json").read_text())
+    manifest["golden"]["sha256"] = files.sha256(folder / "golden.npz")
+    (folder / "edgekit.json").write_text(json.dumps(manifest))
+    problems = {replay.artifact.format: replay.problem for replay in edgekit.verify(folder)}
+    assert "steps of the output's scale" in problems.pop("onnx")
+    assert problems == {"executorch": None, "tflite": None}
+
+
+def test_golden_values_that_are_missing_are_told(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    shutil.copytree(bundles["fp32"].path, tmp_path / "bundle")
+    np.savez(tmp_path / "bundle" / "golden.npz", other=np.zeros(1))
+    manifest = json.loads((tmp_path / "bundle" / "edgekit.json").read_text())
+    manifest["golden"]["sha256"] = files.sha256(tmp_path / "bundle" / "golden.npz")
+    (tmp_path / "bundle" / "edgekit.json").write_text(json.dumps(manifest))
+    with pytest.raises(EdgeKitError, match=r"golden\.npz lacks executorch/"):
+        bundling.read_golden(bundling.read(tmp_path / "bundle"))
+
+
+def test_an_export_replaces_our_own_bundle_and_keeps_the_old_one_where_it_fails(tmp_path: Path) -> None:
+    def export(**more: object) -> Bundle:
+        options = {"target": "x86", "precision": "fp32", "formats": ["onnx"], "out": tmp_path, "name": "net"}
+        return edgekit.export(network(), data=samples(2), **(options | more))
+
+    first = export()
+    before = (first.path / "edgekit.json").read_bytes()
+    assert export(precision="fp16").manifest["precision"] == "fp16"
+    assert (first.path / "edgekit.json").read_bytes() != before
+    kept = tree(tmp_path), (first.path / "edgekit.json").read_bytes()
+    with pytest.raises(EdgeKitError, match="hold NaN"):
+        export(data={"x": np.full((2, *SHAPE), 1e38, np.float32)})
+    assert (tree(tmp_path), (first.path / "edgekit.json").read_bytes()) == kept
+
+
+def test_preprocessing_and_labels_travel_in_the_manifest(tmp_path: Path) -> None:
+    data = {
+        "x": np.random.default_rng(0).integers(0, 256, (4, *SHAPE), dtype=np.uint8),
+        "labels": [f"class {i}" for i in range(10)],
+    }
+    bundle = edgekit.export(
+        network(), target="x86", precision="fp32", formats="onnx", data=data, mean=(0.5,), std=(0.25,), out=tmp_path
+    )
+    assert bundle.manifest["preprocessing"] == {"scale": 1 / 255, "mean": [0.5], "std": [0.25], "layout": "NCHW"}
+    assert bundle.manifest["labels"] == data["labels"]
+    expected = (data["x"] / 255 - 0.5) / 0.25
+    assert np.allclose(bundling.read_golden(bundle)["input/input"][:, 0], expected, atol=1e-6)
+
+
+def test_specs_survive_the_manifest(bundles: dict[str, Bundle]) -> None:
+    assert bundling.read(bundles["fp32"].path / "edgekit.json").artifacts == bundles["fp32"].artifacts
+    assert bundles["fp32"].artifacts[0].inputs == (TensorSpec("input", "float32", (1, *SHAPE)),)
+
+
+def test_a_failed_block_leaves_neither_folder_nor_parents(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), files.new_folder(tmp_path / "a" / "b" / "c", {"f"}) as folder:
+        (folder / "f").write_text("half")
+        raise ZeroDivisionError
+    assert tree(tmp_path) == []
+
+
+def test_a_folder_behind_a_link_is_replaced_and_the_link_stays(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with files.new_folder(tmp_path / "link", {"f"}) as folder:
+        (folder / "f").write_text("new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "f").read_text() == "new"
+    assert tree(tmp_path) == ["link", "real", "real/f"]
+
+
+def test_the_old_folder_comes_back_where_the_new_one_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "f").write_text("old")
+    rename = Path.rename
+
+    def refuse(self: Path, target: Path) -> Path:
+        if target.name == "out" and (self / "f").read_text() == "new":
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(EdgeKitError, match="cannot write"), files.new_folder(tmp_path / "out", {"f"}) as folder:
+        (folder / "f").write_text("new")
+    assert tree(tmp_path) == ["out", "out/f"]
+    assert (tmp_path / "out" / "f").read_text() == "old"
+
+
+def test_json_has_no_nan(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        files.write_json(tmp_path / "a.json", {"x": float("nan")})
+    assert tree(tmp_path) == []
