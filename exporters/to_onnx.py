@@ -130,8 +130,9 @@ def quantize_biases(model: ir.Model) -> None:
             np.float32
         )
         codes = np.rint(_constant(bias).astype(np.float64) / scale)
-        limits = np.iinfo(np.int32)
-        codes = np.clip(codes, limits.min, limits.max).astype(np.int32)
+        if np.abs(codes).max() > np.iinfo(np.int32).max:
+            continue  # right in float, wrong in int32
+        codes = codes.astype(np.int32)
         stored = _initializer(model, f"{bias.name}_int32", codes)
         scales = _initializer(
             model, f"{bias.name}_scale", np.broadcast_to(scale, codes.shape).copy() if scale.ndim else scale
@@ -148,10 +149,9 @@ def shift_activations(model: ir.Model) -> None:
 
     ONNX Runtime's x86 kernels take uint8 × int8; weights stay int8.
     """
-    weights = {node.inputs[1] for node in model.graph if node.op_type in WEIGHTED or node.op_type == "MatMul"}
     shifted: dict[ir.Value, ir.Value] = {}
     for node in model.graph:
-        if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or node.outputs[0] in weights:
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or _is_weight(node):
             continue
         if len(node.inputs) < 3 or _constant(node.inputs[2]).dtype != np.int8:
             continue
@@ -178,7 +178,7 @@ def halve_weights(model: ir.Model, smallest: int = 64) -> None:
         tensor = _constant(value)
         if tensor.dtype != np.float32 or tensor.size < smallest:
             continue
-        if np.abs(tensor).max() > np.finfo(np.float16).max:
+        if np.abs(tensor, where=np.isfinite(tensor), out=np.zeros_like(tensor)).max() > np.finfo(np.float16).max:
             raise EdgeKitError(f"weight '{value.name}' does not fit float16", "export with --precision fp32 or int8")
         half = _initializer(model, f"{value.name}_half", tensor.astype(np.float16))
         cast = ir.node("Cast", [half], attributes={"to": ir.DataType.FLOAT.value})
@@ -200,6 +200,16 @@ def _producer(node: ir.Node, op_type: str) -> ir.Node | None:
     return producer if producer is not None and producer.op_type == op_type else None
 
 
+def _is_weight(node: ir.Node) -> bool:
+    """Whether `node` dequantizes a constant that, transposed or not, some layer multiplies by."""
+    if node.op_type != "DequantizeLinear" or not node.inputs[0].is_initializer():
+        return False
+    readers = list(node.outputs[0].uses())
+    while readers and all(use.node.op_type == "Transpose" for use in readers):
+        readers = [use for transpose in readers for use in transpose.node.outputs[0].uses()]
+    return any(use.idx == 1 and use.node.op_type in (*WEIGHTED, "MatMul") for use in readers)
+
+
 def _qparams(node: ir.Node) -> tuple[bytes, ...]:
     return tuple(_constant(value).tobytes() for value in node.inputs[1:])
 
@@ -211,6 +221,9 @@ def _constant(value: ir.Value) -> np.ndarray:
 
 
 def _initializer(model: ir.Model, name: str, data: np.ndarray) -> ir.Value:
+    """Adds an initializer called `name`, or with underscores behind it where that is taken."""
+    while name in model.graph.initializers:
+        name += "_"
     value = ir.Value(
         name=name,
         shape=ir.Shape(data.shape),

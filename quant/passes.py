@@ -6,6 +6,7 @@ After (`drop_implied_clips`): take out what the quantized ranges already imply.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -54,6 +55,27 @@ def drop_no_ops(model: GraphModule) -> None:
             model.graph.erase_node(node)
 
 
+def drop_input_mutations(model: GraphModule) -> None:
+    """Removes what writes results back into the caller's input tensors: calibration must not change its data."""
+    for node in _calls(model):
+        if node.target == aten.copy_.default and node.args[0].op == "placeholder":
+            node.replace_all_uses_with(node.args[1])
+            model.graph.erase_node(node)
+
+
+def splits_to_slices(model: GraphModule) -> None:
+    """Spells a split as one slice per part, which delegates take."""
+    for node in _calls(model):
+        if node.target not in (aten.split.Tensor, aten.split_with_sizes.default):
+            continue
+        source, dim = node.args[0], argument(node, 2, "dim", 0)
+        dim %= source.meta["val"].ndim
+        ends = list(itertools.accumulate(part.shape[dim] for part in node.meta["val"]))
+        for part in list(node.users):
+            index = part.args[1]
+            _respell(part, aten.slice.Tensor, source, dim, ends[index] - node.meta["val"][index].shape[dim], ends[index])
+
+
 def clamps_to_activations(model: GraphModule) -> None:
     """Spells clamp(low, high) as hardtanh and clamp(0) as relu: the names under which delegates fuse them."""
     for node in _calls(model):
@@ -76,13 +98,14 @@ def named_paddings_to_amounts(model: GraphModule) -> None:
     for conv in _calls(model):
         if conv.target not in NAMED_PADDINGS:
             continue
-        rank = CONVOLUTIONS[NAMED_PADDINGS[conv.target]]
+        same = argument(conv, 4, "padding") == "same"
         args = [*conv.args, *CONV_DEFAULTS[len(conv.args) - 2 :]]
-        args[4] = [0] * rank if isinstance(args[4], int) else args[4]  # the default is "valid"
-        if args[4] in ("same", "valid"):
+        args[4] = 0
+        _respell(conv, NAMED_PADDINGS[conv.target], *args)
+        args = convolution_arguments(conv)
+        if same:
             kernel = args[1].meta["val"].shape[2:]
-            dilation = spread(args[5], rank)
-            totals = [d * (k - 1) if args[4] == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
+            totals = [d * (k - 1) for d, k in zip(args[5], kernel, strict=True)]
             args[4] = [total // 2 for total in totals]
             odd = [total % 2 for total in totals]
             if any(odd):
@@ -91,7 +114,7 @@ def named_paddings_to_amounts(model: GraphModule) -> None:
                     pad = model.graph.call_function(aten.pad.default, (args[0], amounts))
                 pad.meta["val"] = aten.pad.default(args[0].meta["val"], amounts)
                 args[0] = pad
-        _respell(conv, NAMED_PADDINGS[conv.target], *args)
+        conv.args = tuple(args)
 
 
 def global_pools_to_mean(model: GraphModule) -> None:
@@ -160,11 +183,9 @@ def fold_pads(model: GraphModule) -> None:
             rank = CONVOLUTIONS[conv.target]
             if before != after or len(before) != rank or min(amounts) < 0:
                 continue
-            args = [*conv.args, *CONV_DEFAULTS[len(conv.args) - 2 :]]
-            if isinstance(args[4], str):
-                continue
+            args = convolution_arguments(conv)
             args[0] = pad.args[0]
-            args[4] = [p + extra for p, extra in zip(spread(args[4], rank), before, strict=True)]
+            args[4] = [p + extra for p, extra in zip(args[4], before, strict=True)]
             conv.args = tuple(args)
 
 
@@ -278,6 +299,14 @@ def spread(value: object, rank: int) -> tuple[int, ...]:
     return tuple(values * rank if len(values) == 1 else values)
 
 
+def convolution_arguments(conv: Node) -> list:
+    """Returns all seven arguments of a node of CONVOLUTIONS, its defaults filled in and one int per dimension."""
+    args = [*conv.args, *CONV_DEFAULTS[len(conv.args) - 2 :]]
+    for index in (3, 4, 5):
+        args[index] = list(spread(args[index], CONVOLUTIONS[conv.target]))
+    return args
+
+
 def _calls(model: GraphModule) -> list[Node]:
     return [n for n in model.graph.nodes if n.op == "call_function"]
 
@@ -291,7 +320,9 @@ def _respell(node: Node, target: object, *args: object) -> None:
 
 
 PASSES = (
+    drop_input_mutations,
     drop_no_ops,
+    splits_to_slices,
     clamps_to_activations,
     named_paddings_to_amounts,
     global_pools_to_mean,

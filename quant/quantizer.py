@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch.fx import GraphModule, Node
-from torchao.quantization.pt2e import MinMaxObserver, PerChannelMinMaxObserver
 from torchao.quantization.pt2e.quantizer import (
     FixedQParamsQuantizationSpec,
     QuantizationAnnotation,
@@ -21,7 +20,8 @@ from torchao.quantization.pt2e.quantizer import (
 )
 
 from edgekit.quant.observers import KnownScale, MSEObserver
-from edgekit.quant.passes import argument, is_attribute, is_zero_pad
+from edgekit.quant.passes import argument, attribute, is_attribute, is_zero_pad
+from edgekit.quant.rounding import channel_scales
 
 aten = torch.ops.aten
 
@@ -80,15 +80,11 @@ def activation_spec() -> QuantizationSpec:
     )
 
 
-def weight_spec(axis: int | None, scale: torch.Tensor | None = None) -> QuantizationSpec:
-    """Int8 symmetric, -127..127: with known `scale`, or by max |w| per channel of `axis` (None: per tensor)."""
-    if scale is not None:
-        observer = KnownScale.with_args(scale=scale)
-    else:
-        observer = (MinMaxObserver if axis is None else PerChannelMinMaxObserver).with_args(eps=1e-12)
+def weight_spec(axis: int | None, scale: torch.Tensor) -> QuantizationSpec:
+    """Int8 symmetric, -127..127, with known `scale`, one per channel of `axis` (None: per tensor)."""
     return QuantizationSpec(
         dtype=torch.int8,
-        observer_or_fake_quant_ctr=observer,
+        observer_or_fake_quant_ctr=KnownScale.with_args(scale=scale, ch_axis=axis or 0),
         quant_min=-127,
         quant_max=127,
         qscheme=torch.per_tensor_symmetric if axis is None else torch.per_channel_symmetric,
@@ -114,24 +110,24 @@ class EdgeQuantizer(Quantizer):
         """Annotates every node once, in the graph's order, so that producers come before consumers."""
         for node in model.graph.nodes:
             if node.op == "call_function" and "quantization_annotation" not in node.meta:
-                self._annotate_node(node)
+                self._annotate_node(model, node)
         return model
 
     def validate(self, model: GraphModule) -> None:
         """Nothing to check: the tables hold only ops that some runtime executes in int8."""
 
-    def _annotate_node(self, node: Node) -> None:
+    def _annotate_node(self, model: GraphModule, node: Node) -> None:
         target = node.target
         if target in WEIGHTED:
-            if node.name not in self.keep_float and is_attribute(node.args[1]):
-                self._annotate_weighted(node, WEIGHTED[target])
+            if node.name not in self.keep_float and is_attribute(node.args[1]) and _is_float(node):
+                self._annotate_weighted(model, node, WEIGHTED[target])
         elif target in ELEMENTWISE:
-            if all(_is_float(a) for a in node.args[:2]):
+            if all(_is_float(a) for a in node.args[:2]) and not _is_scores(node):
                 self._annotate_compute(node, dict.fromkeys(node.args[:2], self.activation))
         elif target in UNARY:
             if _is_float(node):
                 self._annotate_compute(node, {node.args[0]: self.activation})
-        elif target in FIXED_OUTPUT:
+        elif target in FIXED_OUTPUT and (target != aten.softmax.int or _is_quantized_output(node.args[0])):
             scale, zero_point = FIXED_OUTPUT[target]
             fixed = FixedQParamsQuantizationSpec(
                 dtype=torch.int8,
@@ -147,12 +143,14 @@ class EdgeQuantizer(Quantizer):
         elif target in MOVES or is_zero_pad(node):
             self._annotate_move(node)
 
-    def _annotate_weighted(self, node: Node, axis: int) -> None:
+    def _annotate_weighted(self, model: GraphModule, node: Node, axis: int) -> None:
         weight = node.args[1]
         # A grouped transposed convolution has its output channels spread over axis 1 and the groups.
-        per_tensor = target_groups(node) > 1 and axis == 1
-        spec = weight_spec(None if per_tensor else axis, self.weight_scales.get(node.name))
-        inputs = {node.args[0]: self.activation, weight: spec}
+        channels = None if target_groups(node) > 1 and axis == 1 else axis
+        scale = self.weight_scales.get(node.name)
+        if scale is None:
+            scale = channel_scales(attribute(model, weight), channels)
+        inputs = {node.args[0]: self.activation, weight: weight_spec(channels, scale)}
         self._annotate_compute(node, inputs)
 
     def _annotate_compute(self, node: Node, inputs: dict[Node, QuantizationSpecBase]) -> None:
@@ -202,6 +200,14 @@ def _annotate(node: Node, inputs: dict[Node, QuantizationSpecBase], output: Quan
 def _is_float(node: object) -> bool:
     value = node.meta.get("val") if isinstance(node, Node) else None
     return isinstance(value, torch.Tensor) and value.dtype == torch.float32
+
+
+def _is_scores(node: Node) -> bool:
+    """Whether `node` ends in softmax alone: attention scores, which a mask of huge values may be part of."""
+    steps = MOVES | ELEMENTWISE
+    return bool(node.users) and all(
+        user.target == aten.softmax.int or (user.target in steps and _is_scores(user)) for user in node.users
+    )
 
 
 def _is_quantized_output(node: Node) -> bool:

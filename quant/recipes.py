@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.utils._pytree as pytree
 from torch.export import ExportedProgram
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
+from edgekit.errors import EdgeKitError
 from edgekit.quant.passes import capture, drop_implied_clips
 from edgekit.quant.quantizer import EdgeQuantizer
 from edgekit.quant.rounding import round_weights
@@ -38,13 +40,20 @@ def float32(module: torch.nn.Module, example: Batch, batches: Iterable[Batch]) -
 def int8_static(module: torch.nn.Module, example: Batch, batches: Iterable[Batch]) -> ExportedProgram:
     """Quantizes weights and activations to int8 by torchao's PT2E flow.
 
-    Reads `batches` twice, one at a time: to round the weights, then to find the ranges of the activations.
+    Reads `batches` twice, one at a time: to round the weights, then to find the ranges of the activations. Raises
+    EdgeKitError where there are none.
     """
+    if iter(batches) is batches:
+        raise TypeError("batches are read twice: pass a list or another iterable that starts anew, not an iterator")
     graph = capture(module, example)
     prepared = prepare_pt2e(graph, EdgeQuantizer(round_weights(graph, batches)))
+    count = 0
     with torch.inference_mode():
         for batch in batches:
             prepared(*batch)
+            count += 1
+    if not count:
+        raise EdgeKitError("int8 needs data to calibrate with, and there is none", "give some with --data")
     converted = drop_implied_clips(convert_pt2e(prepared))
     return torch.export.export(converted, example, strict=False)
 
@@ -62,10 +71,10 @@ class HalfCompute(torch.nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(self, *inputs: torch.Tensor) -> object:
         """Takes and returns float32 tensors, as the module it wraps would."""
         results = self.module(*(i.half() if i.is_floating_point() else i for i in inputs))
-        return tuple(r.float() if r.is_floating_point() else r for r in results)
+        return pytree.tree_map_only(torch.Tensor, lambda r: r.float() if r.is_floating_point() else r, results)
 
 
 def io_qparams(
@@ -81,7 +90,7 @@ def io_qparams(
         if quantizes and len(quantizes) == len(node.users):
             found["inputs"][name] = _qparams(quantizes[0])
     for name, node in zip(outputs, read[-len(outputs) :], strict=True):
-        if node.target == q.dequantize_per_tensor.default:
+        if isinstance(node, torch.fx.Node) and node.target == q.dequantize_per_tensor.default:
             found["outputs"][name] = _qparams(node)
     return found
 

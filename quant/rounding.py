@@ -21,6 +21,7 @@ BATCHES = 64  # calibration batches that are looked at
 POSITIONS = 32  # image positions taken of each, at least; wide layers get a quarter of their columns
 MOST_COLUMNS = 4608  # a 3×3 convolution of 512 channels; the cost grows with the cube
 DAMPING = 0.01
+SMALLEST = 2**-10  # of a layer's largest scale: what weights below it add is invisible behind int8 activations
 ROUNDABLE = {aten.linear.default, aten.conv1d.default, aten.conv2d.default}
 
 
@@ -111,7 +112,10 @@ def collect(model: GraphModule, batches: Iterable[tuple[torch.Tensor, ...]]) -> 
 
 def roundable(node: Node) -> bool:
     """Whether `node` is a linear, conv1d or conv2d layer with a weight of its own and not too many columns."""
-    if node.target not in ROUNDABLE or not is_attribute(node.args[1]):
+    bias = node.args[2] if len(node.args) > 2 else None
+    if node.target not in ROUNDABLE or not is_attribute(node.args[1]) or not (bias is None or is_attribute(bias)):
+        return False
+    if node.target in CONVOLUTIONS and node.meta["val"].ndim != CONVOLUTIONS[node.target] + 2:  # an image of its own
         return False
     return node.args[1].meta["val"][0].numel() <= MOST_COLUMNS
 
@@ -173,6 +177,12 @@ def round_weights(model: GraphModule, batches: Iterable[tuple[torch.Tensor, ...]
     return scales
 
 
-def channel_scales(weight: torch.Tensor) -> torch.Tensor:
-    """Returns the symmetric int8 scale of each output channel (axis 0): max |w| / 127, tiny where all are 0."""
-    return (weight.reshape(len(weight), -1).abs().amax(dim=1) / 127).clamp(min=1e-12)
+def channel_scales(weight: torch.Tensor, axis: int | None = 0) -> torch.Tensor:
+    """Returns the symmetric int8 scale of each output channel, those of `axis` (None: one for all): max |w| / 127.
+
+    None is below SMALLEST of the largest: in a channel of tiny weights (a pruned one has zeros) a bias of ordinary
+    size would overflow int32 at s_in·s_w, and be lost.
+    """
+    rows = weight.reshape(1, -1) if axis is None else weight.transpose(0, axis).flatten(1)
+    scales = rows.abs().amax(dim=1) / 127
+    return scales.clamp(min=float(scales.max()) * SMALLEST or 1 / 127)

@@ -138,6 +138,40 @@ def test_the_gate_asks_for_proof(
     assert json.loads((place / "result.json").read_text())["artifacts"][0]["accuracy"]["n"] == 8
 
 
+def test_the_example_from_export_to_verify(
+    tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trained network that EdgeKit carries, at int8 in every format, beside the fp32 files."""
+    quick(monkeypatch)
+    example = cli.example_folder()
+    arrays = dict(np.load(example / "data.npz"))
+    np.savez(tmp_path / "data.npz", **{**arrays, "x": arrays["x"][::4], "y": arrays["y"][::4]})
+    given = ("--code", example / "model.py", "--data", tmp_path / "data.npz")
+    for precision in ("fp32", "int8"):
+        ran = invoke(
+            capfd, "export", example / "model.pt", *given, "--target", "linux-arm64", "--precision", precision,
+            "--out", tmp_path / precision,
+        )  # fmt: skip
+        assert ran.code == 0, ran.err
+    folders = [tmp_path / precision / "model-linux-arm64" for precision in ("fp32", "int8")]
+    ran = invoke(capfd, "compare", example / "model.pt", *folders, *given, "--json", "-")
+    assert ran.code == 0, ran.err
+    result = json.loads(ran.out)
+    assert result["baseline"]["accuracy"] > 0.85
+    found = [(a["precision"], a["format"]) for a in result["artifacts"]]
+    assert found == [(p, f) for p in ("fp32", "int8") for f in ("executorch", "onnx", "tflite")]
+    for artifact in result["artifacts"]:
+        assert artifact["accuracy"]["n"] == 500
+        assert artifact["accuracy"]["baseline"] == result["baseline"]["accuracy"]
+        if artifact["precision"] == "fp32":
+            assert artifact["parity"]["max_rel"] < 1e-4
+        else:
+            assert abs(artifact["accuracy"]["drop_points"]) <= 1
+            assert artifact["size_bytes"] < 200_000
+    ran = invoke(capfd, "verify", folders[1])
+    assert ran.code == 0, ran.out
+
+
 def test_profile_and_inspect(place: Path, bundles: dict[str, Bundle], capfd: pytest.CaptureFixture) -> None:
     model = bundles["int8"].path / "model.tflite"
     result = json.loads(invoke(capfd, "profile", model, "--json", "-").out)

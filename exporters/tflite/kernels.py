@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from edgekit.exporters.tflite.ir import Tensor
+from edgekit.exporters.tflite.ir import QParams, Tensor
 
 I32, I64, SMALL, BOOL = "int32", "int64", "int8 uint8 int16", "bool"
 COPIES = f"{I32} {I64} {SMALL} {BOOL}"
@@ -81,6 +81,17 @@ WIDER = {
         ("uint32", "int64"),
     )
 }
+
+
+# Fixed-point kernels abort or saturate beyond these: no trained tensor is there, but an infinite mask "quantized" is.
+SCALES = (1e-15, 1e15)
+STEEPEST = 255.0
+
+
+def rescales(output: QParams, product: float, *inputs: QParams) -> bool:
+    """Whether int8 kernels compute with these scales; `product` is the real value of one step before rescaling."""
+    scales = [scale for q in (output, *inputs) for scale in q.scale]
+    return SCALES[0] <= min(scales) and max(scales) <= SCALES[1] and product <= STEEPEST * output.scale[0]
 
 
 def takes(kind: str, dtype: np.dtype) -> bool:

@@ -8,6 +8,7 @@ import numpy as np
 
 from edgekit.exporters.tflite.builder import FLOAT, INT8, INT32, Builder
 from edgekit.exporters.tflite.ir import Node, Perm, QParams, Tensor, Value
+from edgekit.exporters.tflite.kernels import rescales
 
 INT32_LIMIT = 2**31 - 1
 
@@ -44,9 +45,10 @@ def operands(
         assert x_tensor.q is not None and w_tensor.q is not None
         scales = w_tensor.q.scale
         matches = w_tensor.q.per_tensor or len(scales) == channels
-        if x_tensor.q.per_tensor and w_tensor.q.symmetric and matches:
+        step = x_tensor.q.scale[0] * max(scales)
+        if x_tensor.q.per_tensor and w_tensor.q.symmetric and matches and rescales(q, step, x_tensor.q, w_tensor.q):
             return Linear(x_tensor, w_tensor, int32_bias(b, bias, x_tensor.q, w_tensor.q, channels), q)
-        b.note(f"float fallback at ONNX node '{node.name}': its int8 weights are not symmetric per output channel")
+        b.note(f"float fallback at ONNX node '{node.name}': its scales are not those of TFLite's int8 layers")
     if not bias:
         bias_tensor = b.const(np.zeros(channels, np.float32), name=f"{node.name}_bias")
     else:

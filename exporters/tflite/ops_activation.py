@@ -44,8 +44,8 @@ def _register_fixed(op: str, kind: str, fixed: QParams) -> None:
     @lowers(op)
     def lowering(b: Builder, node: Node) -> None:
         target = b.target(node)
-        # Rounding to the runtime's own steps first costs nothing where the wanted steps are no finer.
-        int8 = target is not None and b.int8(node.inputs[0]) is not None and target.scale[0] >= fixed.scale[0]
+        # Rounding to the runtime's steps first moves a result by one wanted step at most, if those are half as large.
+        int8 = target is not None and b.int8(node.inputs[0]) is not None and target.scale[0] * 2 >= fixed.scale[0]
         x, perm = operand(b, node, int8)
         b.bind(node.outputs[0], b.op(kind, [x], x.shape, q=fixed if int8 else None), perm)
 

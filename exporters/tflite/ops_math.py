@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from edgekit.exporters.tflite.builder import FLOAT, INT32, Builder
-from edgekit.exporters.tflite.ir import Node, QParams, Tensor
-from edgekit.exporters.tflite.kernels import WIDER, takes
+from edgekit.exporters.tflite.ir import Node, QParams, Tensor, channels_last
+from edgekit.exporters.tflite.kernels import WIDER, rescales, takes
 from edgekit.exporters.tflite.registry import lowers, unsupported
 
 # ONNX op → TFLite op with a fused activation; those of RESCALE have an int8 kernel for any parameters.
@@ -33,7 +33,7 @@ def binary(b: Builder, node: Node, kind: str, dtype: Any = None) -> None:
     rank = len(b.shape(out))
     perm = b.layout_of(names, rank)
     shape = tuple(b.shape(out)[axis] for axis in perm)
-    q = b.target(node) if kind in RESCALE and all(b.int8(name) for name in names) else None
+    q = _rescaled(b, node, kind)
     tensors = [b.broadcastable(name, perm, b.int8(name) if q else None) for name in names]
     options = {"fusedActivationFunction": node.activation} if kind in ARITHMETIC.values() else {}
     if q is not None:
@@ -43,6 +43,17 @@ def binary(b: Builder, node: Node, kind: str, dtype: Any = None) -> None:
     wide = narrow if takes(kind, narrow) else WIDER.get(narrow, narrow)
     result = b.op(kind, [casted(b, tensor, wide) for tensor in tensors], shape, dtype, **options)
     b.bind(out, casted(b, result, b.dtype(out)), perm)
+
+
+def _rescaled(b: Builder, node: Node, kind: str) -> QParams | None:
+    """The parameters of an int8 result, or None where the op has to be float."""
+    target = b.target(node)
+    held = [q for q in map(b.int8, node.inputs) if q is not None]
+    if kind not in RESCALE or target is None or len(held) != 2:
+        return None
+    steps = [q.scale[0] for q in held]
+    product = steps[0] * steps[1] if kind == "MUL" else max(steps)
+    return target if rescales(target, product, *held) else None
 
 
 def casted(b: Builder, tensor: Tensor, dtype: np.dtype) -> Tensor:
@@ -207,13 +218,39 @@ def batch_normalization(
         raise unsupported(node, "its parameters are not constant")
     gamma, beta, mean, var = (array.astype(np.float64) for array in arrays if array is not None)
     factor = gamma / np.sqrt(var + epsilon)
+    offset = beta - mean * factor
+    held, target = b.int8(node.inputs[0]), b.target(node)
+    if held is not None and target is not None and len(b.shape(node.inputs[0])) == 4:
+        _scale_channels(b, node, factor, offset, held)
+        return
     value = b.settle(b.value(node.inputs[0]))
     shape = [1] * len(value.perm)
     shape[value.axis(1)] = -1
     x = b.as_float(value.tensor)
     x = b.op("MUL", [x, factor.astype(np.float32).reshape(shape)], x.shape, fusedActivationFunction="NONE")
-    offset = (beta - mean * factor).astype(np.float32).reshape(shape)
-    b.bind(node.outputs[0], b.op("ADD", [x, offset], x.shape, fusedActivationFunction=node.activation), value.perm)
+    shift = offset.astype(np.float32).reshape(shape)
+    b.bind(node.outputs[0], b.op("ADD", [x, shift], x.shape, fusedActivationFunction=node.activation), value.perm)
+
+
+def _scale_channels(b: Builder, node: Node, factor: np.ndarray, offset: np.ndarray, held: QParams) -> None:
+    """Int8 x · factor + offset per channel: a 1×1 depthwise convolution with weights of ±127."""
+    x = b.take(node.inputs[0], channels_last(4), held)
+    scale = np.where(factor == 0, 1, np.abs(factor) / 127).astype(np.float32)
+    weights = b.const((np.sign(factor) * 127).astype(np.int8).reshape(1, 1, 1, -1), QParams.of(scale, 0, 3))
+    steps = np.float32(held.scale[0]) * scale
+    bias = b.const(np.rint(offset / steps).astype(np.int32), QParams.of(steps, 0, 0))
+    result = b.op(
+        "DEPTHWISE_CONV_2D",
+        [x, weights, bias],
+        x.shape,
+        q=b.target(node),
+        padding="VALID",
+        strideH=1,
+        strideW=1,
+        depthMultiplier=1,
+        fusedActivationFunction=node.activation,
+    )
+    b.bind(node.outputs[0], result, channels_last(4))
 
 
 @lowers("Where")

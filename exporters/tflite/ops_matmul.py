@@ -6,6 +6,7 @@ import numpy as np
 
 from edgekit.exporters.tflite.builder import FLOAT, Builder, merge_groups
 from edgekit.exporters.tflite.ir import Node, QParams, Shape, Tensor, Value, identity
+from edgekit.exporters.tflite.kernels import rescales
 from edgekit.exporters.tflite.linear import constant, operands
 from edgekit.exporters.tflite.ops_activation import scaled
 from edgekit.exporters.tflite.registry import lowers, unsupported
@@ -129,8 +130,8 @@ def _reorder_weights(b: Builder, x: Value, w: Value) -> tuple[Value, Value]:
 def batched(b: Builder, node: Node, x: Value, w: Value) -> tuple[Tensor, tuple[int, ...]]:
     """A product of stacks of matrices: int8 where both sides and the result are; a transposed one is read as such."""
     q = b.target(node)
-    held = x.tensor.q, w.tensor.q
-    int8 = q is not None and all(item is not None and item.per_tensor for item in held)
+    held = [item for item in (x.tensor.q, w.tensor.q) if item is not None and item.per_tensor]
+    int8 = q is not None and len(held) == 2 and rescales(q, held[0].scale[0] * held[1].scale[0], *held)
     adj_x, left = _matrix(b, x)
     adj_y, right = _matrix(b, w)
     if not int8:

@@ -127,9 +127,9 @@ def _averaging(b: Builder, x: Tensor, axes: list[Window], q: QParams, activation
 
 
 def mean_q(b: Builder, node: Node) -> QParams | None:
-    """Parameters for an int8 average: its input's, where rounding to them first costs less than one output step."""
+    """Parameters for an int8 average: its input's, where rounding to them first costs at most one output step."""
     held, target = b.int8(node.inputs[0]), b.target(node)
-    if held is None or target is None or target.scale[0] < held.scale[0] * 0.999:
+    if held is None or target is None or target.scale[0] * 2 < held.scale[0]:
         return None
     return held
 

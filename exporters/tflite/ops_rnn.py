@@ -131,15 +131,16 @@ def _joined(b: Builder, tensors: list[Tensor], axis: int) -> Tensor:
     return b.op("CONCATENATION", [*tensors], tuple(shape), axis=axis, fusedActivationFunction="NONE")
 
 
-def _dense(b: Builder, x: Tensor, weights: np.ndarray, bias: np.ndarray) -> Tensor:
-    """x · weightsᵀ + bias over the last axis of a rank-3 tensor."""
-    return b.op(
-        "FULLY_CONNECTED",
-        [x, np.ascontiguousarray(weights), np.ascontiguousarray(bias)],
-        (*x.shape[:2], len(weights)),
-        keepNumDims=True,
-        fusedActivationFunction="NONE",
-    )
+def _dense(b: Builder, weights: np.ndarray, bias: np.ndarray | None = None) -> Callable[[Tensor], Tensor]:
+    """x ↦ x · weightsᵀ + bias over the last axis of a rank-3 tensor, with the same constants at every call."""
+    offsets = np.zeros(len(weights), np.float32) if bias is None else bias
+    constants = b.const(np.ascontiguousarray(weights)), b.const(np.ascontiguousarray(offsets))
+
+    def apply(x: Tensor) -> Tensor:
+        shape = (*x.shape[:2], len(weights))
+        return b.op("FULLY_CONNECTED", [x, *constants], shape, keepNumDims=True, fusedActivationFunction="NONE")
+
+    return apply
 
 
 def _at(b: Builder, x: Tensor, time: int) -> Tensor:
@@ -180,13 +181,12 @@ def lstm(
 
 
 def _unroll_lstm(b: Builder, cell: Cell, x: Tensor, order: Sequence[int]) -> Steps:
-    projected = _dense(b, x, cell.w, cell.wb + cell.rb)
+    projected, recur = _dense(b, cell.w, cell.wb + cell.rb)(x), _dense(b, cell.r)
     h, c, steps = cell.h, cell.c, []
-    none = np.zeros(len(cell.rb), np.float32)
     gate, candidate, squash = cell.functions
     for time in order:
         z = _at(b, projected, time)
-        z = add(b, z, _dense(b, h, cell.r, none)) if h is not None else z
+        z = add(b, z, recur(h)) if h is not None else z
         i, o, f, g = _parts(b, z, 4)
         peep_i, peep_o, peep_f = (None,) * 3 if cell.peephole is None else np.split(cell.peephole, 3)
         g = _apply(b, candidate, g)
@@ -230,21 +230,19 @@ def _unroll_gru(b: Builder, cell: Cell, x: Tensor, order: Sequence[int], linear:
     split = 2 * hidden
     outside = cell.rb.copy()
     outside[split:] = 0 if linear else outside[split:]
-    projected = _dense(b, x, cell.w, cell.wb + outside)
+    projected = _dense(b, cell.w, cell.wb + outside)(x)
     h, steps = cell.h, []
     gate, candidate = cell.functions
     if h is None:
         h = b.const(np.zeros((1, x.shape[1], hidden), np.float32))
-    none, recurrent_bias = np.zeros(split, np.float32), cell.rb[split:]
+    gates = _dense(b, cell.r[:split])
+    inner = _dense(b, cell.r[split:], cell.rb[split:] if linear else None)
     for time in order:
         z_x, r_x, n_x = _parts(b, _at(b, projected, time), 3)
-        z_h, r_h = _parts(b, _dense(b, h, cell.r[:split], none), 2)
+        z_h, r_h = _parts(b, gates(h), 2)
         z = _apply(b, gate, add(b, z_x, z_h))
         r = _apply(b, gate, add(b, r_x, r_h))
-        if linear:
-            n_h = mul(b, r, _dense(b, h, cell.r[split:], recurrent_bias))
-        else:
-            n_h = _dense(b, mul(b, r, h), cell.r[split:], np.zeros(hidden, np.float32))
+        n_h = mul(b, r, inner(h)) if linear else inner(mul(b, r, h))
         n = _apply(b, candidate, add(b, n_x, n_h))
         # (1 − z) · n + z · h
         h = add(b, mul(b, scaled(b, z, -1, 1.0), n), mul(b, z, h))
@@ -267,11 +265,11 @@ def rnn(
 
 
 def _unroll_rnn(b: Builder, cell: Cell, x: Tensor, order: Sequence[int]) -> Steps:
-    projected = _dense(b, x, cell.w, cell.wb + cell.rb)
-    h, steps, none = cell.h, [], np.zeros(len(cell.rb), np.float32)
+    projected, recur = _dense(b, cell.w, cell.wb + cell.rb)(x), _dense(b, cell.r)
+    h, steps = cell.h, []
     for time in order:
         z = _at(b, projected, time)
-        z = add(b, z, _dense(b, h, cell.r, none)) if h is not None else z
+        z = add(b, z, recur(h)) if h is not None else z
         h = _apply(b, cell.functions[0], z)
         steps.append(h)
     return steps, None
