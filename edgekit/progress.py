@@ -61,7 +61,6 @@ class Terminal:
         if total is not None:
             columns += [BarColumn(bar_width=24), MofNCompleteColumn()]
         # Redirecting would show what libraries print, which the command line keeps out of the terminal.
-        quiet = {"transient": True, "redirect_stdout": False, "redirect_stderr": False}
-        with Bar(*columns, console=self.console, **quiet) as bar:
+        with Bar(*columns, console=self.console, transient=True, redirect_stdout=False, redirect_stderr=False) as bar:
             task = bar.add_task(name, total=total)
             yield lambda: bar.advance(task)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torchao.quantization.pt2e import ObserverBase
 
 BINS = 2048
+LARGEST = 1e30  # of the magnitudes that are looked at
 CANDIDATES = 64  # how many shrinkings of the range are tried at each end
 
 
@@ -36,13 +39,19 @@ class MSEObserver(ObserverBase):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Counts the values of `x` and returns it unchanged."""
-        values = x.detach().float()
+        values = x.detach().float().reshape(-1)
+        if not values.numel():
+            return x
         low, high = (float(v) for v in torch.aminmax(values))
+        if not math.isfinite(high - low) or max(-low, high) > LARGEST:
+            values = values[values.abs() <= LARGEST]  # what masks attention scores is no activation
+            low, high = (float(v) for v in torch.aminmax(values)) if values.numel() else (0.0, 0.0)
         self.low, self.high = min(self.low, low), max(self.high, high)
         largest = max(-low, high)
         if largest > 0:
             self._grow(largest)
             self.counts += torch.histc(values, BINS, -self.limit, self.limit).double()
+            self.counts[BINS // 2] -= len(values) - int(torch.count_nonzero(values))  # a zero is always exact
         return x
 
     def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,7 +91,7 @@ class MSEObserver(ObserverBase):
         steps = (highs - lows) / (self.quant_max - self.quant_min)
         clipped = torch.minimum(torch.maximum(centers[None], lows[:, None]), highs[:, None])
         errors = (centers[None] - clipped) ** 2
-        inside = (errors == 0) & (centers[None] != 0)
+        inside = errors == 0
         cost = ((errors + inside * (steps**2 / 12)[:, None]) * counts[None]).sum(dim=1)
         best = int(cost.argmin())
         return float(lows[best]), float(highs[best])

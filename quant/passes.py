@@ -10,6 +10,7 @@ import itertools
 import math
 
 import torch
+import torch.ao.quantization.fx._decomposed  # registers the ops of `q`
 from torch.fx import GraphModule, Node
 
 aten = torch.ops.aten
@@ -73,7 +74,9 @@ def splits_to_slices(model: GraphModule) -> None:
         ends = list(itertools.accumulate(part.shape[dim] for part in node.meta["val"]))
         for part in list(node.users):
             index = part.args[1]
-            _respell(part, aten.slice.Tensor, source, dim, ends[index] - node.meta["val"][index].shape[dim], ends[index])
+            _respell(
+                part, aten.slice.Tensor, source, dim, ends[index] - node.meta["val"][index].shape[dim], ends[index]
+            )
 
 
 def clamps_to_activations(model: GraphModule) -> None:

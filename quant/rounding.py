@@ -21,6 +21,7 @@ BATCHES = 64  # calibration batches that are looked at
 POSITIONS = 32  # image positions taken of each, at least; wide layers get a quarter of their columns
 MOST_COLUMNS = 4608  # a 3×3 convolution of 512 channels; the cost grows with the cube
 DAMPING = 0.01
+BLOCK = 64
 SMALLEST = 2**-10  # of a layer's largest scale: what weights below it add is invisible behind int8 activations
 ROUNDABLE = {aten.linear.default, aten.conv1d.default, aten.conv2d.default}
 
@@ -123,24 +124,40 @@ def roundable(node: Node) -> bool:
 def gptq(weight: torch.Tensor, scale: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """Rounds `weight` (groups, rows, n) to multiples of `scale` (groups, rows, 1) within ±127 steps; see the module.
 
-    `second` is H, (groups, n, n), unscaled. Columns whose input is always 0 are rounded to the nearest.
+    `second` is H, (groups, n, n), unscaled. Columns whose input is always 0 are rounded to the nearest. Errors reach
+    the columns of the same block at once and those beyond it block by block, which is the same in fewer passes.
     """
-    work = weight.double().clone()
-    steps = scale.double()
-    h = second.double().clone()
-    diagonal = torch.diagonal(h, dim1=1, dim2=2)
-    diagonal[diagonal == 0] = 1.0
-    diagonal += DAMPING * diagonal.mean(dim=1, keepdim=True)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
-    upper = torch.linalg.cholesky(inverse, upper=True)
+    work = weight.float().clone()
+    upper = _inverse_factor(second)
     rounded = torch.empty_like(work)
-    for column in range(work.shape[2]):
-        values = work[:, :, column : column + 1]
-        codes = torch.clamp(torch.round(values / steps), -127, 127) * steps
-        rounded[:, :, column : column + 1] = codes
-        error = (values - codes) / upper[:, column : column + 1, column : column + 1]
-        work[:, :, column:] -= error @ upper[:, column : column + 1, column:]
+    count = work.shape[2]
+    for start in range(0, count, BLOCK):
+        stop = min(start + BLOCK, count)
+        errors = torch.empty_like(work[:, :, start:stop])
+        for column in range(start, stop):
+            values = work[:, :, column : column + 1]
+            codes = torch.clamp(torch.round(values / scale), -127, 127) * scale
+            rounded[:, :, column : column + 1] = codes
+            error = (values - codes) / upper[:, column : column + 1, column : column + 1]
+            work[:, :, column:stop] -= error @ upper[:, column : column + 1, column:stop]
+            errors[:, :, column - start : column - start + 1] = error
+        work[:, :, stop:] -= errors @ upper[:, start:stop, stop:]
     return rounded.to(weight.dtype)
+
+
+def _inverse_factor(second: torch.Tensor) -> torch.Tensor:
+    """Returns the upper Cholesky factor of the inverse of the damped H, (groups, n, n)."""
+    damping = DAMPING
+    while True:
+        h = second.float().clone()
+        diagonal = torch.diagonal(h, dim1=1, dim2=2)
+        diagonal[diagonal == 0] = 1.0
+        diagonal += damping * diagonal.mean(dim=1, keepdim=True)
+        lower, failed = torch.linalg.cholesky_ex(h)
+        upper, failed_too = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not (failed.any() or failed_too.any() or upper.isnan().any()):
+            return upper
+        damping *= 10  # float32 could not factor it: a rounder H still beats rounding to the nearest
 
 
 def round_layer(

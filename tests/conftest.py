@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import edgekit
 import numpy as np
 import pytest
-from edgekit.bundle import Bundle
 from kit import NET, network, samples
+
+import edgekit
+from edgekit.bundle import Bundle
 
 
 @pytest.fixture(scope="session")

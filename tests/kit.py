@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import edgekit
 import numpy as np
 import pytest
 import torch
+
+import edgekit
 from edgekit import cli, pipeline
 from edgekit.runtimes import Timing
 

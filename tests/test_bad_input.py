@@ -15,10 +15,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from edgekit import stages
-from edgekit.bundle import Bundle
 from kit import Ran, full_disk, invoke, samples, start, tree
 from onnx import helper
+
+from edgekit import stages
+from edgekit.bundle import Bundle
 
 UNSUPPORTED = """
 import torch
@@ -139,15 +140,15 @@ EXPORTS: dict[str, tuple[Callable[[Path], None], tuple[str, ...], str, str]] = {
     "--mean without data": (nothing, export("--mean", "0.5", "--std", "1"), "none are given", "add --data"),
     "malformed --mean": (nothing, export(*DATA, "--mean", "a,b"), "'a,b' is not a list of numbers", "0.485,0.456"),
     "--mean of floats": (nothing, export(*DATA, "--mean", "0", "--std", "1"), "normalize uint8", "leave them out"),
-    "--out under a file": (a_file, export(*DATA, "--out", "file/out"), "cannot write file/out/net-x86", "another place"),
+    "--out under a file": (a_file, export(*DATA, "--out", "file/out"), "cannot write file/out/net-x86", "another"),
     "--out that cannot be made": (nothing, export(*DATA, "--out", "/proc/out"), "cannot write /proc/out", "another"),
     "--out holds a foreign folder": (foreign, export(*DATA), "did not write: thesis.txt", "another --out"),
     "--out holds ours and foreign": (foreign_beside_ours, export(*DATA), "did not write: thesis.txt", "another --out"),
     "--json into no folder": (nothing, export(*DATA, "--json", "none/a.json"), "cannot write none/a.json", "another"),
     "--json is a folder": (nothing, export(*DATA, "--json", "tmp"), "cannot write tmp: it is a folder", "name a file"),
     "op unknown to TFLite": (
-        nothing, export(*DATA, "--format", "tflite", model="nets.py:sample"), "no lowering for ONNX op.*GridSample.*node",
-        "--format onnx or executorch"),
+        nothing, export(*DATA, "--format", "tflite", model="nets.py:sample"),
+        "no lowering for ONNX op.*GridSample.*node", "--format onnx or executorch"),
     "op unknown to ONNX": (
         nothing, export(*DATA, "--format", "onnx", model="nets.py:roots"), "ONNX cannot express .*linalg_eig",
         "--format executorch"),

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from kit import Ran, command, environment, invoke, quick, samples
+from rich.console import Console
+
 from edgekit import cli, pipeline
 from edgekit.bundle import Bundle
 from edgekit.progress import Terminal
 from edgekit.quant.recipes import RECIPES
 from edgekit.targets import TARGETS
-from kit import Ran, command, environment, invoke, quick, samples
-from rich.console import Console
 
 COMMANDS = sorted(info.name or info.callback.__name__ for info in cli.app.registered_commands)
 HEAVY = ("torch", "numpy", "onnx", "onnxruntime", "executorch", "scipy", "PIL", "torchmetrics")

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from edgekit import data as sources
 from edgekit import stages
 from edgekit.data import CALIBRATION_SAMPLES, Batch, Data
 from edgekit.errors import EdgeKitError
 from edgekit.model import Model
 from edgekit.results import TensorSpec
-from PIL import Image
 
 IMAGE = (TensorSpec("image", "float32", (1, 3, 4, 4)),)
 
@@ -178,10 +180,7 @@ def test_any_batches_become_batches_of_the_models_size(size: int, labeled: bool)
         count = int(rng.integers(1, 30))
         a, b = floats(count, 2), np.arange(count)
         cuts = [0, *sorted(rng.integers(0, count + 1, int(rng.integers(0, 6)))), count]
-        stream = [
-            Batch({0: a[i:j], 1: b[i:j]}, 10 * b[i:j] if labeled else None)
-            for i, j in zip(cuts, cuts[1:], strict=False)
-        ]
+        stream = [Batch({0: a[i:j], 1: b[i:j]}, 10 * b[i:j] if labeled else None) for i, j in pairwise(cuts)]
         (got_a, got_b), target = everything(stream, spec)
         assert np.array_equal(got_a, a)
         assert np.array_equal(got_b, b)

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
+
 from edgekit import judge
 from edgekit.errors import EdgeKitError
 from edgekit.results import Accuracy, Artifact, Latency, Parity
-from scipy import stats
 
 EQUAL = Parity(math.inf, 0, 0, 1, 1, 8)
 

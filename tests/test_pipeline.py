@@ -5,15 +5,16 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import edgekit
 import numpy as np
 import onnx
 import pytest
 import torch
+from kit import SHAPE, network, quick, samples
+
+import edgekit
 from edgekit import pipeline, stages
 from edgekit.bundle import Bundle
 from edgekit.results import Comparison
-from kit import SHAPE, network, quick, samples
 
 FORMATS = ["executorch", "onnx", "tflite"]
 
@@ -109,8 +110,8 @@ def test_an_onnx_file_of_other_names_and_an_open_batch_is_compared(
     """As torch.onnx.export writes it, not EdgeKit."""
     quick(monkeypatch)
     program = torch.onnx.export(
-        network(), (torch.zeros(2, *SHAPE),), dynamo=True, verbose=False, input_names=["image"], output_names=["scores"],
-        dynamic_shapes=({0: torch.export.Dim("n")},),
+        network(), (torch.zeros(2, *SHAPE),), dynamo=True, verbose=False, input_names=["image"],
+        output_names=["scores"], dynamic_shapes=({0: torch.export.Dim("n")},),
     )  # fmt: skip
     onnx.save(program.model_proto, tmp_path / "theirs.onnx")
     result = edgekit.compare(network(), [tmp_path / "theirs.onnx"], data=samples(6))
@@ -119,9 +120,7 @@ def test_an_onnx_file_of_other_names_and_an_open_batch_is_compared(
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-def test_any_batch_size_feeds_a_bundle_of_another(
-    batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_any_batch_size_feeds_a_bundle_of_another(batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bundle for batches of 4 is judged on 6 samples that come one at a time, or five and one."""
     quick(monkeypatch)
     data = samples(6)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import numpy as np
 
 from edgekit.errors import EdgeKitError
+from edgekit.exporters.tflite.in_place import protect
 from edgekit.exporters.tflite.ir import (
     Graph,
     Info,
@@ -20,7 +22,7 @@ from edgekit.exporters.tflite.ir import (
     channels_last,
     identity,
 )
-from edgekit.exporters.tflite.kernels import data_input, takes
+from edgekit.exporters.tflite.kernels import MAX_RANK, data_input, takes
 
 Operand = Tensor | np.ndarray | None
 FLOAT = np.dtype(np.float32)
@@ -133,11 +135,30 @@ class Builder:
             ]:
                 result = self.raw_reshape(tensor, shape)
             else:
-                result = self.op("TRANSPOSE", [tensor, np.array(order, np.int32)], shape, tensor.dtype, q)
+                result = self._transpose(tensor, order)
                 result.name = self._unique(f"{tensor.name}_transposed")
                 self.note(f"transpose of '{tensor.name}' {list(tensor.shape)} for ONNX node '{self.source}'")
             self._converted[key] = result
         return self._converted[key]
+
+    def _transpose(self, tensor: Tensor, order: list[int]) -> Tensor:
+        """TRANSPOSE; where there are too many axes for it, of the tensor with axes merged that stay neighbors."""
+        shape = tuple(tensor.shape[axis] for axis in order)
+        if len(order) <= MAX_RANK[""]:
+            return self.op("TRANSPOSE", [tensor, np.array(order, np.int32)], shape, tensor.dtype, tensor.q)
+        runs: list[list[int]] = []
+        for axis in (axis for axis in order if tensor.shape[axis] != 1):
+            between = range(runs[-1][-1] + 1, axis) if runs else ()
+            if runs and axis > runs[-1][-1] and all(tensor.shape[skipped] == 1 for skipped in between):
+                runs[-1].append(axis)
+            else:
+                runs.append([axis])
+        before = sorted(runs)
+        merged = self.raw_reshape(tensor, tuple(math.prod(tensor.shape[axis] for axis in run) for run in before))
+        small = [before.index(run) for run in runs]
+        moved_shape = tuple(merged.shape[axis] for axis in small)
+        moved = self.op("TRANSPOSE", [merged, np.array(small, np.int32)], moved_shape, tensor.dtype, tensor.q)
+        return self.raw_reshape(moved, shape)
 
     def reshape(self, value: Value, shape: Shape) -> Value:
         """Reshape a value logically; left pending where the physical order does not allow it without a transpose."""
@@ -277,6 +298,12 @@ class Builder:
     def ops_out(self, kind: str, inputs: list[Operand], outputs: list[Tensor], **options: Any) -> None:
         """Emit an op with the given output tensors."""
         operands = [self.const(item) if isinstance(item, np.ndarray) else item for item in inputs]
+        rank = max((len(tensor.shape) for tensor in (*operands, *outputs) if tensor is not None), default=0)
+        if rank > MAX_RANK.get(kind, MAX_RANK[""]) and kind != "RESHAPE":
+            raise EdgeKitError(
+                f"TFLite's {kind} does not take the {rank} axes that ONNX node '{self.source}' needs",
+                "merge axes there, or export with --format onnx or executorch",
+            )
         data = data_input(kind, operands)
         if data is not None and data.q is None and not takes(kind, data.dtype):
             raise EdgeKitError(
@@ -343,7 +370,7 @@ class Builder:
             if any(tensor in read for tensor in op.outputs):
                 kept.append(op)
                 read.update(tensor for tensor in op.inputs if tensor is not None)
-        self.ops = kept[::-1]
+        self.ops = protect(kept[::-1], self.outputs)
 
     def _unique(self, name: str) -> str:
         unique, number = name, 1

@@ -68,6 +68,8 @@ TYPES: dict[str, str] = {
     "TOPK_V2": f"{I32} {I64} int8 uint8",
     "TRANSPOSE": f"{I32} {I64} {SMALL} {BOOL}",
 }
+# How many axes the kernels take, XNNPACK's included: it fails to prepare a graph with more.
+MAX_RANK = {"": 6, "PAD": 5, "PADV2": 5, "MIRROR_PAD": 5}
 # The inputs that are data, where the first one is not, or not alone.
 DATA = {"SELECT_V2": 1, "TRANSPOSE_CONV": 2, "SPLIT": 1, "SCATTER_ND": 1, "ONE_HOT": 2}
 # The next larger type that kernels of arithmetic take: results wrap around as the narrow type's do once cast back.

@@ -9,7 +9,7 @@ import numpy as np
 from edgekit.exporters.tflite.builder import Builder
 from edgekit.exporters.tflite.ir import Node, QParams, Tensor, Value, channels_last
 from edgekit.exporters.tflite.linear import int32_bias
-from edgekit.exporters.tflite.ops_reduce import reduce
+from edgekit.exporters.tflite.ops_reduce import averaged_q, reduce
 from edgekit.exporters.tflite.registry import lowers, unsupported
 from edgekit.exporters.tflite.windows import Window, lowest, pad_spatial, padding, windows
 
@@ -104,7 +104,7 @@ def average_pool(
         tensor = pad_spatial(b, b.take(node.inputs[0], NHWC, held), axes)
         b.bind(node.outputs[0], _averaging(b, tensor, axes, target, node.activation), NHWC)
         return
-    _pool(b, node, x, mean_q(b, node), pool)
+    _pool(b, node, x, averaged_q(b, node), pool)
 
 
 def _averaging(b: Builder, x: Tensor, axes: list[Window], q: QParams, activation: str) -> Tensor:
@@ -124,14 +124,6 @@ def _averaging(b: Builder, x: Tensor, axes: list[Window], q: QParams, activation
         depthMultiplier=1,
         fusedActivationFunction=activation,
     )
-
-
-def mean_q(b: Builder, node: Node) -> QParams | None:
-    """Parameters for an int8 average: its input's, where rounding to them first costs at most one output step."""
-    held, target = b.int8(node.inputs[0]), b.target(node)
-    if held is None or target is None or target.scale[0] * 2 < held.scale[0]:
-        return None
-    return held
 
 
 def _divisors(axis: Window, end: int, include: bool) -> np.ndarray:

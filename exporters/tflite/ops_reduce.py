@@ -66,6 +66,17 @@ def reduced(
     return b.op(kind, [tensor, np.array(axes, np.int32)], shape, tensor.dtype, q, keepDims=bool(keepdims))
 
 
+def averaged_q(b: Builder, node: Node) -> QParams | None:
+    """Parameters for an int8 op that averages but cannot rescale: its input's.
+
+    None where rounding to them first would move a result by more than one step of the output.
+    """
+    held, target = b.int8(node.inputs[0]), b.target(node)
+    if held is None or target is None or target.scale[0] * 2 < held.scale[0]:
+        return None
+    return held
+
+
 def reduction_axes(b: Builder, node: Node, axes: Sequence[int] | None, noop_with_empty_axes: int) -> list[int] | None:
     """Axes from the attribute or, since opset 18 (13 for ReduceSum), from the second input; None: do nothing."""
     if len(node.inputs) > 1 and node.inputs[1]:

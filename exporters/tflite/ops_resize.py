@@ -11,6 +11,7 @@ import onnxruntime
 
 from edgekit.exporters.tflite.builder import Builder
 from edgekit.exporters.tflite.ir import Node, Tensor, channels_last
+from edgekit.exporters.tflite.ops_reduce import averaged_q
 from edgekit.exporters.tflite.ops_shape import gathered
 from edgekit.exporters.tflite.registry import lowers, unsupported
 
@@ -59,8 +60,7 @@ def resize(
     builtin = _builtin(matrices, picks, source, target)
     if builtin is not None:
         kind, options = builtin
-        held = b.int8(node.inputs[0]) if b.target(node) else None
-        x = b.take(node.inputs[0], NHWC, q if picks else held)
+        x = b.take(node.inputs[0], NHWC, q if picks else averaged_q(b, node))
         size = np.array(target[2:], np.int32)
         shape = (x.shape[0], *target[2:], x.shape[3])
         b.bind(node.outputs[0], b.op(kind, [x, size], shape, q=x.q, **options), NHWC)
