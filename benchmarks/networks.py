@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 
-def conv_bn(i: int, o: int, kernel: int, stride: int = 1, groups: int = 1, act: nn.Module | None = None) -> nn.Sequential:
+def conv_bn(
+    i: int, o: int, kernel: int, stride: int = 1, groups: int = 1, act: nn.Module | None = None
+) -> nn.Sequential:
     """Returns convolution, BatchNorm and the activation, if any."""
     conv = nn.Conv2d(i, o, kernel, stride, kernel // 2, groups=groups, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(o), *([act] if act else []))
@@ -71,7 +73,13 @@ def mobilenet_v2() -> nn.Module:
     layers: list[nn.Module] = [conv_bn(3, 32, 3, 2, act=nn.ReLU6())]
     i = 32
     for t, o, count, stride in (
-        (1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1),
+        (1, 16, 1, 1),
+        (6, 24, 2, 2),
+        (6, 32, 3, 2),
+        (6, 64, 4, 2),
+        (6, 96, 3, 1),
+        (6, 160, 3, 2),
+        (6, 320, 1, 1),
     ):
         for index in range(count):
             layers.append(InvertedResidual(i, t * i, o, 3, stride if index == 0 else 1, nn.ReLU6))
@@ -84,10 +92,17 @@ def mobilenet_v3_small() -> nn.Module:
     """MobileNetV3-small 1.0."""
     layers: list[nn.Module] = [conv_bn(3, 16, 3, 2, act=nn.Hardswish())]
     for i, kernel, hidden, o, squeeze, act, stride in (
-        (16, 3, 16, 16, 8, nn.ReLU, 2), (16, 3, 72, 24, 0, nn.ReLU, 2), (24, 3, 88, 24, 0, nn.ReLU, 1),
-        (24, 5, 96, 40, 24, nn.Hardswish, 2), (40, 5, 240, 40, 64, nn.Hardswish, 1), (40, 5, 240, 40, 64, nn.Hardswish, 1),
-        (40, 5, 120, 48, 32, nn.Hardswish, 1), (48, 5, 144, 48, 40, nn.Hardswish, 1), (48, 5, 288, 96, 72, nn.Hardswish, 2),
-        (96, 5, 576, 96, 144, nn.Hardswish, 1), (96, 5, 576, 96, 144, nn.Hardswish, 1),
+        (16, 3, 16, 16, 8, nn.ReLU, 2),
+        (16, 3, 72, 24, 0, nn.ReLU, 2),
+        (24, 3, 88, 24, 0, nn.ReLU, 1),
+        (24, 5, 96, 40, 24, nn.Hardswish, 2),
+        (40, 5, 240, 40, 64, nn.Hardswish, 1),
+        (40, 5, 240, 40, 64, nn.Hardswish, 1),
+        (40, 5, 120, 48, 32, nn.Hardswish, 1),
+        (48, 5, 144, 48, 40, nn.Hardswish, 1),
+        (48, 5, 288, 96, 72, nn.Hardswish, 2),
+        (96, 5, 576, 96, 144, nn.Hardswish, 1),
+        (96, 5, 576, 96, 144, nn.Hardswish, 1),
     ):
         layers.append(InvertedResidual(i, hidden, o, kernel, stride, act, squeeze))
     head = [conv_bn(96, 576, 1, act=nn.Hardswish()), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
@@ -102,9 +117,13 @@ class ShuffleBlock(nn.Module):
         self.stride, half = stride, o // 2
         source = i if stride > 1 else half
         self.main = nn.Sequential(
-            conv_bn(source, half, 1, act=nn.ReLU()), conv_bn(half, half, 3, stride, half), conv_bn(half, half, 1, act=nn.ReLU())
+            conv_bn(source, half, 1, act=nn.ReLU()),
+            conv_bn(half, half, 3, stride, half),
+            conv_bn(half, half, 1, act=nn.ReLU()),
         )
-        self.side = nn.Sequential(conv_bn(i, i, 3, stride, i), conv_bn(i, half, 1, act=nn.ReLU())) if stride > 1 else None
+        self.side = (
+            nn.Sequential(conv_bn(i, i, 3, stride, i), conv_bn(i, half, 1, act=nn.ReLU())) if stride > 1 else None
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, i, H, W) → (N, o, H/stride, W/stride)."""
@@ -122,7 +141,9 @@ def shufflenet_v2() -> nn.Module:
     layers: list[nn.Module] = [conv_bn(3, 24, 3, 2, act=nn.ReLU()), nn.MaxPool2d(3, 2, 1)]
     for i, o, count in ((24, 116, 4), (116, 232, 8), (232, 464, 4)):
         layers += [ShuffleBlock(i, o, 2), *(ShuffleBlock(o, o, 1) for _ in range(count - 1))]
-    return nn.Sequential(*layers, conv_bn(464, 1024, 1, act=nn.ReLU()), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1024, 1000))
+    return nn.Sequential(
+        *layers, conv_bn(464, 1024, 1, act=nn.ReLU()), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1024, 1000)
+    )
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {

@@ -134,7 +134,7 @@ def write_golden(
     for source, values in results.items():
         arrays |= {f"{source}/{spec.name}": array for spec, array in zip(outputs, values, strict=True)}
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
     files.write(folder / GOLDEN, buffer.getvalue())
 
 

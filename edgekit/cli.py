@@ -261,7 +261,11 @@ def demo(
         from edgekit import pipeline, report
 
         here = example_folder()
-        given = {"code": str(here / "model.py"), "data": str(here / "data.npz"), "progress": ui.progress}
+        given: dict[str, Any] = {
+            "code": str(here / "model.py"),
+            "data": str(here / "data.npz"),
+            "progress": ui.progress,
+        }
         bundle = pipeline.export(str(here / "model.pt"), name="fashion_mnist", target="android", out=out, **given)
         comparison = pipeline.compare(str(here / "model.pt"), [bundle], **given)
         ui.show(report.bundle_report(bundle))

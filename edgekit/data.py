@@ -36,8 +36,8 @@ class Preprocessing:
 
         result = images.astype(np.float32) * np.float32(self.scale)
         if self.mean:
-            shape = (1, -1, 1, 1)
-            result = (result - np.float32(self.mean).reshape(shape)) / np.float32(self.std).reshape(shape)
+            mean, std = (np.array(v, np.float32).reshape(1, -1, 1, 1) for v in (self.mean, self.std))
+            result = (result - mean) / std
         return result
 
     def to_dict(self) -> dict[str, Any]:
@@ -284,7 +284,8 @@ def _from_arrays(source: str, arrays: Mapping[str, Any], mean: Sequence[float], 
     if len(set(lengths.values())) > 1:
         raise EdgeKitError(f"the arrays of {source} differ in length: {lengths}", "give each sample one label")
     # A lone `x` is the model's one input, whatever the model calls it.
-    inputs: dict[str | int, np.ndarray] = {0: named["x"]} if set(named) == {"x"} else dict(named)
+    lone = set(named) == {"x"}
+    inputs: Arrays = {0 if lone else key: array for key, array in named.items()}
     preprocessing, notes = None, []
     images = [array for array in inputs.values() if _is_image(array)]
     if images:
@@ -358,8 +359,8 @@ def _read_image(path: Path, size: tuple[int, int, int]) -> np.ndarray:
 
     channels, height, width = size
     try:
-        with Image.open(path) as image:
-            image = image.convert("L" if channels == 1 else "RGB")
+        with Image.open(path) as opened:
+            image = opened.convert("L" if channels == 1 else "RGB")
             # The usual evaluation crop: 224 out of a short side of 256.
             factor = max(height / image.height, width / image.width) * 256 / 224
             image = image.resize(

@@ -164,7 +164,7 @@ def compare(
         last, latency = timed[artifact]
         near = judge.parity(reference, outputs[artifact])
         result = None
-        if right is not None:
+        if right is not None and evaluation.target is not None:
             result = judge.accuracy(metric, right, judge.correct(metric, outputs[artifact][0], evaluation.target))
         fp32_file = None if artifact.precision == "fp32" else references.get(artifact.format)
         fp32 = timed[fp32_file][1] if fp32_file is not None else None
@@ -232,7 +232,7 @@ def fp32_references(
     """Returns one fp32 file per format that needs one to compare with, given or exported for the while, and notes."""
     references = {artifact.format: artifact for artifact in given if artifact.precision == "fp32"}
     missing = sorted({a.format for a in given if a.precision != "fp32"} - references.keys())
-    notes = ()
+    notes: tuple[str, ...] = ()
     if original.onnx is not None and "executorch" in missing:
         missing.remove("executorch")
         notes = ("no fp32 .pte to compare speed with: ExecuTorch starts from a PyTorch model",)

@@ -140,8 +140,11 @@ def emit(
             proto = _onnx(original, program, half_weights)
     for format in formats:
         if format == "onnx":
+            from edgekit.exporters.to_onnx import for_onnxruntime
+
             assert proto is not None
-            yield format, Exported(proto.SerializeToString(), {"opset": proto.opset_import[0].version}, ())
+            final = proto if program is None else for_onnxruntime(proto)
+            yield format, Exported(final.SerializeToString(), {"opset": final.opset_import[0].version}, ())
         elif format == "tflite":
             from edgekit.exporters.tflite import convert_with_notes
 
@@ -268,8 +271,8 @@ def run(artifact: Artifact, feeds: Sequence[np.ndarray], **options: Any) -> Any:
     """Runs an artifact in a process of its own."""
     from edgekit.runtimes import run_artifact
 
-    names = {"inputs": [s.name for s in artifact.inputs], "outputs": [s.name for s in artifact.outputs]}
-    return run_artifact(artifact.path, feeds, **names, **options)
+    inputs, outputs = ([spec.name for spec in specs] for specs in (artifact.inputs, artifact.outputs))
+    return run_artifact(artifact.path, feeds, inputs=inputs, outputs=outputs, **options)
 
 
 def try_out(artifact: Artifact, feeds: Sequence[np.ndarray], exported: Exported) -> Any:

@@ -175,6 +175,31 @@ def fold_batch_norms(model: GraphModule) -> None:
         model.graph.erase_node(node)
 
 
+def hard_sigmoids_to_clips(model: GraphModule) -> None:
+    """Spells hardsigmoid(x) as clip(x/6 + 1/2, 0, 1), with the line folded into the layer before where there is one.
+
+    Quantized to 0..1, such a clip costs nothing, and no runtime has to compute a hard-sigmoid in float.
+    """
+    for node in _calls(model):
+        if node.target != aten.hardsigmoid.default:
+            continue
+        layer = node.args[0]
+        if is_layer(layer) and len(layer.users) == 1:
+            weight, bias = layer.args[1], layer.args[2] if len(layer.args) > 2 else None
+            old = torch.zeros(attribute(model, weight).shape[0]) if bias is None else attribute(model, bias)
+            with model.graph.inserting_before(layer):
+                new_weight = add_attribute(model, f"{layer.name}_weight_sixth", attribute(model, weight) / 6)
+                new_bias = add_attribute(model, f"{layer.name}_bias_sixth", old / 6 + 0.5)
+            layer.args = (layer.args[0], new_weight, new_bias, *layer.args[3:])
+            _respell(node, aten.hardtanh.default, layer, 0.0, 1.0)
+
+
+def is_layer(node: object) -> bool:
+    """Whether `node` is a convolution or linear with a weight of its own."""
+    targets = (*CONVOLUTIONS, aten.linear.default)
+    return isinstance(node, Node) and node.target in targets and is_attribute(node.args[1])
+
+
 def fold_pads(model: GraphModule) -> None:
     """Folds a symmetric zero pad into the padding of the convolutions that are its only readers."""
     for pad in _calls(model):
@@ -330,6 +355,7 @@ PASSES = (
     named_paddings_to_amounts,
     global_pools_to_mean,
     fold_batch_norms,
+    hard_sigmoids_to_clips,
     fold_pads,
     strided_slices_to_convolutions,
 )

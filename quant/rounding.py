@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Interpreter, Node
 
+from edgekit.errors import EdgeKitError
 from edgekit.quant.passes import CONV_DEFAULTS, CONVOLUTIONS, add_attribute, aten, attribute, is_attribute, spread
 
 BATCHES = 64  # calibration batches that are looked at
@@ -178,6 +179,11 @@ def round_weights(model: GraphModule, batches: Iterable[tuple[torch.Tensor, ...]
     """
     scales = {}
     for node, moments in collect(model, batches).items():
+        if not torch.isfinite(moments.second).all():
+            raise EdgeKitError(
+                f"the inputs of layer '{node.name}' are not finite on the calibration data",
+                "look for NaN or infinite values in --data",
+            )
         weight = attribute(model, node.args[1])
         scale = channel_scales(weight)
         groups = 1 if node.target == aten.linear.default else geometry(node)[4]

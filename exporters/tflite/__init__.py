@@ -56,4 +56,5 @@ def convert_with_notes(onnx_model: onnx.ModelProto, *, layout: Literal["nchw", "
     data = write(builder.ops, builder.inputs, builder.outputs, names)
     tensors = [tensor for op in builder.ops for tensor in (*op.inputs, *op.outputs) if tensor is not None and tensor.q]
     qparams = {tensor.name: tensor.q for tensor in tensors if tensor.q is not None}
-    return Converted(data, (*builder.notes, *float_islands(builder.ops)), qparams)
+    notes = dict.fromkeys((*builder.notes, *float_islands(builder.ops)))
+    return Converted(data, tuple(notes), qparams)

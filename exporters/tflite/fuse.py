@@ -279,7 +279,7 @@ def slice_arrays(graph: Graph, node: Node) -> list[list[int]] | None:
     if any(array is None and name for array, name in zip(arrays, node.inputs[1:], strict=True)):
         return None
     lists = [None if array is None else [int(number) for number in array] for array in arrays]
-    starts, ends, axes, steps = (*lists, *[None] * (4 - len(lists)))
+    starts, ends, axes, steps = lists + [None] * (4 - len(lists))
     if starts is None or ends is None:
         return None
     rank = len(graph.info[node.inputs[0]].shape)

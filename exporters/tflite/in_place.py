@@ -25,7 +25,7 @@ def protect(ops: list[Op], outputs: list[Tensor]) -> list[Op]:
     last: dict[Tensor, int] = {}
     readers: dict[Tensor, int] = {}
     for index, op in enumerate(ops):
-        for tensor in filter(None, op.inputs):
+        for tensor in (tensor for tensor in op.inputs if tensor is not None):
             last[tensor] = index
             readers[tensor] = readers.get(tensor, 0) + 1
     last |= dict.fromkeys(outputs, len(ops))

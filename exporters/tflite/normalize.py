@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,6 +17,7 @@ from edgekit.exporters.tflite.ir import Graph, Info, Node, QParams
 from edgekit.exporters.tflite.registry import LOWERINGS
 
 OLDEST_OPSET = 13
+FOLD_LIMIT = 2**27  # elements: half a gigabyte of float32
 DATA_LIMIT = 4096  # elements: a constant larger than this does not describe a shape
 # Their value differs from run to run, so that they cannot be computed ahead.
 RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
@@ -56,7 +58,7 @@ class _Reader:
         if graph.sparse_initializer:
             raise EdgeKitError("the ONNX model has sparse initializers, which TFLite export does not read")
         for tensor in graph.initializer:
-            self.constant(tensor.name, numpy_helper.to_array(tensor))
+            self.constant(tensor.name, _array(tensor))
         for value in graph.input:
             if value.name not in self.graph.constants:
                 self.declare(value.name, value.type, f"input '{value.name}' of the ONNX model")
@@ -162,7 +164,7 @@ class _Reader:
         if proto.op_type in MOVES and (held or widened):
             opsets = {entry.domain: entry.version for entry in self.imports}
             feeds = {name: graph.constants[name] for name in proto.input if name}
-            moved = ReferenceEvaluator(proto, opsets).run(None, feeds)[0]
+            (moved,) = ReferenceEvaluator(proto, opsets).run(None, feeds)
             if held and held.axis is not None:
                 if proto.op_type != "Transpose":
                     return False
@@ -173,15 +175,30 @@ class _Reader:
         return False
 
     def evaluate(self, proto: onnx.NodeProto) -> list[Any] | None:
+        """The outputs of a node whose inputs are constant, or None where nothing here computes it."""
+        self.check_size(proto)
         feeds = {name: self.graph.array(name) for name in proto.input if name}
+        outputs: list[Any] | None
         try:
-            evaluator = ReferenceEvaluator(self.alone(proto))
-            outputs = evaluator.run(None, feeds)
+            outputs = list(ReferenceEvaluator(self.alone(proto)).run(None, feeds))
         except Exception:  # the reference lacks some ops and types: ONNX Runtime has the rest
             outputs = _onnxruntime(self.alone(proto), feeds)
         if outputs is None or not all(isinstance(array, np.ndarray | np.generic) for array in outputs):
             return None
         return outputs
+
+    def check_size(self, proto: onnx.NodeProto) -> None:
+        """Refuse to compute a constant that a few bytes of the file blow up to gigabytes."""
+        if proto.domain not in ("", "ai.onnx") or not onnx.defs.has(proto.op_type):
+            return
+        try:
+            types = self.inferred(proto)
+        except Exception:  # what is not valid here is reported where the node is computed or read
+            return
+        for type_proto in types.values():
+            size = math.prod(dim.dim_value or 1 for dim in type_proto.tensor_type.shape.dim)
+            if size > FOLD_LIMIT:
+                raise EdgeKitError(f"ONNX node '{proto.name}' makes a constant of {size} elements", _HUGE)
 
     def alone(self, proto: onnx.NodeProto) -> onnx.ModelProto:
         """A model of one node."""
@@ -202,7 +219,7 @@ class _Reader:
             return False
         branch = attributes(proto)["then_branch" if bool(condition) else "else_branch"]
         for tensor in branch.initializer:
-            self.constant(tensor.name, numpy_helper.to_array(tensor))
+            self.constant(tensor.name, _array(tensor))
         self.block(branch.node)
         for inner, outer in zip(branch.output, proto.output, strict=True):
             name = self.renamed.get(inner.name, inner.name)
@@ -229,11 +246,22 @@ class _Reader:
         self.imports = outside
         return True
 
+    def inferred(self, proto: onnx.NodeProto) -> dict[str, onnx.TypeProto]:
+        """The types of a node's outputs, from those of its inputs and the values of small constants."""
+        data = {
+            name: numpy_helper.from_array(self.graph.constants[name], name)
+            for name in proto.input
+            if name and self.graph.constants.get(name, _LARGE).size <= DATA_LIMIT and name not in self.graph.held
+        }
+        types = {name: self.types[name] for name in proto.input if name}
+        schema = self.schema(proto)
+        return onnx.shape_inference.infer_node_outputs(schema, proto, types, data, opset_imports=self.imports)
+
     def function(self, proto: onnx.NodeProto) -> onnx.FunctionProto | None:
         """The newest function that defines an op and is no newer than the model."""
         if proto.domain not in ("", "ai.onnx") or not onnx.defs.has(proto.op_type):
             return None
-        schema = self.schema(proto)
+        schema: Any = self.schema(proto)
         plain = [version for version in schema.function_opset_versions if version <= self.opset]
         if plain:
             return onnx.FunctionProto.FromString(schema.get_function_with_opset_version(max(plain)))
@@ -263,19 +291,8 @@ class _Reader:
             for name in node.outputs:
                 self.graph.info.setdefault(name, Info((), np.dtype(np.float32)))
             return
-        data = {
-            name: numpy_helper.from_array(self.graph.constants[name], name)
-            for name in proto.input
-            if name and self.graph.constants.get(name, _LARGE).size <= DATA_LIMIT and name not in self.graph.held
-        }
         try:
-            types = onnx.shape_inference.infer_node_outputs(
-                self.schema(proto),
-                proto,
-                {name: self.types[name] for name in proto.input if name},
-                data,
-                opset_imports=self.imports,
-            )
+            types = self.inferred(proto)
         except Exception as error:
             raise EdgeKitError(f"the ONNX model is not valid at {node}: {str(error).splitlines()[0]}") from error
         for name in filter(None, proto.output):
@@ -284,6 +301,7 @@ class _Reader:
             self.declare(name, types[name], f"'{name}', made by ONNX op {node},")
 
 
+_HUGE = "it is larger than any model for a phone or board: check where the file comes from"
 _FIXED = "export the model with fixed input shapes (no dynamic axes)"
 _LARGE = np.empty(DATA_LIMIT + 1, np.bool_)
 
@@ -296,7 +314,7 @@ def attributes(proto: onnx.NodeProto) -> dict[str, Any]:
         if isinstance(value, bytes):
             value = value.decode()
         elif isinstance(value, onnx.TensorProto):
-            value = numpy_helper.to_array(value)
+            value = _array(value)
         elif attribute.type == onnx.AttributeProto.STRINGS:
             value = [item.decode() for item in value]
         elif attribute.type in (onnx.AttributeProto.INTS, onnx.AttributeProto.FLOATS):
@@ -318,6 +336,15 @@ def linear_params(graph: Graph, inputs: list[str], attrs: dict[str, Any], shape:
     shift = 128 if unsigned else 0
     axis = None if scale.size == 1 else attrs.get("axis", 1) % len(shape)
     return QParams.of(scale, zero.astype(np.int64) - shift, axis)
+
+
+def _array(tensor: onnx.TensorProto) -> np.ndarray:
+    """A tensor of the model; one in another file is not read, wherever the model says that it lies."""
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        raise EdgeKitError(
+            f"the ONNX model keeps '{tensor.name}' in another file", "load it with onnx.load, which reads both"
+        )
+    return numpy_helper.to_array(tensor)
 
 
 def _has_graphs(proto: onnx.NodeProto) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -56,7 +57,7 @@ def _conv_2d(b: Builder, node: Node, x: Value, w: Value, bias: str, axes: list[W
     if scheme is None:
         tensor, scheme = pad_spatial(b, tensor, axes), "VALID"
     shape = (x.shape[0], axes[0].out, axes[1].out, channels)
-    options = {
+    options: dict[str, Any] = {
         "padding": scheme,
         "strideH": axes[0].stride,
         "strideW": axes[1].stride,
@@ -83,7 +84,7 @@ def _conv_3d(b: Builder, node: Node, x: Value, w: Value, bias: str, axes: list[W
     channels = w.shape[0] // group
     shape = (x.shape[0], *(axis.out for axis in axes), channels)
     offsets = b.as_float(b.in_layout(b.value(bias), (0,))) if bias else b.const(np.zeros(w.shape[0], np.float32))
-    options = {
+    options: dict[str, Any] = {
         "padding": padding(axes) or "VALID",
         "strideD": axes[0].stride,
         "strideH": axes[1].stride,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from edgekit.exporters.tflite.builder import FLOAT, INT32, Builder
+from edgekit.exporters.tflite.builder import FLOAT, INT32, Builder, Operand
 from edgekit.exporters.tflite.ir import Node, Perm, QParams, Shape, Tensor, Value, identity
 from edgekit.exporters.tflite.ops_math import casted
 from edgekit.exporters.tflite.ops_shape import moved, sliced
@@ -218,8 +218,8 @@ def one_hot(b: Builder, node: Node, *, axis: int = -1) -> None:
     off, on = _constant(b, node, 2, "pair of values")
     indices = wrapped(b, _as_int32(b, b.take(node.inputs[0])), depth)
     shape = b.shape(node.outputs[0])
-    inputs = [indices, np.array(depth, np.int32), np.array(on), np.array(off)]
-    b.bind(node.outputs[0], b.op("ONE_HOT", [*inputs], shape, on.dtype, axis=axis % len(shape)))
+    inputs: list[Operand] = [indices, np.array(depth, np.int32), np.array(on), np.array(off)]
+    b.bind(node.outputs[0], b.op("ONE_HOT", inputs, shape, on.dtype, axis=axis % len(shape)))
 
 
 @lowers("Hardmax")
@@ -228,8 +228,8 @@ def hardmax(b: Builder, node: Node, *, axis: int = -1) -> None:
     x, perm = _axis_last(b, node.inputs[0], axis, None)
     last = len(x.shape) - 1
     found = b.op("ARG_MAX", [x, np.array(last, np.int32)], x.shape[:-1], INT32, outputType=INT32_CODE)
-    inputs = [found, np.array(x.shape[-1], np.int32), np.ones((), np.float32), np.zeros((), np.float32)]
-    b.bind(node.outputs[0], b.op("ONE_HOT", [*inputs], x.shape, FLOAT, axis=last), perm)
+    inputs: list[Operand] = [found, np.array(x.shape[-1], np.int32), np.ones((), np.float32), np.zeros((), np.float32)]
+    b.bind(node.outputs[0], b.op("ONE_HOT", inputs, x.shape, FLOAT, axis=last), perm)
 
 
 @lowers("Trilu")

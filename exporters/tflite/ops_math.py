@@ -35,7 +35,7 @@ def binary(b: Builder, node: Node, kind: str, dtype: Any = None) -> None:
     shape = tuple(b.shape(out)[axis] for axis in perm)
     q = _rescaled(b, node, kind)
     tensors = [b.broadcastable(name, perm, b.int8(name) if q else None) for name in names]
-    options = {"fusedActivationFunction": node.activation} if kind in ARITHMETIC.values() else {}
+    options: dict[str, Any] = {"fusedActivationFunction": node.activation} if kind in ARITHMETIC.values() else {}
     if q is not None:
         b.bind(out, b.op(kind, [*tensors], shape, None, q, **options), perm)
         return

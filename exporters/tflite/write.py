@@ -8,6 +8,7 @@ import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
+from edgekit.errors import EdgeKitError
 from edgekit.exporters.tflite.ir import Op, Tensor
 
 DTYPES = {
@@ -64,6 +65,8 @@ ENUMS = {
     "mode": schema.MirrorPadMode,
 }
 ALIGNMENT = 16
+LARGEST = 2**31 - 2**26  # bytes of weights: the rest is for the graph
+_SMALLER = "export with --precision int8 or fp16, or with --format onnx"
 NO_BUFFER = 0  # the empty buffer of every tensor that is not constant
 
 
@@ -119,6 +122,8 @@ class _Writer:
         model.operatorCodes = [_code(kind, version) for kind, version in self.codes]
         model.signatureDefs = [signature]
         size = sum(buffer.data.nbytes for buffer in self.buffers if buffer.data is not None)
+        if size > LARGEST:
+            raise EdgeKitError(f"the weights take {size / 1e9:.1f} GB, and a TFLite file ends at 2 GB", _SMALLER)
         builder = flatbuffers.Builder(size + 65536)
         builder.Finish(model.Pack(builder), b"TFL3")
         return bytes(builder.Output())

@@ -283,6 +283,30 @@ def test_notes_name_the_transposes() -> None:
     assert len([note for note in convert_with_notes(made).notes if note.startswith("transpose of")]) == 2
 
 
+def external() -> onnx.ModelProto:
+    made = model([node("MatMul", ["x", "w"])], {"x": random(1, 4)}, {"w": random(4, 2)})
+    tensor = made.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="weights.bin")
+    return made
+
+
+def bomb() -> onnx.ModelProto:
+    nodes = [
+        node("ConstantOfShape", ["s"], "zeros"),
+        node("ReduceSum", ["zeros"], "total"),
+        node("Add", ["x", "total"]),
+    ]
+    return model(nodes, {"x": random(1, 4)}, {"s": np.array([2**20, 2**16])})
+
+
+@pytest.mark.parametrize(("make", "words"), [(external, "another file"), (bomb, "68719476736 elements")])
+def test_hostile_files_are_refused(make: object, words: str) -> None:
+    with pytest.raises(EdgeKitError, match=words):
+        convert(make())
+
+
 def test_initializers_may_be_listed_as_inputs() -> None:
     feeds, weights = {"x": random(1, 4)}, {"w": random(4, 2)}
     made = model([node("MatMul", ["x", "w"])], feeds, weights)
