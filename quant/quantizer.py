@@ -46,6 +46,7 @@ UNARY = {aten.mean.dim, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.defaul
 MOVES = {
     aten.max_pool2d.default,
     aten.view.default,
+    aten._unsafe_view.default,
     aten.reshape.default,
     aten.flatten.using_ints,
     aten.permute.default,

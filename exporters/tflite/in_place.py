@@ -32,10 +32,10 @@ def protect(ops: list[Op], outputs: list[Tensor]) -> list[Op]:
     result: list[Op] = []
     for index, op in enumerate(ops):
         if op.kind not in SEPARATE and op.kind != "RESHAPE":
-            for place, tensor in enumerate(op.inputs):
-                if tensor is not None and _endangers(tensor, index, makers, last, readers):
-                    copy = Tensor(f"{tensor.name}_copy{index}", tensor.shape, tensor.dtype, None, tensor.q)
-                    result.append(_copy(tensor, copy, op.source))
+            for place, shared in enumerate(op.inputs):
+                if shared is not None and _endangers(shared, index, makers, last, readers):
+                    copy = Tensor(f"{shared.name}_copy{index}", shared.shape, shared.dtype, None, shared.q)
+                    result.append(_copy(shared, copy, op.source))
                     op.inputs[place] = copy
         result.append(op)
     return result

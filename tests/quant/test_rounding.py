@@ -45,7 +45,7 @@ def correlated(shape: tuple[int, ...], seed: int, count: int = 12) -> list[tuple
     """Batches whose values depend on their neighbors in every dimension, and whose mean is not 0."""
     generator = torch.Generator().manual_seed(seed)
     batches = []
-    for _ in range(count):
+    for _ in range(count if len(shape) > 1 else 30 * count):
         x = torch.randn(shape, generator=generator)
         for dim in range(min(1, len(shape) - 1), len(shape)):
             x = x + 0.9 * x.roll(1, dim) + 0.5 * x.roll(2, dim)

@@ -1,0 +1,65 @@
+""".pte files, run by ExecuTorch in a process of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from edgekit.errors import EdgeKitError
+from edgekit.exporters.to_executorch import to_executorch
+from edgekit.quant.recipes import float32, half_compute
+from edgekit.runtimes import run_artifact
+from int8_nets import CASES, Batches, Net, build, flat, quantized, sqnr
+
+# network → the ops that stay outside the delegate
+UNDELEGATED: dict[str, set[str]] = {
+    "conv_relu6_bn": set(),
+    "residual": set(),
+    "concat": set(),
+    "squeeze_excite": set(),
+    "transposed": set(),
+    "split": set(),
+    "same_padding": set(),
+    "dead": set(),
+    "head": set(),
+    "conv1d": set(),
+    "gelu_sort": {"sort"},
+    "two_inputs": {"embedding"},
+}
+
+
+def run(data: bytes, batch: tuple[torch.Tensor, ...], folder: Path) -> list[torch.Tensor]:
+    path = folder / "model.pte"
+    path.write_bytes(data)
+    return [torch.from_numpy(y[0]) for y in run_artifact(path, [x[None].numpy() for x in batch]).outputs]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", UNDELEGATED)
+def test_int8_files_compute_what_the_converted_graph_does(name: str, tmp_path: Path) -> None:
+    case = quantized(name)
+    lowered = to_executorch(case.program)
+    assert lowered.undelegated.keys() == UNDELEGATED[name]
+    if not UNDELEGATED[name]:
+        assert lowered.delegates == 1
+    batch = case.batches[0]
+    for expected, got in zip(flat(case.program.module()(*batch)), run(lowered.data, batch, tmp_path), strict=True):
+        assert sqnr(expected, got) > 35
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["residual", "two_outputs"])
+def test_half_precision(name: str, tmp_path: Path) -> None:
+    module, batch = build(name), next(iter(Batches(CASES[name])))
+    lowered = to_executorch(half_compute(module, batch))
+    for expected, got in zip(flat(module(*batch)), run(lowered.data, batch, tmp_path), strict=True):
+        assert got.dtype == torch.float32 and got.shape == expected.shape
+        torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_what_has_no_kernel_is_an_error() -> None:
+    program = float32(Net(lambda n, x: torch.special.bessel_j0(x)), (torch.randn(2, 3),), ())
+    with pytest.raises(EdgeKitError, match="bessel_j0") as caught:
+        to_executorch(program)
+    assert "Traceback" not in str(caught.value) and len(str(caught.value)) < 600

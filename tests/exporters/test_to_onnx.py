@@ -1,0 +1,241 @@
+"""ONNX files: names, codes, fusion in ONNX Runtime, and what cannot be expressed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+from edgekit.errors import EdgeKitError
+from edgekit.exporters.to_onnx import OPSET, halve, to_onnx
+from edgekit.quant.passes import aten, q
+from edgekit.quant.recipes import float32
+from int8_nets import CASES, Constant, Net, conv, flat, quantized, sqnr
+from onnx import numpy_helper
+from torch import nn
+
+FLOAT = {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "Add", "Clip", "Relu"}
+EXACT_DB = 40.0  # codes that differ by one step where float32 sums round the other way
+
+# network → ops of ONNX Runtime that compute in int8, and those that it leaves in float
+FUSED: dict[str, tuple[dict[str, int], set[str]]] = {
+    "conv_relu": ({"QLinearConv": 1}, set()),
+    "conv_relu6_bn": ({"QLinearConv": 2}, set()),
+    "residual": ({"QLinearConv": 3, "QLinearAdd": 1}, set()),
+    "dense": ({"QLinearConv": 3, "QLinearConcat": 2}, set()),
+    "mul_constant": ({"QLinearConv": 2, "QLinearMul": 1}, set()),
+    "squeeze_excite": ({"QLinearConv": 4, "QLinearSigmoid": 1, "QLinearMul": 1}, set()),
+    "max_pool": ({"QLinearConv": 2}, set()),
+    "avg_pool": ({"QLinearConv": 2, "QLinearAveragePool": 1}, set()),
+    "resize": ({"QLinearConv": 2}, set()),
+    "linear_chain": ({"QGemm": 2}, set()),
+    "linear_3d": ({"QGemm": 2}, set()),
+    "conv1d": ({"QLinearConv": 2}, set()),
+    "depthwise": ({"QLinearConv": 3}, set()),
+    "head": ({"QLinearConv": 1, "QGemm": 1}, set()),
+    "two_inputs": ({"QGemm": 2, "QLinearAdd": 1}, set()),
+    "shared_conv": ({"QLinearConv": 3}, set()),
+    "asymmetric_pad": ({"QLinearConv": 2}, set()),
+    "same_padding": ({"QLinearConv": 2}, set()),
+    "dead": ({"QLinearConv": 2}, set()),
+    "attention": ({"QGemm": 4}, {"MatMul"}),
+}
+
+
+def names(name: str) -> tuple[list[str], list[str]]:
+    case = quantized(name)
+    outputs = flat(case.module(*case.batches[0]))
+    return [f"in{i}" for i in range(len(case.batches[0]))], [f"out{i}" for i in range(len(outputs))]
+
+
+def session(model: onnx.ModelProto, optimized: Path | None = None) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    if optimized:
+        options.optimized_model_filepath = str(optimized)
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def run(model: onnx.ModelProto, *inputs: torch.Tensor) -> list[torch.Tensor]:
+    made = session(model)
+    feeds = {info.name: x.numpy() for info, x in zip(made.get_inputs(), inputs, strict=True)}
+    return [torch.from_numpy(y) for y in made.run(None, feeds)]
+
+
+def io_names(model: onnx.ModelProto) -> tuple[list[str], list[str]]:
+    return [v.name for v in model.graph.input], [v.name for v in model.graph.output]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CASES)
+def test_int8_files_compute_what_the_converted_graph_does(name: str, tmp_path: Path) -> None:
+    case = quantized(name)
+    model = to_onnx(case.program, *names(name))
+    onnx.checker.check_model(model, full_check=True)
+    assert io_names(model) == names(name)
+    for expected, got in zip(flat(case.program.module()(*case.batches[0])), run(model, *case.batches[0]), strict=True):
+        assert sqnr(expected, got) > EXACT_DB
+    assert_same_codes(model, name)
+    if name in FUSED:
+        session(model, tmp_path / "optimized.onnx")
+        ops = Counter(n.op_type for n in onnx.load(tmp_path / "optimized.onnx").graph.node)
+        integer, rest = FUSED[name]
+        assert {op: count for op, count in ops.items() if op in integer} == integer
+        assert not (ops.keys() & FLOAT) - rest
+
+
+def assert_same_codes(model: onnx.ModelProto, name: str) -> None:
+    """Weight codes, scales, zero points (uint8: + 128) and bias codes are those of the converted torch graph."""
+    program = quantized(name).program
+    stored = {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}
+    dequantize = {n.output[0]: n for n in model.graph.node if n.op_type == "DequantizeLinear"}
+    quantize = [n for n in model.graph.node if n.op_type == "QuantizeLinear"]
+    state = {**program.state_dict, **program.constants}
+    signature = program.graph_signature
+    held = {**signature.inputs_to_buffers, **signature.inputs_to_parameters}
+
+    def value(node: torch.fx.Node) -> np.ndarray:
+        return state[held[node.name]].detach().numpy()
+
+    wanted = Counter(
+        (np.float32(n.args[1]).item(), n.args[2] + 128)
+        for n in program.graph.nodes
+        if n.target == q.quantize_per_tensor.default
+    )
+    found = Counter((stored[n.input[1]].item(), int(stored[n.input[2]])) for n in quantize)
+    assert all(stored[n.input[2]].dtype == np.uint8 for n in quantize)
+    assert set(found) == set(wanted)
+
+    weights = [n for n in dequantize.values() if n.input[0] in stored and stored[n.input[0]].dtype == np.int8]
+    codes = {stored[n.input[0]].tobytes(): stored[n.input[1]].tobytes() for n in weights}
+    layers = [
+        n
+        for n in program.graph.nodes
+        if n.target in (aten.conv1d.default, aten.conv2d.default, aten.linear.default, aten.conv_transpose2d.input)
+    ]
+    assert layers
+    for layer in layers:
+        weight = layer.args[1]
+        raw, scale = value(weight.args[0]), weight.args[1]
+        scale = value(scale) if isinstance(scale, torch.fx.Node) else np.float32(scale)
+        assert raw.dtype == np.int8
+        assert raw.tobytes() in codes or raw.T.tobytes() in codes
+        assert scale.tobytes() in codes.values()
+        if len(layer.args) > 2 and layer.args[2] is not None:
+            step = (np.float64(np.float32(layer.args[0].args[1])) * scale).astype(np.float32)
+            bias = np.rint(value(layer.args[2]).astype(np.float64) / step).astype(np.int32)
+            biases = {stored[n.input[0]].tobytes() for n in dequantize.values() if n.input[0] in stored}
+            assert bias.tobytes() in biases
+
+
+def test_the_table_names_real_networks() -> None:
+    assert FUSED.keys() <= CASES.keys()
+
+
+class Twins(nn.Module):
+    """Inputs and parameters with the names that exports like, and outputs that are inputs or appear twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x, self.y = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4))
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        z = F.relu(a + self.x) * self.y
+        return z, a, z, self.y, b - 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("inputs", "outputs"),
+    [
+        (("a", "b"), ("p", "q", "r", "s", "t")),
+        (("b", "a"), ("relu", "add", "mul", "sub", "relu_inner")),
+        (("x", "y"), ("add", "add_inner", "a", "b", "add_inner_inner")),
+        (("mul", "sub"), ("x", "y", "relu", "a", "b")),
+        (("input.1", "image data"), ("output/0", "1", "2", "3", "größe")),
+    ],
+)
+def test_names_are_the_given_ones(inputs: tuple[str, ...], outputs: tuple[str, ...]) -> None:
+    torch.manual_seed(0)
+    module, example = Twins().eval(), (torch.randn(2, 4), torch.randn(2, 4))
+    model = to_onnx(float32(module, example, ()), inputs, outputs)
+    assert io_names(model) == (list(inputs), list(outputs))
+    for expected, got in zip(module(*example), run(model, *example), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_opset_and_nothing_of_the_exporter_is_left() -> None:
+    model = to_onnx(quantized("residual").program, ["x"], ["y"])
+    assert [(o.domain, o.version) for o in model.opset_import] == [("", OPSET)]
+    assert model.producer_name == "edgekit" and not model.metadata_props and not model.functions
+    graph = model.graph
+    for item in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer, graph):
+        assert not item.metadata_props and not item.doc_string
+    assert b"/" not in b"".join(s for s in (model.SerializeToString(),) if b"int8_nets" in s)
+
+
+@torch.no_grad()
+def test_half_weights() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64)).eval()
+    x = torch.randn(2, 64)
+    program = float32(module, (x,), ())
+    full, half = to_onnx(program, ["x"], ["y"]), to_onnx(program, ["x"], ["y"], half_weights=True)
+    assert half.ByteSize() < 0.55 * full.ByteSize()
+    assert halve(full).ByteSize() < 0.55 * full.ByteSize()
+    for model in (half, halve(full)):
+        onnx.checker.check_model(model, full_check=True)
+        assert io_names(model) == (["x"], ["y"])
+        assert 50 < sqnr(module(x), run(model, x)[0]) < 120
+
+
+@torch.no_grad()
+def test_half_weights_leave_integers_and_infinities() -> None:
+    module = Net(lambda n, x: F.relu(x[:, n.i.value]) + n.m.value, i=Constant(1), m=Constant(1)).eval()
+    module.i.value = torch.arange(99, -1, -1)
+    module.m.value = torch.full((100,), -torch.inf).triu() if False else torch.linspace(0, 1, 100)
+    module.m.value[3] = -torch.inf
+    x = torch.randn(2, 100)
+    model = to_onnx(float32(module, (x,), ()), ["x"], ["y"], half_weights=True)
+    stored = {i.data_type for i in model.graph.initializer if np.prod(i.dims) == 100}
+    assert stored == {onnx.TensorProto.INT64, onnx.TensorProto.FLOAT16}
+    torch.testing.assert_close(run(model, x)[0], module(x), rtol=1e-3, atol=1e-3)
+
+
+def test_half_weights_out_of_range_are_refused() -> None:
+    module = nn.Linear(16, 16)
+    module.weight.data[3, 3] = 70_000
+    with pytest.raises(EdgeKitError, match="does not fit float16"):
+        to_onnx(float32(module, (torch.randn(1, 16),), ()), ["x"], ["y"], half_weights=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("amounts", [(0, 1, 0, 1), (2, 1, 0, 3), (1, 1, 1, 1)])
+def test_folded_pads_equal_explicit_ones(amounts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgekit.exporters import to_onnx as exporter
+    from edgekit.quant.recipes import int8_static
+
+    torch.manual_seed(0)
+    layers = (conv(), nn.Sigmoid(), nn.ZeroPad2d(amounts), conv(8, 4, padding=1, stride=2))
+    batches = [(torch.randn(1, 3, 9, 9),) for _ in range(4)]
+    program = int8_static(nn.Sequential(*layers).eval(), batches[0], batches)
+    folded = to_onnx(program, ["x"], ["y"])
+    monkeypatch.setattr(exporter, "fold_quantized_pads", lambda model: None)
+    explicit = to_onnx(program, ["x"], ["y"])
+    assert not [n for n in folded.graph.node if n.op_type == "Pad"]
+    assert len([n for n in explicit.graph.node if n.op_type == "Pad"]) == (amounts[0] != amounts[1])
+    assert torch.equal(run(folded, *batches[0])[0], run(explicit, *batches[0])[0])
+
+
+def test_what_onnx_cannot_express_is_named() -> None:
+    module = Net(lambda n, x: torch.special.bessel_j0(F.relu(x)))
+    program = float32(module, (torch.randn(2, 3),), ())
+    with pytest.raises(EdgeKitError, match="bessel_j0") as caught:
+        to_onnx(program, ["x"], ["y"])
+    assert "Traceback" not in str(caught.value) and len(str(caught.value)) < 600
+    assert "--format executorch" in str(caught.value)
