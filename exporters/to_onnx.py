@@ -69,11 +69,16 @@ def halve(proto: onnx.ModelProto) -> onnx.ModelProto:
 def rename(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str]) -> None:
     """Gives the graph's inputs and outputs the names of the original model's."""
     graph = model.graph
-    taken = {*inputs, *outputs}
-    for node in graph:
-        for value in node.outputs:
-            if value.name in taken:
-                value.name = f"{value.name}_inner"
+    wanted = {*inputs, *outputs}
+    values = [*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)]
+    taken = wanted | {value.name for value in values}
+    for value in values:
+        if value.name in wanted:
+            name = f"{value.name}_inner"
+            while name in taken:
+                name += "_"
+            taken.add(name)
+            value.name = name
     for value, name in zip(graph.inputs, inputs, strict=True):
         value.name = name
     for index, name in enumerate(outputs):

@@ -98,7 +98,7 @@ class MSEObserver(ObserverBase):
 
 
 class KnownScale(ObserverBase):
-    """Quantizes weights that are already multiples of known scales, so that rounding them again changes nothing."""
+    """Quantizes weights by scales that are known before: rounding multiples of them again changes nothing."""
 
     def __init__(
         self,

@@ -11,6 +11,8 @@ import math
 
 import torch
 import torch.ao.quantization.fx._decomposed  # registers the ops of `q`
+from torch.export import ExportedProgram
+from torch.export.graph_signature import OutputKind
 from torch.fx import GraphModule, Node
 
 aten = torch.ops.aten
@@ -32,7 +34,17 @@ def capture(module: torch.nn.Module, example: tuple[torch.Tensor, ...]) -> Graph
     view) without taking composite ops apart.
     """
     program = torch.export.export(module, example, strict=False).run_decompositions({})
+    forget_input_mutations(program)
     return canonicalize(program.module(check_guards=False))
+
+
+def forget_input_mutations(program: ExportedProgram) -> None:
+    """Removes what would write results back into the caller's tensors: calibration must not change its data."""
+    specs = program.graph_signature.output_specs
+    kept = [index for index, spec in enumerate(specs) if spec.kind is not OutputKind.USER_INPUT_MUTATION]
+    output = program.graph.output_node()
+    output.args = (tuple(output.args[0][index] for index in kept),)
+    specs[:] = [specs[index] for index in kept]
 
 
 def canonicalize(model: GraphModule) -> GraphModule:
@@ -53,14 +65,6 @@ def drop_no_ops(model: GraphModule) -> None:
             if isinstance(node.args[0], Node) and node.args[0].op == "placeholder" and _is_output(node):
                 continue
             node.replace_all_uses_with(node.args[0])
-            model.graph.erase_node(node)
-
-
-def drop_input_mutations(model: GraphModule) -> None:
-    """Removes what writes results back into the caller's input tensors: calibration must not change its data."""
-    for node in _calls(model):
-        if node.target == aten.copy_.default and node.args[0].op == "placeholder":
-            node.replace_all_uses_with(node.args[1])
             model.graph.erase_node(node)
 
 
@@ -348,7 +352,6 @@ def _respell(node: Node, target: object, *args: object) -> None:
 
 
 PASSES = (
-    drop_input_mutations,
     drop_no_ops,
     splits_to_slices,
     clamps_to_activations,

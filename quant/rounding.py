@@ -2,7 +2,7 @@
 
 Nearest rounding minimizes ‖W − Ŵ‖²; what the network feels is E‖(W − Ŵ)x‖² over the inputs x that a layer really
 sees. GPTQ (Frantar et al., 2022, algorithm 1) rounds a layer's columns one after the other and spreads each one's
-error over the columns to come, by the inverse of H = E[xxᵀ]. The mean error that remains, E[(W − Ŵ)x], goes into the
+error over the columns to come, by the inverse of the covariance of x. The mean error, E[(W − Ŵ)x], goes into the
 bias (Nagel et al., "Data-Free Quantization", 2019, §4.2, with measured instead of assumed means).
 """
 
@@ -166,8 +166,9 @@ def round_layer(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the rounded weight (same shape) and the correction to add to the bias (output channels)."""
     shaped = weight.reshape(groups, weight.shape[0] // groups, -1)
-    rounded = gptq(shaped, scale.reshape(groups, -1, 1), moments.second)
     mean = (moments.first / moments.count).unsqueeze(2)
+    covariance = moments.second / moments.count - mean @ mean.transpose(1, 2)
+    rounded = gptq(shaped, scale.reshape(groups, -1, 1), covariance)
     correction = ((shaped - rounded) @ mean).reshape(-1)
     return rounded.reshape(weight.shape), correction
 

@@ -12,6 +12,7 @@ from edgekit.quant.recipes import int8_static
 from torch import nn
 from torch.export import ExportedProgram
 
+torch.set_num_threads(1)  # two spin at every op, and are ten times slower beside other work
 BATCHES = 12
 IMAGE = ((2, 3, 8, 8),)
 

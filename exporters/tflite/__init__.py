@@ -7,11 +7,12 @@ from typing import Literal
 
 import onnx
 
+from edgekit.errors import EdgeKitError
 from edgekit.exporters.tflite import lowerings as _lowerings  # noqa: F401 (fills the table of lowerings)
 from edgekit.exporters.tflite.builder import Builder
 from edgekit.exporters.tflite.fuse import fuse, fuse_activations
 from edgekit.exporters.tflite.ir import QParams
-from edgekit.exporters.tflite.normalize import normalize
+from edgekit.exporters.tflite.normalize import normalize, rejection
 from edgekit.exporters.tflite.notes import float_islands
 from edgekit.exporters.tflite.quantized import read_quantization
 from edgekit.exporters.tflite.registry import lower
@@ -43,6 +44,19 @@ def convert_with_notes(onnx_model: onnx.ModelProto, *, layout: Literal["nchw", "
     """Like `convert`, and says what the file holds that costs time: float islands, transposes, fallbacks."""
     if layout not in ("nchw", "nhwc"):
         raise ValueError(f"layout must be 'nchw' or 'nhwc', not {layout!r}")
+    try:
+        return _convert(onnx_model, layout)
+    except EdgeKitError:
+        raise
+    except Exception as error:
+        # Either the model breaks ONNX's rules in a way that its checker does not see, or this is a bug.
+        reason = rejection(onnx_model)
+        if reason is None:
+            raise
+        raise EdgeKitError(f"the ONNX model is not valid: {reason}", "export it anew") from error
+
+
+def _convert(onnx_model: onnx.ModelProto, layout: Literal["nchw", "nhwc"]) -> Converted:
     graph = normalize(onnx_model)
     fuse_activations(graph)
     read_quantization(graph)

@@ -94,7 +94,11 @@ class Builder:
         if held is not None and value.tensor.q != held:
             value = Value(self.as_q(value.tensor, held), value.perm, value.pending)
         if value.shape != self.graph.info[name].shape:
-            raise AssertionError(f"'{name}' has shape {value.shape}, and ONNX says {self.graph.info[name].shape}")
+            raise EdgeKitError(
+                f"ONNX node '{self.source}' makes '{name}' with shape {list(value.shape)}, and ONNX's own rules say "
+                f"{list(self.graph.info[name].shape)}",
+                "its attributes contradict each other: export the model anew",
+            )
         if value.tensor.data is None and not value.tensor.name:
             value.tensor.name = self._unique(name)
         self._values[name] = value

@@ -9,6 +9,7 @@ import numpy as np
 from edgekit.exporters.tflite.builder import FLOAT, INT8, INT32, Builder
 from edgekit.exporters.tflite.ir import Node, Perm, QParams, Tensor, Value
 from edgekit.exporters.tflite.kernels import rescales
+from edgekit.exporters.tflite.registry import unsupported
 
 INT32_LIMIT = 2**31 - 1
 
@@ -39,6 +40,8 @@ def operands(
     the axis of the output channels, the bias is constant, and the output is asked for as int8.
     """
     x_tensor, w_tensor = b.in_layout(x, layout[0]), b.in_layout(w, layout[1])
+    if bias and b.shape(bias) != (channels,):
+        raise unsupported(node, f"a bias of shape {list(b.shape(bias))} for {channels} output channels")
     constant_bias = not bias or bias in b.graph.constants
     q = b.target(node) if int8 else None
     if q is not None and constant_bias and _int8(x_tensor) and _int8(w_tensor) and w_tensor.data is not None:

@@ -32,6 +32,13 @@ def normalize(model: onnx.ModelProto) -> Graph:
     Raises EdgeKitError for an opset before 13, dynamic shapes, control flow that is not constant, and data-dependent
     shapes.
     """
+    for tensor in model.graph.initializer:
+        _refuse_external(tensor)  # the checker would look for the file
+    try:
+        onnx.checker.check_model(model)
+    except onnx.checker.ValidationError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise EdgeKitError(f"the ONNX model is not valid: {reason}", "export it anew") from error
     opset = _opset(model.opset_import)
     if opset < OLDEST_OPSET:
         raise EdgeKitError(
@@ -334,17 +341,30 @@ def linear_params(graph: Graph, inputs: list[str], attrs: dict[str, Any], shape:
     stored = graph.info[inputs[0]].dtype
     unsigned = zero.dtype == np.uint8 if len(inputs) > 2 and inputs[2] else stored in (np.uint8, np.float32)
     shift = 128 if unsigned else 0
-    axis = None if scale.size == 1 else attrs.get("axis", 1) % len(shape)
+    if not (np.isfinite(scale).all() and (scale > 0).all()):
+        raise EdgeKitError(f"the scale '{inputs[1]}' of the ONNX model is not a positive number", "quantize it anew")
+    axis = None if scale.size == 1 else attrs.get("axis", 1)
+    if axis is not None:
+        axis = axis % len(shape) if -len(shape) <= axis < len(shape) else None
+        if axis is None or shape[axis] != scale.size or zero.size not in (1, scale.size):
+            raise EdgeKitError(f"the scale '{inputs[1]}' of the ONNX model does not fit its tensor", "quantize it anew")
     return QParams.of(scale, zero.astype(np.int64) - shift, axis)
 
 
 def _array(tensor: onnx.TensorProto) -> np.ndarray:
-    """A tensor of the model; one in another file is not read, wherever the model says that it lies."""
+    _refuse_external(tensor)
+    try:
+        return numpy_helper.to_array(tensor)
+    except ValueError as error:
+        raise EdgeKitError(f"the ONNX model's tensor '{tensor.name}' is damaged: {error}", "export it anew") from error
+
+
+def _refuse_external(tensor: onnx.TensorProto) -> None:
+    """A tensor in another file is not read, wherever the model says that it lies."""
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
         raise EdgeKitError(
             f"the ONNX model keeps '{tensor.name}' in another file", "load it with onnx.load, which reads both"
         )
-    return numpy_helper.to_array(tensor)
 
 
 def _has_graphs(proto: onnx.NodeProto) -> bool:
@@ -383,6 +403,19 @@ def _renamed(
         for value in (*graph.input, *graph.output):
             value.name = names.setdefault(value.name, prefix + value.name)
     return made
+
+
+def rejection(model: onnx.ModelProto) -> str | None:
+    """What ONNX Runtime says against a model, or None if it takes it."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        return str(error).strip().splitlines()[0]
+    return None
 
 
 def _onnxruntime(model: onnx.ModelProto, feeds: dict[str, Any]) -> list[Any] | None:

@@ -31,6 +31,8 @@ def conv(
     """Conv of 1, 2 or 3 spatial axes; one axis is a 2-d convolution over height 1."""
     x, w, out = b.value(node.inputs[0]), b.value(node.inputs[1]), b.shape(node.outputs[0])
     bias = node.inputs[2] if len(node.inputs) > 2 else ""
+    if x.shape[1] != w.shape[1] * group or w.shape[0] % group:
+        raise unsupported(node, f"weights {list(w.shape)} in {group} groups for {x.shape[1]} input channels")
     axes = windows(node, auto_pad, pads, w.shape[2:], strides, dilations, x.shape[2:], out[2:])
     if len(axes) == 1:
         x, w = b.reshape(x, _flat(x.shape)), b.reshape(w, _flat(w.shape))
@@ -138,6 +140,8 @@ def conv_transpose(
     """ConvTranspose of 1 or 2 spatial axes: TRANSPOSE_CONV of the whole reach, cropped by the pads."""
     x, w, out = b.value(node.inputs[0]), b.value(node.inputs[1]), b.shape(node.outputs[0])
     rank = len(x.shape) - 2
+    if x.shape[1] != w.shape[0] or w.shape[0] % group:
+        raise unsupported(node, f"weights {list(w.shape)} in {group} groups for {x.shape[1]} input channels")
     if rank not in (1, 2):
         raise unsupported(node, f"{rank} spatial axes; 1 and 2 are handled")
     strides, dilations = list(strides or [1] * rank), list(dilations or [1] * rank)

@@ -88,6 +88,8 @@ def fully_connected(
     b: Builder, node: Node, x: Value, w: Value, bias: str, plain: bool = False
 ) -> tuple[Tensor, tuple[int, ...]]:
     """x · wᵀ + bias over the last axis of x; w is [channels, features]. `plain`: float and without activation."""
+    if x.shape[-1] != w.shape[1]:
+        raise unsupported(node, f"{x.shape[-1]} features and weights for {w.shape[1]}")
     x, w = _reorder_weights(b, x, w)
     x = b.settle(x)
     last = len(x.perm) - 1

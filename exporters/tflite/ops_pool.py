@@ -38,6 +38,7 @@ def max_pool(
         raise unsupported(node, "dilations")
     x, out = b.value(node.inputs[0]), b.shape(node.outputs[0])
     axes = windows(node, auto_pad, pads, kernel_shape, strides, None, x.shape[2:], out[2:])
+    _refuse_padding_alone(node, axes)
 
     def pool(tensor: Tensor, pair: tuple[int | None, int | None], activation: str) -> Tensor:
         window = [UNIT if index is None else axes[index] for index in pair]
@@ -78,6 +79,7 @@ def average_pool(
         raise unsupported(node, "dilations")
     x, out = b.value(node.inputs[0]), b.shape(node.outputs[0])
     axes = windows(node, auto_pad, pads, kernel_shape, strides, None, x.shape[2:], out[2:])
+    _refuse_padding_alone(node, axes)
     if len(axes) == 2 and all(axis.size == axis.kernel and axis.valid for axis in axes):
         reduce(b, node, "MEAN", [2, 3], keepdims=True)
         return
@@ -124,6 +126,12 @@ def _averaging(b: Builder, x: Tensor, axes: list[Window], q: QParams, activation
         depthMultiplier=1,
         fusedActivationFunction=activation,
     )
+
+
+def _refuse_padding_alone(node: Node, axes: list[Window]) -> None:
+    """Runtimes disagree on whether a window that holds nothing but padding exists."""
+    if any(axis.begin >= axis.span or (axis.out - 1) * axis.stride - axis.begin >= axis.size for axis in axes):
+        raise unsupported(node, "a window that lies in its padding")
 
 
 def _divisors(axis: Window, end: int, include: bool) -> np.ndarray:

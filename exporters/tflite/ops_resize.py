@@ -54,7 +54,7 @@ def resize(
             node, "align_corners with a scale that makes no whole number, which runtimes read differently"
         )
     changed = [axis for axis, scale in enumerate(scales) if source[axis] != target[axis] or scale != 1]
-    matrices = {axis: _matrix(source[axis], target[axis], scales[axis], attributes) for axis in changed}
+    matrices = {axis: _matrix(node, source[axis], target[axis], scales[axis], attributes) for axis in changed}
     picks = all(_one_hot(matrix) for matrix in matrices.values())
     q = b.common_q(node, node.inputs[:1]) if picks else None
     builtin = _builtin(matrices, picks, source, target)
@@ -85,7 +85,7 @@ def _scales(b: Builder, node: Node, axes: Sequence[int] | None, policy: str) -> 
     return scales
 
 
-def _matrix(size: int, out: int, scale: float, attributes: dict[str, Any]) -> np.ndarray:
+def _matrix(source: Node, size: int, out: int, scale: float, attributes: dict[str, Any]) -> np.ndarray:
     """The [out, size] matrix that resizes one axis: what ONNX Runtime makes of the unit vectors."""
     exact = scale == out / size
     sizes = np.array([1, 1, size, out], np.int64)
@@ -100,8 +100,11 @@ def _matrix(size: int, out: int, scale: float, attributes: dict[str, Any]) -> np
         [onnx.numpy_helper.from_array(array, name) for name, array in feeds],
     )
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 19)], ir_version=10)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    matrix = session.run(None, {"x": np.eye(size, dtype=np.float32)[None, None]})[0][0, 0].T
+    try:
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        matrix = session.run(None, {"x": np.eye(size, dtype=np.float32)[None, None]})[0][0, 0].T
+    except Exception as error:
+        raise unsupported(source, str(error).strip().splitlines()[0]) from error
     return np.ascontiguousarray(matrix)
 
 

@@ -12,6 +12,7 @@ from edgekit.exporters.tflite.ir import Node, Tensor, identity
 from edgekit.exporters.tflite.ops_activation import add, mul, scaled
 from edgekit.exporters.tflite.registry import lowers, unsupported
 
+COPIES = 2**22  # bytes of weights that may be kept once per time step
 ACTIVATIONS = {"Sigmoid": "LOGISTIC", "Tanh": "TANH", "Relu": "RELU"}
 
 
@@ -73,6 +74,10 @@ def _recurrent(
     r = _constant(b, node, 2, ())
     bias = _constant(b, node, 3, (directions, 2 * gates * hidden))
     peephole = _constant(b, node, 7, ()) if _input(node, 7) else None
+    wanted = (directions, gates * hidden)
+    found = [(*w.shape[:2], w.shape[2:]), (*r.shape[:2], r.shape[2:]), bias.shape]
+    if found != [(*wanted, x.shape[2:]), (*wanted, (hidden,)), (directions, 2 * gates * hidden)]:
+        raise unsupported(node, f"weights {w.shape}, {r.shape} and biases {bias.shape}")
     x = b.as_float(x)
     b.note(f"ONNX node '{node.name}' is unrolled over {time} time steps")
     outputs, last_h, last_c = [], [], []
@@ -131,10 +136,16 @@ def _joined(b: Builder, tensors: list[Tensor], axis: int) -> Tensor:
     return b.op("CONCATENATION", [*tensors], tuple(shape), axis=axis, fusedActivationFunction="NONE")
 
 
-def _dense(b: Builder, weights: np.ndarray, bias: np.ndarray | None = None) -> Callable[[Tensor], Tensor]:
-    """x ↦ x · weightsᵀ + bias over the last axis of a rank-3 tensor, with the same constants at every call."""
+def _dense(
+    b: Builder, weights: np.ndarray, bias: np.ndarray | None = None, steps: int = 1
+) -> Callable[[Tensor], Tensor]:
+    """x ↦ x · weightsᵀ + bias over the last axis of a rank-3 tensor, with the same constants at each of the steps."""
     offsets = np.zeros(len(weights), np.float32) if bias is None else bias
-    constants = b.const(np.ascontiguousarray(weights)), b.const(np.ascontiguousarray(offsets))
+    matrix = b.const(np.ascontiguousarray(weights))
+    if steps * weights.nbytes > COPIES:
+        # XNNPACK keeps a packed copy of constant weights for every step, and leaves computed ones alone.
+        matrix = b.op("BROADCAST_TO", [matrix, np.array(weights.shape, np.int32)], weights.shape)
+    constants = matrix, b.const(np.ascontiguousarray(offsets))
 
     def apply(x: Tensor) -> Tensor:
         shape = (*x.shape[:2], len(weights))
@@ -181,7 +192,7 @@ def lstm(
 
 
 def _unroll_lstm(b: Builder, cell: Cell, x: Tensor, order: Sequence[int]) -> Steps:
-    projected, recur = _dense(b, cell.w, cell.wb + cell.rb)(x), _dense(b, cell.r)
+    projected, recur = _dense(b, cell.w, cell.wb + cell.rb)(x), _dense(b, cell.r, steps=len(order))
     h, c, steps = cell.h, cell.c, []
     gate, candidate, squash = cell.functions
     for time in order:
@@ -235,8 +246,8 @@ def _unroll_gru(b: Builder, cell: Cell, x: Tensor, order: Sequence[int], linear:
     gate, candidate = cell.functions
     if h is None:
         h = b.const(np.zeros((1, x.shape[1], hidden), np.float32))
-    gates = _dense(b, cell.r[:split])
-    inner = _dense(b, cell.r[split:], cell.rb[split:] if linear else None)
+    gates = _dense(b, cell.r[:split], steps=len(order))
+    inner = _dense(b, cell.r[split:], cell.rb[split:] if linear else None, len(order))
     for time in order:
         z_x, r_x, n_x = _parts(b, _at(b, projected, time), 3)
         z_h, r_h = _parts(b, gates(h), 2)
@@ -265,7 +276,7 @@ def rnn(
 
 
 def _unroll_rnn(b: Builder, cell: Cell, x: Tensor, order: Sequence[int]) -> Steps:
-    projected, recur = _dense(b, cell.w, cell.wb + cell.rb)(x), _dense(b, cell.r)
+    projected, recur = _dense(b, cell.w, cell.wb + cell.rb)(x), _dense(b, cell.r, steps=len(order))
     h, steps = cell.h, []
     for time in order:
         z = _at(b, projected, time)

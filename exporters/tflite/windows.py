@@ -59,6 +59,8 @@ def windows(
     rank = len(sizes)
     strides, dilations = strides or [1] * rank, dilations or [1] * rank
     pads = pads or [0] * (2 * rank)
+    if auto_pad not in ("NOTSET", "VALID", "SAME_UPPER", "SAME_LOWER"):
+        raise unsupported(node, f"auto_pad {auto_pad}")
     if min(pads, default=0) < 0:
         raise unsupported(node, "negative pads")
     result = []

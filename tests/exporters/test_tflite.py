@@ -244,6 +244,12 @@ def int16() -> onnx.ModelProto:
     return model(nodes, {"x": random(1, 3)}, {"s": np.float32(0.1), "z": np.int16(0)}, opset=21)
 
 
+def undefined() -> onnx.ModelProto:
+    made = model([node("Relu", ["x"])], {"x": random(2)}, {})
+    made.graph.node[0].input[0] = "missing"
+    return made
+
+
 def training() -> onnx.ModelProto:
     return model([node("Dropout", ["x", "r", "t"])], {"x": random(2)}, {"r": np.float32(0.5), "t": np.array(True)})
 
@@ -259,6 +265,7 @@ def training() -> onnx.ModelProto:
         (double, "float64"),
         (int16, "int16"),
         (training, "training mode"),
+        (undefined, "not valid"),
     ],
 )
 def test_what_cannot_be_done_is_an_error_with_help(make: object, words: str) -> None:

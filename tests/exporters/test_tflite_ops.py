@@ -338,6 +338,8 @@ RECURRENT = [
         hidden_size=5,
         direction="bidirectional",
     ),
+    # So many steps that their weights are shared.
+    c("LSTM", (70, 1, 3), {"w": (1, 256, 3), "r": 0.1 * np.ones((1, 256, 64), np.float32)}, hidden_size=64),
     c("RNN", (4, 2, 3), {"w": (1, 5, 3), "r": (1, 5, 5), "b": (1, 10)}, ("y", "yh"), hidden_size=5),
 ]
 # The inputs of the recurrent ops by position: x, w, r, b, sequence lengths, h, c, peepholes.

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from edgekit.errors import EdgeKitError
-from edgekit.exporters.to_onnx import OPSET, halve, to_onnx
+from edgekit.exporters.to_onnx import OPSET, for_onnxruntime, halve, to_onnx
 from edgekit.quant.passes import aten, q
 from edgekit.quant.recipes import float32
 from int8_nets import CASES, Constant, Net, conv, flat, quantized, sqnr
@@ -75,7 +75,7 @@ def io_names(model: onnx.ModelProto) -> tuple[list[str], list[str]]:
 @pytest.mark.parametrize("name", CASES)
 def test_int8_files_compute_what_the_converted_graph_does(name: str, tmp_path: Path) -> None:
     case = quantized(name)
-    model = to_onnx(case.program, *names(name))
+    model = for_onnxruntime(to_onnx(case.program, *names(name)))
     onnx.checker.check_model(model, full_check=True)
     assert io_names(model) == names(name)
     for expected, got in zip(flat(case.program.module()(*case.batches[0])), run(model, *case.batches[0]), strict=True):
@@ -176,7 +176,7 @@ def test_opset_and_nothing_of_the_exporter_is_left() -> None:
     graph = model.graph
     for item in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer, graph):
         assert not item.metadata_props and not item.doc_string
-    assert b"/" not in b"".join(s for s in (model.SerializeToString(),) if b"int8_nets" in s)
+    assert b"int8_nets" not in model.SerializeToString()
 
 
 @torch.no_grad()
@@ -198,7 +198,7 @@ def test_half_weights() -> None:
 def test_half_weights_leave_integers_and_infinities() -> None:
     module = Net(lambda n, x: F.relu(x[:, n.i.value]) + n.m.value, i=Constant(1), m=Constant(1)).eval()
     module.i.value = torch.arange(99, -1, -1)
-    module.m.value = torch.full((100,), -torch.inf).triu() if False else torch.linspace(0, 1, 100)
+    module.m.value = torch.linspace(0, 1, 100)
     module.m.value[3] = -torch.inf
     x = torch.randn(2, 100)
     model = to_onnx(float32(module, (x,), ()), ["x"], ["y"], half_weights=True)
@@ -224,9 +224,9 @@ def test_folded_pads_equal_explicit_ones(amounts: tuple[int, ...], monkeypatch: 
     layers = (conv(), nn.Sigmoid(), nn.ZeroPad2d(amounts), conv(8, 4, padding=1, stride=2))
     batches = [(torch.randn(1, 3, 9, 9),) for _ in range(4)]
     program = int8_static(nn.Sequential(*layers).eval(), batches[0], batches)
-    folded = to_onnx(program, ["x"], ["y"])
+    folded = for_onnxruntime(to_onnx(program, ["x"], ["y"]))
     monkeypatch.setattr(exporter, "fold_quantized_pads", lambda model: None)
-    explicit = to_onnx(program, ["x"], ["y"])
+    explicit = for_onnxruntime(to_onnx(program, ["x"], ["y"]))
     assert not [n for n in folded.graph.node if n.op_type == "Pad"]
     assert len([n for n in explicit.graph.node if n.op_type == "Pad"]) == (amounts[0] != amounts[1])
     assert torch.equal(run(folded, *batches[0])[0], run(explicit, *batches[0])[0])
