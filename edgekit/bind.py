@@ -155,9 +155,9 @@ def bind(opened: Opened, specs: Sequence[TensorSpec], example: Sequence[Any] | M
     signature = _signature(opened)
     samples = _samples(example, opened.notes)
     if specs:
-        given = _made(specs, samples, signature)
+        given = _made(specs, samples, signature, "--input")
     elif samples is not None:
-        given = samples
+        given = _made(opened.specs, samples, signature, "the file") if _has_fixed_batch(opened.specs) else samples
     else:
         given = _from_file(opened, signature)
     as_dict = _is_one_dict(given, signature) and not specs
@@ -221,6 +221,11 @@ def _samples(example: Sequence[Any] | Mapping[str, Any] | None, notes: list[str]
     return named
 
 
+def _has_fixed_batch(specs: Sequence[TensorSpec]) -> bool:
+    """Whether a file was exported for one batch size above 1, which samples must then be cut or repeated to."""
+    return bool(specs) and all(0 not in s.shape for s in specs) and any(s.shape and s.shape[0] > 1 for s in specs)
+
+
 def _from_file(opened: Opened, signature: Signature) -> Named:
     """Inputs as the file knows them: its samples, else made from its shapes."""
     if opened.example:
@@ -230,10 +235,10 @@ def _from_file(opened: Opened, signature: Signature) -> Named:
         raise EdgeKitError(
             f"the shapes of the inputs of {opened.name} are not known; its inputs: {names}", _SHAPES_HELP
         )
-    return _made(opened.specs, None, signature)
+    return _made(opened.specs, None, signature, "the file")
 
 
-def _made(specs: Sequence[TensorSpec], samples: Named | None, signature: Signature) -> Named:
+def _made(specs: Sequence[TensorSpec], samples: Named | None, signature: Signature, said: str) -> Named:
     """One tensor per spec: the sample that belongs to it, else normal random numbers (floats) or zeros (integers)."""
     generator = torch.Generator().manual_seed(0)
     by_name = {name: t for name, t in samples or [] if name}
@@ -244,7 +249,7 @@ def _made(specs: Sequence[TensorSpec], samples: Named | None, signature: Signatu
         name = spec.name or (signature.names[i] if i < len(signature.names) else "")
         sample = by_name.get(name, in_order[i] if i < len(in_order) else None)
         if sample is not None:
-            given.append((spec.name, _cut(sample, spec, dtype)))
+            given.append((spec.name, _cut(sample, spec, dtype, said)))
         elif dtype.is_floating_point:
             given.append((spec.name, torch.randn(spec.shape, generator=generator, dtype=dtype)))
         else:
@@ -252,11 +257,11 @@ def _made(specs: Sequence[TensorSpec], samples: Named | None, signature: Signatu
     return given
 
 
-def _cut(sample: torch.Tensor, spec: TensorSpec, dtype: torch.dtype) -> torch.Tensor:
+def _cut(sample: torch.Tensor, spec: TensorSpec, dtype: torch.dtype, said: str) -> torch.Tensor:
     """The sample with the batch of the spec: its first rows, repeated from the start where there are too few."""
     shape = tuple(sample.shape)
     if sample.dtype is not dtype or len(shape) != len(spec.shape) or shape[1:] != spec.shape[1:]:
-        raise EdgeKitError(f"the samples are {_spec(spec.name, sample)}, but --input says {spec}", "make the two agree")
+        raise EdgeKitError(f"the samples are {_spec(spec.name, sample)}, but {said} says {spec}", "make the two agree")
     if shape == spec.shape:
         return sample
     return sample[torch.arange(spec.shape[0]) % shape[0]].contiguous()

@@ -37,6 +37,7 @@ def load(path: str, *, threads: int, inputs: Sequence[str] = (), outputs: Sequen
     Raises ValueError for names that the file does not have, and for a dtype that numpy has no name for. What ONNX
     Runtime raises on a corrupt file passes through.
     """
+    onnxruntime.disable_telemetry_events()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from edgekit.quant.recipes import int8_static
 from torch import nn
 from torch.export import ExportedProgram
+
+from edgekit.quant.recipes import int8_static
 
 torch.set_num_threads(1)  # two spin at every op, and are ten times slower beside other work
 BATCHES = 12
@@ -94,30 +95,41 @@ CASES: dict[str, Case] = {
     "conv_relu6_bn": Case(lambda: nn.Sequential(conv(bias=False), nn.BatchNorm2d(8), nn.ReLU6(), conv(8))),
     "conv_hardswish": Case(lambda: nn.Sequential(conv(), nn.Hardswish(), conv(8), nn.Hardsigmoid())),
     "residual": Case(lambda: Net(lambda n, x: n.b(F.relu((y := n.a(x)) + n.c(y))), a=conv(), b=conv(8), c=conv(8, 8))),
-    "concat": Case(lambda: Net(lambda n, x: n.c(torch.cat([n.a(x), F.relu(n.b(x))], 1)), a=conv(), b=conv(), c=conv(16))),
+    "concat": Case(
+        lambda: Net(lambda n, x: n.c(torch.cat([n.a(x), F.relu(n.b(x))], 1)), a=conv(), b=conv(), c=conv(16))
+    ),
     "dense": Case(
         lambda: Net(
-            lambda n, x: n.c(torch.cat([(z := torch.cat([y := n.a(x), n.b(y)], 1)), y], 1)), a=conv(), b=conv(8), c=conv(24)
+            lambda n, x: n.c(torch.cat([torch.cat([y := n.a(x), n.b(y)], 1), y], 1)),
+            a=conv(),
+            b=conv(8),
+            c=conv(24),
         )
     ),
     "mul_scalar": Case(lambda: Net(lambda n, x: n.b(n.a(x) * 0.5 + 1), a=conv(), b=conv(8))),
-    "mul_constant": Case(lambda: Net(lambda n, x: n.b(n.a(x) * n.c.value), a=conv(), b=conv(8), c=Constant(1, 8, 1, 1))),
-    "squeeze_excite": Case(
-        lambda: Net(squeeze_excite, a=conv(), down=conv(8, 4, 1), up=conv(4, 8, 1), b=conv(8))
+    "mul_constant": Case(
+        lambda: Net(lambda n, x: n.b(n.a(x) * n.c.value), a=conv(), b=conv(8), c=Constant(1, 8, 1, 1))
     ),
+    "squeeze_excite": Case(lambda: Net(squeeze_excite, a=conv(), down=conv(8, 4, 1), up=conv(4, 8, 1), b=conv(8))),
     "max_pool": Case(lambda: nn.Sequential(conv(), nn.ReLU(), nn.MaxPool2d(2), conv(8))),
     "avg_pool": Case(lambda: nn.Sequential(conv(), nn.ReLU(), nn.AvgPool2d(2), conv(8))),
     "resize": Case(lambda: nn.Sequential(conv(), nn.Upsample(scale_factor=2), conv(8))),
     "bilinear": Case(lambda: nn.Sequential(conv(), nn.Upsample(scale_factor=2, mode="bilinear"), conv(8))),
     "moves": Case(
         lambda: Net(
-            lambda n, x: n.b(F.pad(n.a(x).permute(0, 1, 3, 2)[:, :, 1:], (1, 2, 0, 1)).reshape(2, 4, 11, -1)[:, :, :, 0:16]),
-            a=conv(), b=conv(4, 4),
+            lambda n, x: n.b(
+                F.pad(n.a(x).permute(0, 1, 3, 2)[:, :, 1:], (1, 2, 0, 1)).reshape(2, 4, 11, -1)[:, :, :, 0:16]
+            ),
+            a=conv(),
+            b=conv(4, 4),
         )
-    ) if False else Case(
+    )
+    if False
+    else Case(
         lambda: Net(
             lambda n, x: n.b(F.pad(n.a(x).permute(0, 1, 3, 2)[:, :, 1:], (1, 0, 2, 0)).reshape(2, 4, 9, 18)),
-            a=conv(), b=conv(4, 4),
+            a=conv(),
+            b=conv(4, 4),
         )
     ),
     "linear_chain": Case(lambda: nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)), ((4, 16),)),
@@ -140,13 +152,17 @@ CASES: dict[str, Case] = {
         lambda: Net(lambda n, x: n.b(F.gelu(n.a(x)).sort(-1).values), a=nn.Linear(16, 8), b=nn.Linear(8, 4)), ((4, 16),)
     ),
     "two_outputs": Case(
-        lambda: Net(lambda n, x: (n.b(y := F.relu(n.a(x))), torch.sigmoid(n.c(y))), a=conv(), b=conv(8, 4), c=conv(8, 2))
+        lambda: Net(
+            lambda n, x: (n.b(y := F.relu(n.a(x))), torch.sigmoid(n.c(y))), a=conv(), b=conv(8, 4), c=conv(8, 2)
+        )
     ),
     "shared_conv": Case(lambda: Net(lambda n, x: n.b(F.relu(n.b(n.a(x)))), a=conv(), b=conv(8, 8))),
     "shared_transposed": Case(
         lambda: Net(lambda n, x: n.b(F.relu(n.b(n.a(x)))), a=conv(3, 4), b=nn.ConvTranspose2d(4, 4, 2, stride=2))
     ),
-    "asymmetric_pad": Case(lambda: nn.Sequential(conv(), nn.ReLU6(), nn.ZeroPad2d((0, 1, 0, 1)), conv(8, 4, padding=0, stride=2))),
+    "asymmetric_pad": Case(
+        lambda: nn.Sequential(conv(), nn.ReLU6(), nn.ZeroPad2d((0, 1, 0, 1)), conv(8, 4, padding=0, stride=2))
+    ),
     "split": Case(lambda: Net(lambda n, x: n.b(torch.cat([*reversed(n.a(x).chunk(2, 1))], 1)), a=conv(), b=conv(8))),
     "same_padding": Case(lambda: nn.Sequential(conv(padding="same"), nn.ReLU(), conv(8, 4, 2, padding="same"))),
     "dead": Case(lambda: dead()),

@@ -349,6 +349,19 @@ def test_shapes_of_the_file_are_used(tmp_path: Path, net: nn.Module) -> None:
     assert load(tmp_path / "m.onnx", inputs=["4x3x8x8"]).outputs[0].shape == (4, 5)
 
 
+@pytest.mark.parametrize("suffix", ["pt2", "onnx"])
+def test_samples_are_cut_to_the_batch_of_the_file(suffix: str, tmp_path: Path, net: nn.Module) -> None:
+    path, x = tmp_path / f"m.{suffix}", torch.randn(4, 3, 8, 8)
+    if suffix == "pt2":
+        torch.export.save(torch.export.export(net, (x,)), path)
+    else:
+        torch.onnx.export(net, (x,), path, verbose=False)
+    model = load(path, example=[x[:1].numpy()])
+    assert model.inputs[0].shape == (4, 3, 8, 8)
+    with pytest.raises(EdgeKitError, match="but the file says"):
+        load(path, example=[x[:1, :, :4].numpy()])
+
+
 def test_exported_program_with_keyword_nested_and_optional_inputs(tmp_path: Path) -> None:
     class Odd(nn.Module):
         def forward(self, pair, flag, *, scale):

@@ -28,6 +28,7 @@ Operand = Tensor | np.ndarray | None
 FLOAT = np.dtype(np.float32)
 INT32 = np.dtype(np.int32)
 INT8 = np.dtype(np.int8)
+LARGEST = 2**31 - 1
 # Below this many elements a stored constant is written as float32: a DEQUANTIZE costs more than it saves.
 SMALL = 64
 
@@ -97,7 +98,7 @@ class Builder:
             raise EdgeKitError(
                 f"ONNX node '{self.source}' makes '{name}' with shape {list(value.shape)}, and ONNX's own rules say "
                 f"{list(self.graph.info[name].shape)}",
-                "its attributes contradict each other: export the model anew",
+                _ANEW,
             )
         if value.tensor.data is None and not value.tensor.name:
             value.tensor.name = self._unique(name)
@@ -169,6 +170,8 @@ class Builder:
         base = Value(value.tensor, value.perm)
         if shape == base.base_shape:
             return base
+        if math.prod(shape) != value.tensor.size:
+            raise EdgeKitError(f"ONNX node '{self.source}' reshapes {list(base.base_shape)} to {list(shape)}", _ANEW)
         groups = merge_groups(base.base_shape, shape)
         physical = _reshaped_order(base, shape, groups)
         if physical is None:
@@ -183,11 +186,12 @@ class Builder:
         key = (tensor, "shape", *shape)
         if key not in self._converted:
             if tensor.data is not None:
-                q = tensor.q
-                if q is not None and q.axis is not None:
-                    moved = [axis for axis, size in enumerate(shape) if size == tensor.shape[q.axis]]
-                    q = q.moved(moved[-1])
-                result = Tensor(self._unique(tensor.name), shape, tensor.dtype, tensor.data.reshape(shape), q)
+                axis = tensor.q.axis if tensor.q is not None else None
+                if axis is None:
+                    q, data = tensor.q, tensor.data
+                else:
+                    q, data = _reshaped_channels(tensor, shape, axis)
+                result = Tensor(self._unique(tensor.name), shape, data.dtype, data.reshape(shape), q)
             else:
                 result = self.op(
                     "RESHAPE", [tensor, np.array(shape, np.int32)], shape, tensor.dtype, tensor.q, newShape=list(shape)
@@ -308,6 +312,8 @@ class Builder:
                 f"TFLite's {kind} does not take the {rank} axes that ONNX node '{self.source}' needs",
                 "merge axes there, or export with --format onnx or executorch",
             )
+        if any(tensor.size > LARGEST for tensor in outputs):
+            raise EdgeKitError(f"ONNX node '{self.source}' needs a tensor larger than TFLite's limit of 2 GB", _ANEW)
         data = data_input(kind, operands)
         if data is not None and data.q is None and not takes(kind, data.dtype):
             raise EdgeKitError(
@@ -385,7 +391,17 @@ class Builder:
         return unique
 
 
+_ANEW = "the model contradicts itself: export it anew"
 _FLOAT64 = "export the model in float32 (model.float())"
+
+
+def _reshaped_channels(tensor: Tensor, shape: Shape, axis: int) -> tuple[QParams | None, np.ndarray]:
+    """Parameters of a reshaped constant with scales along an axis; real numbers where that axis merges or splits."""
+    assert tensor.q is not None and tensor.data is not None
+    for source, target in merge_groups(tensor.shape, shape) or []:
+        if source == [axis] and len(target) == 1:
+            return tensor.q.moved(target[0]), tensor.data
+    return None, tensor.q.dequantize(tensor.data)
 
 
 def merge_groups(source: Shape, target: Shape) -> list[tuple[list[int], list[int]]] | None:

@@ -33,6 +33,7 @@ def operands(
     layout: tuple[Perm, Perm],
     channels: int,
     int8: bool = True,
+    channel_axis: int = 0,
 ) -> Linear:
     """Choose int8 or float for a linear layer and bring input and weights to `layout` (permutations of x and w).
 
@@ -47,7 +48,7 @@ def operands(
     if q is not None and constant_bias and _int8(x_tensor) and _int8(w_tensor) and w_tensor.data is not None:
         assert x_tensor.q is not None and w_tensor.q is not None
         scales = w_tensor.q.scale
-        matches = w_tensor.q.per_tensor or len(scales) == channels
+        matches = w_tensor.q.per_tensor or w_tensor.q.axis == layout[1].index(channel_axis)
         step = x_tensor.q.scale[0] * max(scales)
         if x_tensor.q.per_tensor and w_tensor.q.symmetric and matches and rescales(q, step, x_tensor.q, w_tensor.q):
             return Linear(x_tensor, w_tensor, int32_bias(b, bias, x_tensor.q, w_tensor.q, channels), q)

@@ -344,10 +344,10 @@ def linear_params(graph: Graph, inputs: list[str], attrs: dict[str, Any], shape:
     if not (np.isfinite(scale).all() and (scale > 0).all()):
         raise EdgeKitError(f"the scale '{inputs[1]}' of the ONNX model is not a positive number", "quantize it anew")
     axis = None if scale.size == 1 else attrs.get("axis", 1)
-    if axis is not None:
-        axis = axis % len(shape) if -len(shape) <= axis < len(shape) else None
-        if axis is None or shape[axis] != scale.size or zero.size not in (1, scale.size):
-            raise EdgeKitError(f"the scale '{inputs[1]}' of the ONNX model does not fit its tensor", "quantize it anew")
+    fits = axis is None or (-len(shape) <= axis < len(shape) and shape[axis] == scale.size)
+    if not fits or zero.size not in (1, scale.size):
+        raise EdgeKitError(f"the scale '{inputs[1]}' of the ONNX model does not fit its tensor", "quantize it anew")
+    axis = axis if axis is None else axis % len(shape)
     return QParams.of(scale, zero.astype(np.int64) - shift, axis)
 
 

@@ -167,7 +167,7 @@ def conv_transpose(
         x, w, out = b.reshape(x, _flat(x.shape)), b.reshape(w, _flat(w.shape)), _flat(out)
         strides, begins = [1, *strides], [0, *begins]
     bias = node.inputs[2] if len(node.inputs) > 2 else ""
-    layer = operands(b, node, x, w, bias, (NHWC, (1, 2, 3, 0)), out[1])
+    layer = operands(b, node, x, w, bias, (NHWC, (1, 2, 3, 0)), out[1], channel_axis=1)
     result = _transposed(b, layer, strides, begins, out)
     b.bind(node.outputs[0], b.reshape(Value(b.activate(result, node.activation), NHWC), final))
 

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from edgekit.exporters.tflite.builder import Builder
+from edgekit.exporters.tflite.builder import FLOAT, Builder
 from edgekit.exporters.tflite.ir import Node, Tensor, channels_last
 from edgekit.exporters.tflite.ops_reduce import averaged_q
 from edgekit.exporters.tflite.ops_shape import gathered
@@ -65,6 +65,8 @@ def resize(
         shape = (x.shape[0], *target[2:], x.shape[3])
         b.bind(node.outputs[0], b.op(kind, [x, size], shape, q=x.q, **options), NHWC)
         return
+    if not picks and b.dtype(node.inputs[0]) != FLOAT:
+        raise unsupported(node, f"interpolation of {b.dtype(node.inputs[0])}")
     x, perm = b.held_as(value.tensor, q), value.perm
     for axis, matrix in matrices.items():
         physical = perm.index(axis)

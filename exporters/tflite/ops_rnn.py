@@ -89,8 +89,8 @@ def _recurrent(
             bias[index, : gates * hidden],
             bias[index, gates * hidden :],
             None if peephole is None else peephole[index],
-            _state(b, node, 5, index, layout),
-            _state(b, node, 6, index, layout),
+            _state(b, node, 5, index, layout, (batch, hidden)),
+            _state(b, node, 6, index, layout, (batch, hidden)),
             tuple(ACTIVATIONS[name] for name in names[index * per : (index + 1) * per]),
         )
         backward = direction == "reverse" or index == 1
@@ -113,7 +113,7 @@ def _bind(b: Builder, node: Node, index: int, tensor: Tensor, perm: tuple[int, .
         b.bind(node.outputs[index], tensor, perm)
 
 
-def _state(b: Builder, node: Node, index: int, direction: int, layout: int) -> Tensor | None:
+def _state(b: Builder, node: Node, index: int, direction: int, layout: int, sizes: tuple[int, int]) -> Tensor | None:
     """The initial state [1, batch, hidden] of one direction, or None for zeros."""
     name = _input(node, index)
     if not name:
@@ -122,6 +122,8 @@ def _state(b: Builder, node: Node, index: int, direction: int, layout: int) -> T
     if array is not None and not array.any():
         return None
     state = b.take(name, (1, 0, 2) if layout else identity(3))
+    if state.shape[1:] != sizes or state.shape[0] <= direction:
+        raise unsupported(node, f"an initial state of shape {list(b.shape(name))}")
     if state.shape[0] == 1:
         return state
     begin, size = np.array([direction, 0, 0], np.int32), (1, *state.shape[1:])

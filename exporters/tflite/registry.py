@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 Lowering = Callable[..., None]
 LOWERINGS: dict[str, Lowering] = {}
+LARGEST = 2**31 - 1
 EMPTY_PARTS = ("Concat", "Split")  # some of their inputs or outputs may be empty
 COMPUTED = ("float32", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "bool")
 
@@ -49,6 +51,9 @@ def lower(builder: Builder, node: Node) -> None:
                 f"TFLite export does not handle the attribute '{name}' of ONNX op {node}",
                 "export with --format onnx or executorch, or extend the lowering in exporters/tflite/ops_*.py",
             )
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(number, int) and abs(number) > LARGEST for number in numbers):
+            raise unsupported(node, f"its attribute '{name}' is {value}, and TFLite counts to {LARGEST}")
         attributes[name] = value
     _check_values(builder, node)
     if all(0 in builder.shape(name) for name in node.outputs if name):
@@ -64,6 +69,8 @@ def _check_values(builder: Builder, node: Node) -> None:
         info = builder.graph.info[name]
         if name in node.outputs and info.dtype.name not in COMPUTED:
             raise unsupported(node, f"it makes {info.dtype}, and TFLite computes with {', '.join(COMPUTED)}")
+        if math.prod(info.shape) > LARGEST:
+            raise unsupported(node, f"'{name}' has {math.prod(info.shape)} elements, and TFLite counts to {LARGEST}")
         empty = 0 in info.shape and name not in builder.graph.constants
         if empty and node.op not in EMPTY_PARTS and not all(0 in builder.shape(out) for out in node.outputs if out):
             raise unsupported(node, f"'{name}' is empty, with shape {list(info.shape)}")

@@ -116,6 +116,11 @@ CASES = [
     q("Conv", (1, 4, 8, 8), weights=((4, 1, 3, 3), 0), bias="int32", kinds="DEPTHWISE_CONV_2D", group=4, pads=[1] * 4),
     q("Conv", (1, 4, 8, 8), weights=((8, 1, 3, 3), 0), bias="float", kinds="DEPTHWISE_CONV_2D", group=4),
     q("Conv", (1, 4, 8, 8), weights=((6, 2, 3, 3), 0), bias="float", kinds="CONV_2D", group=2),
+    # As many input as output channels, and scales along the wrong ones: TFLite has no such int8 convolution.
+    q("Conv", (1, 8, 6, 6), weights=((8, 8, 3, 3), 1), bias="float"),
+    q("ConvTranspose", (1, 4, 5, 5), weights=((4, 4, 2, 2), 0), strides=[2, 2]),
+    q("MatMul", (2, 8), weights=((8, 8), 0)),
+    q("Conv", (1, 3, 16), weights=((3, 3, 3), 0), bias="int32", kinds="CONV_2D"),
     q("Conv", (2, 3, 16), weights=((4, 3, 3), 0), bias="float", kinds="CONV_2D", pads=[1, 1]),
     q("ConvTranspose", (1, 3, 5, 5), weights=((3, 4, 2, 2), 1), bias="float", kinds="TRANSPOSE_CONV", strides=[2, 2]),
     q("ConvTranspose", (1, 3, 5, 5), weights=((3, 4, 3, 3), None), kinds="TRANSPOSE_CONV", strides=[2, 2]),

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from int8_nets import CASES, Batches, build, flat, quantized, sqnr
+
 from edgekit.exporters.to_executorch import to_executorch
 from edgekit.quant.recipes import half_compute
 from edgekit.runtimes import run_artifact
-from int8_nets import CASES, Batches, build, flat, quantized, sqnr
 
 # network → the ops that stay outside the delegate
 UNDELEGATED: dict[str, set[str]] = {

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from edgekit.quant.observers import BINS, KnownScale, MSEObserver
 
 COUNT = 4000

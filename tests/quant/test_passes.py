@@ -9,9 +9,10 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from edgekit.quant import passes
 from edgekit.quant.passes import aten, capture, drop_implied_clips, q
-from torch import nn
 
 IMAGE = (2, 4, 6, 6)
 
@@ -64,7 +65,9 @@ def norm(rank: int, **options: object) -> Callable[[], nn.Module]:
     return make
 
 
-def conv(outputs: int = 5, kernel: int = 3, rank: int = 2, inputs: int = 4, **options: object) -> Callable[[], nn.Module]:
+def conv(
+    outputs: int = 5, kernel: int = 3, rank: int = 2, inputs: int = 4, **options: object
+) -> Callable[[], nn.Module]:
     return lambda: (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1](inputs, outputs, kernel, **options)
 
 
@@ -80,9 +83,13 @@ CASES: dict[str, Case] = {
     # in-place operations whose results and inputs are read later
     "relu_inplace": fn(lambda m, x: x.relu_() + 1, "relu add"),
     "relu_inplace_input_read": fn(lambda m, x: (x.relu_(), x + 1)[1], "relu add"),
-    "add_inplace_of_view": fn(lambda m, x: (y := x * 2, y[:, 1:].add_(3), y.sum(1))[2], "mul slice add slice_scatter sum"),
+    "add_inplace_of_view": fn(
+        lambda m, x: (y := x * 2, y[:, 1:].add_(3), y.sum(1))[2], "mul slice add slice_scatter sum"
+    ),
     "relu6_inplace_returned": fn(lambda m, x: F.relu6(x, inplace=True), "hardtanh"),
-    "inplace_before_other_read": fn(lambda m, x: (y := m.conv(x), z := F.relu_(y), z + y)[2], "conv2d relu add", conv=conv()),
+    "inplace_before_other_read": fn(
+        lambda m, x: (y := m.conv(x), z := F.relu_(y), z + y)[2], "conv2d relu add", conv=conv()
+    ),
     # clamps
     "relu6": seq("hardtanh", nn.ReLU6),
     "hardtanh": seq("hardtanh", nn.Hardtanh),
@@ -123,9 +130,7 @@ CASES: dict[str, Case] = {
     "bn_shared_conv": fn(
         lambda m, x: m.a(m.conv(x)) + m.b(m.conv(x)), "conv2d conv2d add", conv=conv(), a=norm(2), b=norm(2)
     ),
-    "bn_conv_read_twice": fn(
-        lambda m, x: (y := m.conv(x)) + m.bn(y), "conv2d BN getitem add", conv=conv(), bn=norm(2)
-    ),
+    "bn_conv_read_twice": fn(lambda m, x: (y := m.conv(x)) + m.bn(y), "conv2d BN getitem add", conv=conv(), bn=norm(2)),
     "bn_twice": fn(lambda m, x: m.bn(m.bn(m.conv(x))), "conv2d", conv=conv(), bn=norm(2)),
     "bn_after_relu": seq("conv2d relu BN getitem", conv(), nn.ReLU, norm(2)),
     "bn_alone": seq("BN getitem", norm(2), shape=(2, 5, 3, 3)),
@@ -148,7 +153,9 @@ CASES: dict[str, Case] = {
     "pad_defaults": fn(lambda m, x: F.conv2d(F.pad(x, (1, 1, 2, 2)), m.w), "conv2d", w=weight(5, 4, 3, 3)),
     "pad_conv1d": fn(pad(2, 2), "conv1d", (2, 4, 9), conv=conv(rank=1)),
     "pad_on_padding": fn(pad(1, 1, 1, 1), "conv2d", conv=conv(padding=(2, 1), stride=2, dilation=2)),
-    "pad_two_readers": fn(lambda m, x: m.a(y := F.pad(x, (1, 1, 1, 1))) + m.b(y), "conv2d conv2d add", a=conv(), b=conv()),
+    "pad_two_readers": fn(
+        lambda m, x: m.a(y := F.pad(x, (1, 1, 1, 1))) + m.b(y), "conv2d conv2d add", a=conv(), b=conv()
+    ),
     "pad_other_reader": fn(
         lambda m, x: m.conv(y := F.pad(x, (1, 1, 1, 1))).sum() + y.sum(), "pad conv2d sum sum add", conv=conv()
     ),
@@ -160,7 +167,9 @@ CASES: dict[str, Case] = {
     "pad_reflect": fn(pad(1, 1, 1, 1, mode="reflect"), "pad conv2d", conv=conv()),
     "pad_replicate": fn(pad(1, 1, 1, 1, mode="replicate"), "pad conv2d", conv=conv()),
     "padding_mode": seq("pad conv2d", conv(padding=1, padding_mode="reflect")),
-    "padding_same": seq("conv2d relu conv2d", conv(padding="same"), nn.ReLU, conv(inputs=5, padding="same", dilation=2)),
+    "padding_same": seq(
+        "conv2d relu conv2d", conv(padding="same"), nn.ReLU, conv(inputs=5, padding="same", dilation=2)
+    ),
     "padding_same_even": seq("pad conv2d", conv(kernel=(2, 3), padding="same")),
     "padding_same_functional": fn(lambda m, x: F.conv2d(x, m.w, padding="same"), "conv2d", w=weight(5, 4, 3, 3)),
     "padding_valid": fn(lambda m, x: F.conv2d(x, m.w, padding="valid"), "conv2d", w=weight(5, 4, 3, 3)),
@@ -232,7 +241,17 @@ def test_canonical_graph_computes_what_eager_does(name: str) -> None:
 
 def test_every_pass_has_a_case_that_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     idle = {run.__name__ for run in passes.PASSES}
-    for name in ("dropout", "chunk", "clamp", "padding_same", "global_pool", "bn_conv2d", "pad", "strided", "hard_sigmoid"):
+    for name in (
+        "dropout",
+        "chunk",
+        "clamp",
+        "padding_same",
+        "global_pool",
+        "bn_conv2d",
+        "pad",
+        "strided",
+        "hard_sigmoid",
+    ):
         case = CASES[name]
         with monkeypatch.context() as patch:
             patch.setattr(passes, "PASSES", ())
@@ -282,7 +301,7 @@ BOUNDS = [(0.0, math.inf), (0.0, 6.0), (-1.0, 1.0), (-math.inf, 3.0), (0.5, 6.0)
 
 @pytest.mark.parametrize("bounds", BOUNDS)
 def test_implied_clips_go_and_others_stay(bounds: tuple[float, float]) -> None:
-    """The decision is held against the codes of a dense grid, for the ranges that calibration finds, and around them."""
+    """Held against the codes of a dense grid, for the ranges that calibration finds, and around them."""
     generator = torch.Generator().manual_seed(0)
     dropped = kept = 0
     for trial in range(60):
@@ -296,7 +315,9 @@ def test_implied_clips_go_and_others_stay(bounds: tuple[float, float]) -> None:
             zero_point = int(torch.randint(-128, 128, (1,), generator=generator))
         model = clip_graph("relu" if bounds == BOUNDS[0] else "hardtanh", bounds, scale, zero_point)
         edges = torch.tensor([b for b in bounds if math.isfinite(b)])
-        x = torch.cat([torch.linspace(-12, 12, 4001), torch.linspace(-1.5, 1.5, 4001) * 255 * scale, edges, edges + scale / 2])
+        x = torch.cat(
+            [torch.linspace(-12, 12, 4001), torch.linspace(-1.5, 1.5, 4001) * 255 * scale, edges, edges + scale / 2]
+        )
         expected = model(x)
         clipped = len(names(model.graph))
         drop_implied_clips(model)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from edgekit.quant.passes import aten, q
 from int8_nets import CASES, flat, quantized, sqnr
 from torch.fx import Node
+
+from edgekit.quant.passes import aten, q
 
 Q, DQ = q.quantize_per_tensor.default, q.dequantize_per_tensor.default
 CHANNELS = q.dequantize_per_channel.default
 LEAST_DB = 25.0
-
 
 
 def nodes(name: str, *targets: object) -> list[Node]:

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from int8_nets import CASES, Batches, build, flat, quantized, sqnr
+
 from edgekit.errors import EdgeKitError
 from edgekit.quant.recipes import RECIPES, float32, half_compute, int8_static, io_qparams
-from int8_nets import CASES, Batches, build, flat, quantized, sqnr
 
 
 class Counted:

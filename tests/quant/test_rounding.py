@@ -9,11 +9,12 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from edgekit.errors import EdgeKitError
 from edgekit.quant import rounding
 from edgekit.quant.passes import attribute, capture
 from edgekit.quant.rounding import channel_scales, round_weights, roundable
-from torch import nn
 
 
 class Case(NamedTuple):
@@ -58,14 +59,18 @@ def nearest(weight: torch.Tensor) -> torch.Tensor:
     return torch.round(weight / scale).clamp(-127, 127) * scale
 
 
-def layer_error(layer: nn.Module, batches: Iterable[tuple[torch.Tensor]], other: nn.Module) -> tuple[float, torch.Tensor]:
+def layer_error(
+    layer: nn.Module, batches: Iterable[tuple[torch.Tensor]], other: nn.Module
+) -> tuple[float, torch.Tensor]:
     """Mean squared error of the output, and the mean error of each channel."""
     errors = torch.stack([other(x) - layer(x) for (x,) in batches]).double()
     channel = 2 if errors.ndim > 3 and not isinstance(layer, nn.Linear) else errors.ndim - 1
     return float(errors.square().mean()), errors.transpose(0, channel).flatten(1).mean(1)
 
 
-def rounded(layer: nn.Module, batches: list[tuple[torch.Tensor]]) -> tuple[torch.fx.GraphModule, torch.fx.Node, torch.Tensor]:
+def rounded(
+    layer: nn.Module, batches: list[tuple[torch.Tensor]]
+) -> tuple[torch.fx.GraphModule, torch.fx.Node, torch.Tensor]:
     graph = capture(layer, batches[0])
     scales = round_weights(graph, batches)
     (node,) = (n for n in graph.graph.nodes if roundable(n))
@@ -98,9 +103,10 @@ def test_outputs_are_nearer_than_by_nearest_rounding(name: str) -> None:
     naive_error, _ = layer_error(layer, batches, naive)
     assert error <= naive_error
     assert bias.abs().max() <= 0.02 * error**0.5 + 1e-6
-    assert layer_error(layer, correlated(case.shape, 1), graph)[0] <= 1.1 * layer_error(
-        layer, correlated(case.shape, 1), naive
-    )[0], "worse on data that it has not seen"
+    assert (
+        layer_error(layer, correlated(case.shape, 1), graph)[0]
+        <= 1.1 * layer_error(layer, correlated(case.shape, 1), naive)[0]
+    ), "worse on data that it has not seen"
 
 
 @torch.no_grad()
