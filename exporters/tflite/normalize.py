@@ -123,6 +123,8 @@ class _Reader:
         if not tensor.HasField("shape"):
             raise EdgeKitError(f"{what} has no known shape, and TFLite export needs fixed shapes", _FIXED)
         for dim in tensor.shape.dim:
+            if dim.dim_value < 0:
+                raise EdgeKitError(f"{what} has a negative size: {dim.dim_value}", "export the model anew")
             if not dim.HasField("dim_value"):
                 label = f" '{dim.dim_param}'" if dim.dim_param else ""
                 raise EdgeKitError(
@@ -406,16 +408,24 @@ def _renamed(
 
 
 def rejection(model: onnx.ModelProto) -> str | None:
-    """What ONNX Runtime says against a model, or None if it takes it."""
+    """What ONNX Runtime says against loading a model or running it on zeros, or None if it does both."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     try:
-        onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        held = {tensor.name for tensor in model.graph.initializer}
+        session.run(None, {value.name: _zeros(value) for value in model.graph.input if value.name not in held})
     except Exception as error:
         return str(error).strip().splitlines()[0]
     return None
+
+
+def _zeros(value: onnx.ValueInfoProto) -> np.ndarray:
+    tensor = value.type.tensor_type
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+    return np.zeros([dim.dim_value for dim in tensor.shape.dim], dtype)
 
 
 def _onnxruntime(model: onnx.ModelProto, feeds: dict[str, Any]) -> list[Any] | None:

@@ -216,8 +216,8 @@ def selu(b: Builder, node: Node, *, alpha: float = 1.6732632, gamma: float = 1.0
 @lowers("Celu")
 def celu(b: Builder, node: Node, *, alpha: float = 1.0) -> None:
     """max(0, x) + min(0, α · (exp(x / α) − 1))."""
-    if not alpha:
-        raise unsupported(node, "α = 0")
+    if alpha <= 0:
+        raise unsupported(node, f"α = {alpha}")
     x, perm = operand(b, node, False)
     y = scaled(b, b.op("ELU", [scaled(b, x, 1 / alpha)], x.shape), alpha) if alpha != 1 else b.op("ELU", [x], x.shape)
     b.bind(node.outputs[0], y, perm)

@@ -31,7 +31,7 @@ def conv(
     """Conv of 1, 2 or 3 spatial axes; one axis is a 2-d convolution over height 1."""
     x, w, out = b.value(node.inputs[0]), b.value(node.inputs[1]), b.shape(node.outputs[0])
     bias = node.inputs[2] if len(node.inputs) > 2 else ""
-    if x.shape[1] != w.shape[1] * group or w.shape[0] % group:
+    if len(x.shape) != len(w.shape) or x.shape[1] != w.shape[1] * group or w.shape[0] % group:
         raise unsupported(node, f"weights {list(w.shape)} in {group} groups for {x.shape[1]} input channels")
     axes = windows(node, auto_pad, pads, w.shape[2:], strides, dilations, x.shape[2:], out[2:])
     if len(axes) == 1:
@@ -137,13 +137,13 @@ def conv_transpose(
     pads: Sequence[int] | None = None,
     strides: Sequence[int] | None = None,
 ) -> None:
-    """ConvTranspose of 1 or 2 spatial axes: TRANSPOSE_CONV of the whole reach, cropped by the pads."""
+    """ConvTranspose of 1, 2 or 3 spatial axes: TRANSPOSE_CONV of the whole reach, cropped by the pads."""
     x, w, out = b.value(node.inputs[0]), b.value(node.inputs[1]), b.shape(node.outputs[0])
     rank = len(x.shape) - 2
-    if x.shape[1] != w.shape[0] or w.shape[0] % group:
+    if len(x.shape) != len(w.shape) or x.shape[1] != w.shape[0] or w.shape[0] % group:
         raise unsupported(node, f"weights {list(w.shape)} in {group} groups for {x.shape[1]} input channels")
-    if rank not in (1, 2):
-        raise unsupported(node, f"{rank} spatial axes; 1 and 2 are handled")
+    if rank not in (1, 2, 3):
+        raise unsupported(node, f"{rank} spatial axes; 1, 2 and 3 are handled")
     strides, dilations = list(strides or [1] * rank), list(dilations or [1] * rank)
     extra, pads = list(output_padding or [0] * rank), list(pads or [0] * (2 * rank))
     begins = []
@@ -167,9 +167,10 @@ def conv_transpose(
         x, w, out = b.reshape(x, _flat(x.shape)), b.reshape(w, _flat(w.shape)), _flat(out)
         strides, begins = [1, *strides], [0, *begins]
     bias = node.inputs[2] if len(node.inputs) > 2 else ""
-    layer = operands(b, node, x, w, bias, (NHWC, (1, 2, 3, 0)), out[1], channel_axis=1)
+    layout = (channels_last(5), (2, 3, 4, 1, 0)) if rank == 3 else (NHWC, (1, 2, 3, 0))
+    layer = operands(b, node, x, w, bias, layout, out[1], int8=rank != 3, channel_axis=1)
     result = _transposed(b, layer, strides, begins, out)
-    b.bind(node.outputs[0], b.reshape(Value(b.activate(result, node.activation), NHWC), final))
+    b.bind(node.outputs[0], b.reshape(Value(b.activate(result, node.activation), layout[0]), final))
 
 
 def _dense(b: Builder, w: Value, group: int) -> Value:
@@ -187,8 +188,9 @@ def _dense(b: Builder, w: Value, group: int) -> Value:
 
 
 def _transposed(b: Builder, layer: Linear, strides: Sequence[int], begins: Sequence[int], out: Sequence[int]) -> Tensor:
-    """TRANSPOSE_CONV to `out` (NCHW), by SAME where that crops exactly so, else by VALID and a SLICE."""
-    sizes, kernel, wanted = layer.x.shape[1:3], layer.w.shape[1:3], out[2:]
+    """TRANSPOSE_CONV to `out` (channels first), by SAME where that crops exactly so, else by VALID and a SLICE."""
+    deep = len(out) == 5
+    sizes, kernel, wanted = layer.x.shape[1:-1], layer.w.shape[:3] if deep else layer.w.shape[1:3], out[2:]
     same = all(
         size == -(-target // stride) and begin == max((size - 1) * stride + span - target, 0) // 2
         for size, span, stride, begin, target in zip(sizes, kernel, strides, begins, wanted, strict=True)
@@ -201,14 +203,13 @@ def _transposed(b: Builder, layer: Linear, strides: Sequence[int], begins: Seque
         ]
     shape = (out[0], *full, out[1])
     result = b.op(
-        "TRANSPOSE_CONV",
+        "CONV_3D_TRANSPOSE" if deep else "TRANSPOSE_CONV",
         [np.array(shape, np.int32), layer.w, layer.x, layer.bias],
         shape,
         layer.x.dtype,
         layer.q,
         padding="SAME" if same else "VALID",
-        strideH=strides[0],
-        strideW=strides[1],
+        **dict(zip(("strideD", "strideH", "strideW")[-len(strides) :], strides, strict=True)),
     )
     if (full == list(wanted) and not any(begins)) or same:
         return result

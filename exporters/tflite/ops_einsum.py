@@ -17,6 +17,8 @@ def einsum(b: Builder, node: Node, *, equation: str) -> None:
     if b.dtype(node.outputs[0]) != FLOAT:
         raise unsupported(node, f"products of {b.dtype(node.outputs[0])}")
     terms, result = _terms(b, node, equation)
+    if not set(result) <= set().union(*terms):
+        raise unsupported(node, f"axes of the result that no operand has in '{equation}'")
     operands = [b.settle(b.value(name)) for name in node.inputs]
     for index, term in enumerate(terms):
         if len(set(term)) != len(term):

@@ -283,6 +283,16 @@ def test_cnn_is_int8_throughout_and_keeps_every_scale(dtype: np.dtype) -> None:
     assert np.abs(run_tflite(converted.data, graph.inputs)[name] - expected).max() <= 2.01 * step
 
 
+def test_nhwc_int8_model_has_no_transpose() -> None:
+    graph, made = small_cnn()
+    converted = convert_with_notes(made, layout="nhwc")
+    assert "TRANSPOSE" not in op_names(converted.data) and converted.notes == ()
+    feeds = {"image": np.ascontiguousarray(graph.inputs["image"].transpose(0, 2, 3, 1))}
+    (expected,) = run_tflite(convert_with_notes(made).data, graph.inputs).values()
+    (actual,) = run_tflite(converted.data, feeds).values()
+    np.testing.assert_array_equal(actual, expected)
+
+
 def test_int32_bias_is_kept_bit_for_bit() -> None:
     graph, made = small_cnn()
     model_interpreter = interpreter(convert_with_notes(made).data, xnnpack=False)

@@ -70,6 +70,8 @@ CONV = [
     c("ConvTranspose", (1, 4, 5, 5), {"w": (4, 1, 4, 4)}, group=4, strides=[2, 2], pads=[1, 1, 1, 1]),
     c("ConvTranspose", (1, 3, 5, 5), {"w": (3, 4, 3, 3)}, strides=[2, 2], auto_pad="SAME_UPPER"),
     c("ConvTranspose", (1, 3, 5, 5), {"w": (3, 4, 3, 3)}, strides=[2, 2], output_shape=[10, 10]),
+    c("ConvTranspose", (1, 2, 3, 4, 5), {"w": (2, 3, 2, 2, 2), "b": (3,)}, strides=[2, 2, 2]),
+    c("ConvTranspose", (1, 2, 3, 4, 5), {"w": (2, 3, 3, 3, 3)}, strides=[2, 1, 2], pads=[1, 1, 1, 1, 1, 1]),
     c("ConvTranspose", (2, 3, 9), {"w": (3, 4, 4), "b": (4,)}, strides=[2], pads=[1, 1]),
 ]
 POOL = [
