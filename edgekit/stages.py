@@ -180,9 +180,8 @@ def _executorch(original: Model, program: ExportedProgram | None, half_weights: 
     notes = []
     if lowered.undelegated:
         ops = ", ".join(f"{count} {name}" for name, count in lowered.undelegated.items())
-        notes.append(
-            f"ExecuTorch: outside the XNNPACK delegate run {ops}; the network is cut into {lowered.delegates} parts"
-        )
+        parts = f"; the network is cut into {lowered.delegates} parts" if lowered.delegates > 1 else ""
+        notes.append(f"ExecuTorch: outside the XNNPACK delegate run {ops}{parts}")
     if half_weights:
         notes.append(
             "ExecuTorch: fp16 computes in half precision but stores convolution weights in fp32: the file is no smaller"

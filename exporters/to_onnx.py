@@ -111,7 +111,12 @@ def fold_quantized_pads(model: ir.Model) -> None:
         quantize = _producer(dequantize, "QuantizeLinear") if dequantize else None
         pad = _producer(quantize, "Pad") if quantize else None
         source = _producer(pad, "DequantizeLinear") if pad else None
-        if source is None or dequantize.op_type != "DequantizeLinear" or _qparams(source) != _qparams(dequantize):
+        if (
+            pad is None
+            or source is None
+            or dequantize.op_type != "DequantizeLinear"
+            or _qparams(source) != _qparams(dequantize)
+        ):
             continue
         amounts = _constant(pad.inputs[1])
         value = _constant(pad.inputs[2]) if len(pad.inputs) > 2 and pad.inputs[2] else np.float32(0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import torch
 import torch.ao.quantization.fx._decomposed  # registers the ops of `q`
@@ -293,7 +294,7 @@ def is_zero_pad(node: Node) -> bool:
     return constant and not argument(node, PAD_VALUE_INDEX[node.target], "value", 0)
 
 
-def argument(node: Node, index: int, name: str, default: object = None) -> object:
+def argument(node: Node, index: int, name: str, default: Any = None) -> Any:
     """Returns a node's argument, given by position or by name, or `default`."""
     return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
 
@@ -305,7 +306,7 @@ def is_attribute(node: object) -> bool:
 
 def attribute(model: GraphModule, node: Node) -> torch.Tensor:
     """Returns the tensor that a get_attr `node` reads."""
-    value: object = model
+    value: Any = model
     for part in node.target.split("."):
         value = getattr(value, part)
     return value.detach()
@@ -325,7 +326,7 @@ def add_attribute(model: GraphModule, name: str, value: torch.Tensor) -> Node:
     return node
 
 
-def spread(value: object, rank: int) -> tuple[int, ...]:
+def spread(value: Any, rank: int) -> tuple[int, ...]:
     """Returns an int, or a list of one or `rank` ints, as a tuple of `rank` ints."""
     values = list(value) if isinstance(value, (list, tuple)) else [value]
     return tuple(values * rank if len(values) == 1 else values)

@@ -6,7 +6,7 @@ per-channel weights, int32 bias at s_in·s_w (derived by the exporters). A new o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch.fx import GraphModule, Node
@@ -185,11 +185,6 @@ def fused_activation(node: Node) -> Node | None:
 def target_groups(node: Node) -> int:
     """Returns the number of groups of a weighted op (1 for linear)."""
     return 1 if node.target == aten.linear.default else argument(node, 6, "groups", 1)
-
-
-def weighted_nodes(model: GraphModule) -> Iterator[Node]:
-    """Yields the nodes that hold quantizable weights, in graph order."""
-    return (n for n in model.graph.nodes if n.op == "call_function" and n.target in WEIGHTED)
 
 
 def _annotate(node: Node, inputs: dict[Node, QuantizationSpecBase], output: QuantizationSpecBase | None) -> None:

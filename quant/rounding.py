@@ -89,7 +89,7 @@ def positions(columns: int) -> int:
     return max(POSITIONS, columns // 4)
 
 
-def geometry(conv: Node) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], tuple[int, int], int]:
+def geometry(conv: Node) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
     """Returns kernel, stride, padding, dilation (each of two) and groups of a conv1d (as 1×k) or conv2d node."""
     args = [*conv.args, *CONV_DEFAULTS[len(conv.args) - 2 :]]
     rank = CONVOLUTIONS[conv.target]

@@ -111,7 +111,9 @@ def test_missing_and_untested_packages(monkeypatch: pytest.MonkeyPatch) -> None:
         "missing", "untested", "ok", "untested",
     ]  # fmt: skip
     assert found["numpy"].install == f"{sys.executable} -m pip install 'numpy<1'"
-    assert found["torch"].install is not None and found["torch"].install.endswith("https://download.pytorch.org/whl/cpu")
+    assert found["torch"].install is not None and found["torch"].install.endswith(
+        "https://download.pytorch.org/whl/cpu"
+    )
     assert found["rich"].install is None
     assert not diagnosis.ok and diagnosis.formats == ()
     assert "missing or broken: edgekit-no-such-package" in diagnosis.verdict

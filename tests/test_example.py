@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+from edgekit.errors import EdgeKitError
 from edgekit.examples import fashion_mnist
 from edgekit.examples.fashion_mnist.model import FashionNet, LeNet
 from edgekit.examples.fashion_mnist.train import (
@@ -23,8 +25,6 @@ from edgekit.examples.fashion_mnist.train import (
     statistics,
     train,
 )
-
-from edgekit.errors import EdgeKitError
 
 FOLDER = Path(fashion_mnist.__file__).parent
 # File, network, whether the file is a checkpoint dict, least top-1 accuracy on data.npz.

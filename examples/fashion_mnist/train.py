@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 import torch
@@ -223,12 +223,12 @@ def write_data(train_split: Split, test_split: Split, seed: int, out: Path) -> N
     print(f"data.npz: {len(test)} test images and {len(calibration)} calibration images")
 
 
-def write(path: Path, save: Callable[[BinaryIO], None]) -> None:
+def write(path: Path, save: Callable[[IO[bytes]], None]) -> None:
     """Call `save` on a temporary file beside `path`, then rename it: `path` is whole or untouched."""
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         temporary = Path(file.name)
         try:
-            save(file)
+            save(file.file)
         except BaseException:
             temporary.unlink()
             raise

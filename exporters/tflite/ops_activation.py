@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from edgekit.exporters.tflite.builder import FLOAT, Builder
-from edgekit.exporters.tflite.ir import Node, Perm, QParams, Tensor
+from edgekit.exporters.tflite.ir import Node, Perm, QParams, Tensor, channels_last
 from edgekit.exporters.tflite.registry import lowers, unsupported
 
 # Ops that only change their name, and have no int8 kernel that is as exact as the float one.
@@ -137,20 +137,25 @@ def leaky_relu(b: Builder, node: Node, *, alpha: float = 0.01) -> None:
 
 @lowers("PRelu")
 def prelu(b: Builder, node: Node) -> None:
-    """PRelu with a slope that broadcasts to the input."""
-    slope_q = b.value(node.inputs[1]).tensor.q
-    int8 = b.target(node) is not None and b.int8(node.inputs[0]) is not None and b.int8(node.inputs[1]) is not None
-    x, perm = operand(b, node, int8)
-    slope = b.broadcastable(node.inputs[1], perm, slope_q if int8 else None)
-    if len(slope.shape) != len(x.shape):
-        slope = b.raw_reshape(slope, (1,) * (len(x.shape) - len(slope.shape)) + slope.shape)
-    slope = _without_leading(b, slope)
-    b.bind(node.outputs[0], b.op("PRELU", [x, slope], x.shape, q=b.target(node) if int8 else None), perm)
-
-
-def _without_leading(b: Builder, slope: Tensor) -> Tensor:
-    """PRELU's slope has no batch axis where the batch does not matter, which is what accelerated kernels take."""
-    return b.raw_reshape(slope, slope.shape[1:]) if len(slope.shape) > 1 and slope.shape[0] == 1 else slope
+    """LEAKY_RELU for one slope, PRELU for one per channel, which has to lie last; else max(0, x) + slope · min(0, x)."""
+    slope, rank = b.array(node.inputs[1]), len(b.shape(node.inputs[0]))
+    if slope is not None and slope.size == 1:
+        leaky_relu(b, node, alpha=float(slope.reshape(())))
+        return
+    shape = b.shape(node.inputs[1])
+    channels = b.shape(node.inputs[0])[1] if rank > 1 else 0
+    if rank == 4 and (1,) * (4 - len(shape)) + shape == (1, channels, 1, 1):
+        int8 = b.target(node) is not None and all(b.int8(name) for name in node.inputs)
+        perm = channels_last(4)
+        x = b.take(node.inputs[0], perm, b.int8(node.inputs[0]) if int8 else None)
+        slopes = b.broadcastable(node.inputs[1], perm, b.int8(node.inputs[1]) if int8 else None)
+        operands = [x, b.raw_reshape(slopes, (1, 1, channels))]
+        b.bind(node.outputs[0], b.op("PRELU", [*operands], x.shape, q=b.target(node) if int8 else None), perm)
+        return
+    x, perm = operand(b, node, False)
+    below = b.op("MINIMUM", [x, np.zeros(1, np.float32)], x.shape)
+    sloped = b.op("MUL", [below, b.broadcastable(node.inputs[1], perm, None)], x.shape, fusedActivationFunction="NONE")
+    b.bind(node.outputs[0], add(b, b.op("RELU", [x], x.shape), sloped), perm)
 
 
 def scaled(b: Builder, x: Tensor, factor: float, offset: float = 0.0, activation: str = "NONE") -> Tensor:

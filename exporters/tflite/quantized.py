@@ -65,6 +65,8 @@ def _pair_up(graph: Graph) -> None:
             stored[node.outputs[0]] = value, params
             nodes.append(Node("Quantize", node.name, [node.inputs[0]], [value], qparams=params))
             if node.outputs[0] in graph.outputs:
+                if graph.info[node.outputs[0]].dtype != np.int8:
+                    raise unsupported(node, "its uint8 tensor is an output of the model; int8 is handled")
                 nodes.append(Node("StoredOutput", node.name, [value], [node.outputs[0]]))
         elif node.op == "DequantizeLinear":
             params = _params(graph, node)

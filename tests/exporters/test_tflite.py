@@ -244,6 +244,22 @@ def int16() -> onnx.ModelProto:
     return model(nodes, {"x": random(1, 3)}, {"s": np.float32(0.1), "z": np.int16(0)}, opset=21)
 
 
+def uint8_output() -> onnx.ModelProto:
+    nodes = [node("QuantizeLinear", ["x", "s", "z"])]
+    return model(nodes, {"x": random(1, 3)}, {"s": np.float32(0.1), "z": np.uint8(0)})
+
+
+def negative_scale() -> onnx.ModelProto:
+    nodes = [node("QuantizeLinear", ["x", "s", "z"], "q"), node("DequantizeLinear", ["q", "s", "z"])]
+    return model(nodes, {"x": random(1, 3)}, {"s": np.float32(-0.1), "z": np.int8(0)})
+
+
+def wrong_channels() -> onnx.ModelProto:
+    made = model([node("Conv", ["x", "w"])], {"x": random(1, 4, 6, 6)}, {"w": random(4, 4, 3, 3)})
+    made.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 3
+    return made
+
+
 def undefined() -> onnx.ModelProto:
     made = model([node("Relu", ["x"])], {"x": random(2)}, {})
     made.graph.node[0].input[0] = "missing"
@@ -266,6 +282,9 @@ def training() -> onnx.ModelProto:
         (int16, "int16"),
         (training, "training mode"),
         (undefined, "not valid"),
+        (uint8_output, "uint8"),
+        (negative_scale, "not a positive number"),
+        (wrong_channels, "for 3 input channels"),
     ],
 )
 def test_what_cannot_be_done_is_an_error_with_help(make: object, words: str) -> None:

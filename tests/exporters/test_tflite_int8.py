@@ -141,6 +141,8 @@ CASES = [
     q("Relu", (1, 3, 4, 4)),
     q("Clip", (1, 3, 4, 4), constants=(np.float32(-0.5), np.float32(0.7))),
     q("LeakyRelu", (1, 3, 4, 4), kinds="LEAKY_RELU", alpha=0.1),
+    q("PRelu", (1, 3, 4, 4), (3, 1, 1), kinds="PRELU"),
+    q("PRelu", (1, 3, 4, 4), constants=(np.float32([0.3]),), kinds="LEAKY_RELU"),
     q("HardSwish", (1, 3, 4, 4), kinds="MUL ADD"),
     q("HardSigmoid", (1, 3, 4, 4), kinds="MUL ADD", alpha=1 / 6, beta=0.5),
     q("Sigmoid", (1, 3, 4, 4), kinds="LOGISTIC"),

@@ -9,9 +9,10 @@ import onnx
 import pytest
 import torch
 from conformance import INPUTS, OUTPUTS
-from edgekit.exporters.tflite import convert
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import to_edge_transform_and_lower
+
+from edgekit.exporters.tflite import convert
 
 
 class Pair(torch.nn.Module):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conformance import CHECKS, INPUTS, OUTPUTS, Subject, close_to, raises
+
 from edgekit.runtimes import RUNTIMES, eager, table
 
 SCRIPT = Path(__file__).with_name("conformance.py")

@@ -18,11 +18,11 @@ import onnx
 import pytest
 from ai_edge_litert import schema_py_generated as schema
 from conformance import INPUTS, OUTPUTS
-from edgekit.runtimes import RUNTIMES, Timing, run_artifact, table
 from onnx import TensorProto, helper
 
 from edgekit import measure
 from edgekit.errors import EdgeKitError
+from edgekit.runtimes import RUNTIMES, Timing, run_artifact, table
 
 QUICK = Timing(warmup_runs=2, seconds=0.0, min_runs=5, max_runs=5)
 HERE = tuple(name for name in RUNTIMES if name != "tflite-runtime")
