@@ -137,7 +137,7 @@ def leaky_relu(b: Builder, node: Node, *, alpha: float = 0.01) -> None:
 
 @lowers("PRelu")
 def prelu(b: Builder, node: Node) -> None:
-    """LEAKY_RELU for one slope, PRELU for one per channel, which has to lie last; else max(0, x) + slope · min(0, x)."""
+    """LEAKY_RELU for one slope, PRELU for one per channel, lying last; else max(0, x) + slope · min(0, x)."""
     slope, rank = b.array(node.inputs[1]), len(b.shape(node.inputs[0]))
     if slope is not None and slope.size == 1:
         leaky_relu(b, node, alpha=float(slope.reshape(())))
