@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekit import files
 from edgekit.errors import EdgeKitError
-from edgekit.results import Artifact, TensorSpec
-from edgekit.targets import SUFFIXES
+from edgekit.results import SUFFIXES, Artifact, TensorSpec
 
 if TYPE_CHECKING:
     import numpy as np

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edgekit.errors import EdgeKitError
-
-SUFFIXES = {"executorch": ".pte", "onnx": ".onnx", "tflite": ".tflite"}
+from edgekit.results import SUFFIXES
 
 
 @dataclass(frozen=True)

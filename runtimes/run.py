@@ -15,11 +15,11 @@ import numpy as np
 
 from edgekit import measure
 from edgekit.errors import EdgeKitError
-from edgekit.results import TensorSpec
+from edgekit.results import SUFFIXES, TensorSpec
 
 from .devices import open_device
 from .devices.device import Device, Exit
-from .table import RUNTIMES, SUFFIXES, format_of, runtime_for
+from .table import RUNTIMES, format_of, runtime_for
 
 HERE = Path(__file__).parent
 TIMEOUT_S = 600.0

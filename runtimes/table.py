@@ -24,8 +24,6 @@ RUNTIMES: dict[str, Runtime] = {
     "tflite-runtime": Runtime("tflite", "tflite_rt", ("session", "interpreter"), "tflite-runtime==2.14.0 'numpy<2'"),
 }
 
-SUFFIXES = {"executorch": ".pte", "onnx": ".onnx", "tflite": ".tflite"}
-
 # Fields of ONNX's ModelProto, https://github.com/onnx/onnx/blob/main/onnx/onnx.proto
 GRAPH_FIELD = 7
 OPSET_IMPORT_FIELD = 8

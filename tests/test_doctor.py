@@ -83,7 +83,7 @@ def test_every_dependency_has_a_row_and_every_format_its_packages() -> None:
 
 
 def test_the_formats_are_those_of_the_targets() -> None:
-    from edgekit.targets import SUFFIXES
+    from edgekit.results import SUFFIXES
 
     assert set(doctor.FORMATS) == set(SUFFIXES)
 

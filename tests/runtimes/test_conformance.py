@@ -13,6 +13,7 @@ import pytest
 import torch
 from conformance import CHECKS, INPUTS, OUTPUTS, Subject, close_to, raises
 
+from edgekit.results import SUFFIXES
 from edgekit.runtimes import RUNTIMES, eager, table
 
 SCRIPT = Path(__file__).with_name("conformance.py")
@@ -34,7 +35,7 @@ def test_every_module_is_a_runtime() -> None:
 @pytest.mark.parametrize("name", RUNTIMES)
 def test_runtime(name: str, check: Callable[[Subject], None], files: Path) -> None:
     runtime = RUNTIMES[name]
-    suffix = table.SUFFIXES[runtime.format]
+    suffix = SUFFIXES[runtime.format]
     if name in IN_PROCESS:
         check(Subject(importlib.import_module(f"edgekit.runtimes.{runtime.module}"), files, suffix))
         return

@@ -22,6 +22,7 @@ from onnx import TensorProto, helper
 
 from edgekit import measure
 from edgekit.errors import EdgeKitError
+from edgekit.results import SUFFIXES
 from edgekit.runtimes import RUNTIMES, Timing, run_artifact, table
 
 QUICK = Timing(warmup_runs=2, seconds=0.0, min_runs=5, max_runs=5)
@@ -39,7 +40,7 @@ def nothing_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 
 def artifact(files: Path, model: str, runtime: str) -> Path:
-    return files / f"{model}{table.SUFFIXES[RUNTIMES[runtime].format]}"
+    return files / f"{model}{SUFFIXES[RUNTIMES[runtime].format]}"
 
 
 def stacked(files: Path, model: str, runs: int) -> list[np.ndarray]:
