@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekit import files
 from edgekit.errors import EdgeKitError
-from edgekit.results import SUFFIXES, Artifact, TensorSpec
+from edgekit.results import LAYOUTS, SUFFIXES, Artifact, TensorSpec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,7 +47,7 @@ class Bundle:
         inputs, outputs = (_specs(self.manifest[key]) for key in ("inputs", "outputs"))
         precision = self.manifest["precision"]
         return tuple(
-            Artifact(self.path / entry["file"], entry["format"], precision, inputs, outputs)
+            Artifact(self.path / entry["file"], entry["format"], precision, inputs, outputs, _layout(entry))
             for entry in self.manifest["artifacts"]
         )
 
@@ -192,6 +192,13 @@ def read(path: Path) -> Bundle:
         what = f"a bundle has no file '{strange[0]}'" if strange else "it names no files"
         raise EdgeKitError(f"{manifest} is damaged: {what}", "export the model again")
     return bundle
+
+
+def _layout(entry: Mapping[str, Any]) -> str:
+    layout: str = entry.get("layout", "NCHW").lower()  # bundles of before there was a choice are NCHW
+    if layout not in LAYOUTS:
+        raise ValueError(f"unknown layout '{entry['layout']}'")
+    return layout
 
 
 def _specs(entries: Sequence[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:

@@ -89,6 +89,9 @@ def export(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder that the bundle is written into.")] = Path(),
     mean: MeanOption = None,
     std: StdOption = None,
+    tflite_layout: Annotated[
+        str, typer.Option("--tflite-layout", metavar="nchw|nhwc", help="Layout of images in the .tflite file.")
+    ] = "nchw",
     json: JsonOption = None,
     verbose: VerboseOption = False,
 ) -> None:
@@ -107,6 +110,7 @@ def export(
             out=out,
             mean=numbers(mean),
             std=numbers(std),
+            tflite_layout=tflite_layout,
             progress=ui.progress,
         )
         ui.show(report.bundle_report(bundle), {"path": str(bundle.path), **bundle.manifest})

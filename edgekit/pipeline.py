@@ -12,7 +12,7 @@ from edgekit import bundle as bundles
 from edgekit import files, judge, stages, targets
 from edgekit.errors import EdgeKitError
 from edgekit.progress import Progress, Silent
-from edgekit.results import Artifact, Baseline, Comparison, Latency, Measurement, Profile, Replay
+from edgekit.results import LAYOUTS, Artifact, Baseline, Comparison, Latency, Measurement, Profile, Replay
 from edgekit.runtimes import Timing
 
 if TYPE_CHECKING:
@@ -41,19 +41,23 @@ def export(
     name: str | None = None,
     mean: Sequence[float] = (),
     std: Sequence[float] = (),
+    tflite_layout: str = "nchw",
     progress: Progress | None = None,
 ) -> bundles.Bundle:
     """Exports `model` for `target`, checks every file against the original, and returns the bundle.
 
     `model` is a torch.nn.Module or any source that `edgekit.model.load` takes; `data` any that `edgekit.data.load`
-    takes (int8 calibrates on it; every precision is checked on it). Writes OUT/<name>-<target>/ whole or not at
-    all. Raises EdgeKitError for bad input, and for a file that is not faithful to the model.
+    takes (int8 calibrates on it; every precision is checked on it). With `tflite_layout` "nhwc" the .tflite file takes
+    and gives rank-4 tensors channels-last; golden values and the manifest's shapes stay NCHW. Writes
+    OUT/<name>-<target>/ whole or not at all. Raises EdgeKitError for bad input, and for a file that is not faithful to
+    the model.
     """
     from edgekit.quant.recipes import RECIPES
 
     progress = progress or Silent()
     row = targets.find(target)
     chosen = targets.find_formats(formats, row)
+    layouts = find_layouts(tflite_layout, chosen)
     recipe = RECIPES.get(precision or row.precision)
     if recipe is None:
         raise EdgeKitError(f"unknown precision '{precision}'", f"choose one of {', '.join(RECIPES)}")
@@ -75,11 +79,11 @@ def export(
         results, entries = {"original": reference}, []
         notes = [*original.notes, *(source.notes if source else ("checked on random inputs: no --data was given",))]
         notes += judge.loss(recipe.name, graph_parity)
-        for format, exported in stages.emit(original, program, chosen, recipe.half_weights, progress):
+        for format, exported in stages.emit(original, program, chosen, recipe.half_weights, progress, layouts):
             path = building / bundles.file_name(format)
             files.write(path, exported.data)
             with progress.step(f"Checking {path.name}"):
-                artifact = Artifact(path, format, recipe.name, original.inputs, original.outputs)
+                artifact = Artifact(path, format, recipe.name, original.inputs, original.outputs, layouts[format])
                 results[format] = stages.try_out(artifact, feeds, exported).outputs
             agreement = judge.parity(stages.flat(reference, batch), stages.flat(results[format], batch))
             why = judge.faithful(recipe.name, agreement, graph_parity)
@@ -89,7 +93,7 @@ def export(
                     f"nothing was written; leave {format} out with --format, and report this model",
                 )
             facts = {"parity": {**agreement.to_dict(), "samples": samples}, **exported.facts}
-            entries.append({"format": format, "file": path.name, **facts})
+            entries.append({"format": format, "file": path.name, "layout": layouts[format].upper(), **facts})
             notes += exported.notes
         bundles.write_golden(building, original.inputs, original.outputs, feeds, results)
         bundles.describe(
@@ -107,6 +111,17 @@ def export(
             notes=list(dict.fromkeys(notes)),
         )
     return bundles.read(folder)
+
+
+def find_layouts(tflite_layout: str, formats: Sequence[str]) -> dict[str, str]:
+    """Returns the layout of each format's images; raises EdgeKitError for an unknown one, or one without a file."""
+    if tflite_layout not in LAYOUTS:
+        raise EdgeKitError(f"unknown TFLite layout '{tflite_layout}'", f"choose one of {', '.join(LAYOUTS)}")
+    if tflite_layout != "nchw" and "tflite" not in formats:
+        raise EdgeKitError(
+            f"the TFLite layout {tflite_layout} is for a file that is not exported", "add tflite to --format"
+        )
+    return {format: tflite_layout if format == "tflite" else "nchw" for format in formats}
 
 
 def compare(
@@ -239,10 +254,11 @@ def fp32_references(
     if missing:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="edgekit-")))
         program = stages.compress(original, None, "fp32", progress)
-        for format, exported in stages.emit(original, program, missing, False, progress):
+        layouts = {artifact.format: artifact.layout for artifact in given}
+        for format, exported in stages.emit(original, program, missing, False, progress, layouts):
             path = folder / bundles.file_name(format)
             files.write(path, exported.data)
-            references[format] = Artifact(path, format, "fp32", original.inputs, original.outputs)
+            references[format] = Artifact(path, format, "fp32", original.inputs, original.outputs, layouts[format])
     return references, notes
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 SUFFIXES = {"executorch": ".pte", "onnx": ".onnx", "tflite": ".tflite"}  # format → what its files' names end in
+LAYOUTS = ("nchw", "nhwc")  # of images in a file; EdgeKit's own arrays are always NCHW
 
 
 @dataclass(frozen=True)
@@ -22,15 +23,24 @@ class TensorSpec:
         return f"{self.name}:{self.dtype}[{','.join(map(str, self.shape))}]"
 
 
+def axis_order(rank: int, layout: str) -> tuple[int, ...]:
+    """Returns the NCHW axes in the order in which a file of `layout` has them: rank 4 is moved, all else stays."""
+    return (0, 2, 3, 1) if layout == "nhwc" and rank == 4 else tuple(range(rank))
+
+
 @dataclass(frozen=True)
 class Artifact:
-    """One exported file, with the names and specs of its inputs and outputs where they are known."""
+    """One exported file, with the names and specs of its inputs and outputs where they are known.
+
+    The shapes in the specs are NCHW; `layout` says how the file itself takes and gives rank-4 tensors.
+    """
 
     path: Path
     format: str
     precision: str
     inputs: tuple[TensorSpec, ...] = ()
     outputs: tuple[TensorSpec, ...] = ()
+    layout: str = "nchw"
 
     @property
     def size_bytes(self) -> int:

@@ -13,7 +13,7 @@ from edgekit import bundle as bundles
 from edgekit import data as sources
 from edgekit.errors import EdgeKitError
 from edgekit.progress import Progress
-from edgekit.results import Artifact, TensorSpec
+from edgekit.results import Artifact, TensorSpec, axis_order
 
 if TYPE_CHECKING:
     import numpy as np
@@ -131,9 +131,14 @@ class Calibration:
 
 
 def emit(
-    original: Model, program: ExportedProgram | None, formats: Sequence[str], half_weights: bool, progress: Progress
+    original: Model,
+    program: ExportedProgram | None,
+    formats: Sequence[str],
+    half_weights: bool,
+    progress: Progress,
+    layouts: Mapping[str, str],
 ) -> Iterator[tuple[str, Exported]]:
-    """Yields each format's file. TFLite is lowered from the very ONNX model that is exported."""
+    """Yields each format's file, in the layout of `layouts`. TFLite is lowered from the very ONNX model exported."""
     proto = None
     if "onnx" in formats or "tflite" in formats:
         with progress.step("Exporting ONNX"):
@@ -149,7 +154,7 @@ def emit(
             from edgekit.exporters.tflite import convert_with_notes
 
             with progress.step("Lowering to TFLite"):
-                converted = convert_with_notes(proto)
+                converted = convert_with_notes(proto, layout=layouts["tflite"])
             yield format, Exported(converted.data, {}, tuple(f"TFLite: {note}" for note in converted.notes))
         else:
             yield format, _executorch(original, program, half_weights, progress)
@@ -267,11 +272,20 @@ def run_module(
 
 
 def run(artifact: Artifact, feeds: Sequence[np.ndarray], **options: Any) -> Any:
-    """Runs an artifact in a process of its own."""
+    """Runs an artifact in a process of its own, on NCHW feeds and to NCHW outputs whatever the file's layout is."""
+    import numpy as np
+
     from edgekit.runtimes import run_artifact
 
     inputs, outputs = ([spec.name for spec in specs] for specs in (artifact.inputs, artifact.outputs))
-    return run_artifact(artifact.path, feeds, inputs=inputs, outputs=outputs, **options)
+    there = [feed.transpose(_stacked_order(feed, artifact)) for feed in feeds]
+    result = run_artifact(artifact.path, there, inputs=inputs, outputs=outputs, **options)
+    back = [array.transpose(np.argsort(_stacked_order(array, artifact))) for array in result.outputs]
+    return replace(result, outputs=tuple(np.ascontiguousarray(array) for array in back))
+
+
+def _stacked_order(stacked: np.ndarray, artifact: Artifact) -> tuple[int, ...]:
+    return (0, *(axis + 1 for axis in axis_order(stacked.ndim - 1, artifact.layout)))
 
 
 def try_out(artifact: Artifact, feeds: Sequence[np.ndarray], exported: Exported) -> Any:
@@ -398,6 +412,12 @@ def fitted(artifact: Artifact, original: Model) -> Artifact:
         for specs, wanted in ((artifact.inputs, original.inputs), (artifact.outputs, original.outputs))
     )
     if not all(_fits(a, b) for a, b in zip_longest(inputs, original.inputs)) or len(outputs) != len(original.outputs):
+        last = [replace(spec, shape=_channels_last(spec.shape)) for spec in original.inputs]
+        if all(_fits(a, b) for a, b in zip_longest(inputs, last)):
+            raise EdgeKitError(
+                f"{artifact.path} takes its images channels-last (NHWC), and nothing beside it says so",
+                f"name the bundle that it was exported into: its {bundles.MANIFEST} tells the layout",
+            )
         takes, wanted = (", ".join(map(str, specs)) for specs in (inputs, original.inputs))
         raise EdgeKitError(
             f"{artifact.path} is not this model: it takes {takes} and gives {len(outputs)} outputs; "
@@ -412,6 +432,10 @@ def _arranged(specs: Sequence[TensorSpec], wanted: Sequence[TensorSpec]) -> list
     by_name = {spec.name: spec for spec in specs}
     names = [spec.name for spec in wanted]
     return [by_name[name] for name in names] if sorted(by_name) == sorted(names) else list(specs)
+
+
+def _channels_last(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(shape[axis] for axis in axis_order(len(shape), "nhwc"))
 
 
 def _fits(spec: TensorSpec | None, original: TensorSpec | None) -> bool:
