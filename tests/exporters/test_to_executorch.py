@@ -11,6 +11,7 @@ from int8_nets import CASES, Batches, build, flat, quantized, sqnr
 from edgekit.exporters.to_executorch import to_executorch
 from edgekit.quant.recipes import half_compute
 from edgekit.runtimes import run_artifact
+from edgekit.summary import inspect_artifact
 
 # network → the ops that stay outside the delegate
 UNDELEGATED: dict[str, set[str]] = {
@@ -21,6 +22,7 @@ UNDELEGATED: dict[str, set[str]] = {
     "transposed": set(),
     "split": set(),
     "same_padding": set(),
+    "asymmetric_pad": set(),
     "dead": set(),
     "head": set(),
     "conv1d": set(),
@@ -55,3 +57,12 @@ def test_half_precision(name: str, tmp_path: Path) -> None:
     for expected, got in zip(flat(module(*batch)), run(lowered.data, batch, tmp_path), strict=True):
         assert got.dtype == torch.float32 and got.shape == expected.shape
         torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2)
+
+
+@torch.no_grad()
+def test_int8_pads_stay_int8(tmp_path: Path) -> None:
+    path = tmp_path / "model.pte"
+    path.write_bytes(to_executorch(quantized("asymmetric_pad").program).data)
+    ops = inspect_artifact(path).ops
+    assert ops["StaticConstantPad"] >= 1
+    assert ops["Convert"] == 2  # into int8 at the input, out of it at the output, and nowhere between
