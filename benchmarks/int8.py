@@ -12,6 +12,8 @@ ROUNDS rounds.
 from __future__ import annotations
 
 import argparse
+import logging
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -182,6 +184,8 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="what `edgekit compare --data` takes")
     parser.add_argument("--format", default="executorch,onnx,tflite", help="formats to measure")
     options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     for name in options.networks:
         benchmark(name, options.data, options.format, Console(width=140))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekit import files
 from edgekit.errors import EdgeKitError
-from edgekit.results import LAYOUTS, SUFFIXES, Artifact, TensorSpec
+from edgekit.results import LAYOUTS, SUFFIXES, Artifact, Layout, TensorSpec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -194,11 +194,12 @@ def read(path: Path) -> Bundle:
     return bundle
 
 
-def _layout(entry: Mapping[str, Any]) -> str:
-    layout: str = entry.get("layout", "NCHW").lower()  # bundles of before there was a choice are NCHW
-    if layout not in LAYOUTS:
-        raise ValueError(f"unknown layout '{entry['layout']}'")
-    return layout
+def _layout(entry: Mapping[str, Any]) -> Layout:
+    given = entry.get("layout", "NCHW")  # bundles of before there was a choice are NCHW
+    for layout in LAYOUTS:
+        if layout.upper() == given:
+            return layout
+    raise ValueError(f"unknown layout '{given}'")
 
 
 def _specs(entries: Sequence[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:

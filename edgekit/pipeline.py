@@ -12,7 +12,7 @@ from edgekit import bundle as bundles
 from edgekit import files, judge, stages, targets
 from edgekit.errors import EdgeKitError
 from edgekit.progress import Progress, Silent
-from edgekit.results import LAYOUTS, Artifact, Baseline, Comparison, Latency, Measurement, Profile, Replay
+from edgekit.results import LAYOUTS, Artifact, Baseline, Comparison, Latency, Layout, Measurement, Profile, Replay
 from edgekit.runtimes import Timing
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def export(
         results, entries = {"original": reference}, []
         notes = [*original.notes, *(source.notes if source else ("checked on random inputs: no --data was given",))]
         notes += judge.loss(recipe.name, graph_parity)
-        for format, exported in stages.emit(original, program, chosen, recipe.half_weights, progress, layouts):
+        for format, exported in stages.emit(original, program, chosen, recipe.half_weights, progress, layouts, source):
             path = building / bundles.file_name(format)
             files.write(path, exported.data)
             with progress.step(f"Checking {path.name}"):
@@ -113,15 +113,14 @@ def export(
     return bundles.read(folder)
 
 
-def find_layouts(tflite_layout: str, formats: Sequence[str]) -> dict[str, str]:
+def find_layouts(tflite_layout: str, formats: Sequence[str]) -> dict[str, Layout]:
     """Returns the layout of each format's images; raises EdgeKitError for an unknown one, or one without a file."""
-    if tflite_layout not in LAYOUTS:
+    layout = next((known for known in LAYOUTS if known == tflite_layout), None)
+    if layout is None:
         raise EdgeKitError(f"unknown TFLite layout '{tflite_layout}'", f"choose one of {', '.join(LAYOUTS)}")
-    if tflite_layout != "nchw" and "tflite" not in formats:
-        raise EdgeKitError(
-            f"the TFLite layout {tflite_layout} is for a file that is not exported", "add tflite to --format"
-        )
-    return {format: tflite_layout if format == "tflite" else "nchw" for format in formats}
+    if layout != "nchw" and "tflite" not in formats:
+        raise EdgeKitError(f"the TFLite layout {layout} is for a file that is not exported", "add tflite to --format")
+    return {format: layout if format == "tflite" else "nchw" for format in formats}
 
 
 def compare(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 SUFFIXES = {"executorch": ".pte", "onnx": ".onnx", "tflite": ".tflite"}  # format → what its files' names end in
-LAYOUTS = ("nchw", "nhwc")  # of images in a file; EdgeKit's own arrays are always NCHW
+Layout = Literal["nchw", "nhwc"]
+LAYOUTS: tuple[Layout, ...] = ("nchw", "nhwc")  # of images in a file; EdgeKit's own arrays are always NCHW
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class TensorSpec:
         return f"{self.name}:{self.dtype}[{','.join(map(str, self.shape))}]"
 
 
-def axis_order(rank: int, layout: str) -> tuple[int, ...]:
+def axis_order(rank: int, layout: Layout) -> tuple[int, ...]:
     """Returns the NCHW axes in the order in which a file of `layout` has them: rank 4 is moved, all else stays."""
     return (0, 2, 3, 1) if layout == "nhwc" and rank == 4 else tuple(range(rank))
 
@@ -40,7 +41,7 @@ class Artifact:
     precision: str
     inputs: tuple[TensorSpec, ...] = ()
     outputs: tuple[TensorSpec, ...] = ()
-    layout: str = "nchw"
+    layout: Layout = "nchw"
 
     @property
     def size_bytes(self) -> int:

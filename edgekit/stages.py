@@ -13,7 +13,7 @@ from edgekit import bundle as bundles
 from edgekit import data as sources
 from edgekit.errors import EdgeKitError
 from edgekit.progress import Progress
-from edgekit.results import Artifact, TensorSpec, axis_order
+from edgekit.results import Artifact, Layout, TensorSpec, axis_order
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch.export import ExportedProgram
 
+    from edgekit.exporters.tflite import Description
     from edgekit.model import Model
     from edgekit.runtimes import Timing
 
@@ -136,9 +137,13 @@ def emit(
     formats: Sequence[str],
     half_weights: bool,
     progress: Progress,
-    layouts: Mapping[str, str],
+    layouts: Mapping[str, Layout],
+    source: sources.Data | None = None,
 ) -> Iterator[tuple[str, Exported]]:
-    """Yields each format's file, in the layout of `layouts`. TFLite is lowered from the very ONNX model exported."""
+    """Yields each format's file, in the layout of `layouts`. TFLite is lowered from the very ONNX model exported.
+
+    What `source` tells of images and labels goes into the formats that have a place for it.
+    """
     proto = None
     if "onnx" in formats or "tflite" in formats:
         with progress.step("Exporting ONNX"):
@@ -154,10 +159,23 @@ def emit(
             from edgekit.exporters.tflite import convert_with_notes
 
             with progress.step("Lowering to TFLite"):
-                converted = convert_with_notes(proto, layout=layouts["tflite"])
-            yield format, Exported(converted.data, {}, tuple(f"TFLite: {note}" for note in converted.notes))
+                converted = convert_with_notes(proto, layout=layouts["tflite"], about=_about(original, source))
+            facts = {"min_runtime": converted.min_runtime}
+            yield format, Exported(converted.data, facts, tuple(f"TFLite: {note}" for note in converted.notes))
         else:
             yield format, _executorch(original, program, half_weights, progress)
+
+
+def _about(original: Model, source: sources.Data | None) -> Description:
+    from edgekit.exporters.tflite import Description
+
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    if source is not None and source.preprocessing is not None:
+        given = source.preprocessing
+        # EdgeKit normalizes what is scaled; TFLite Metadata speaks of values from 0 to 255.
+        mean, std = (tuple(v / given.scale for v in values) for values in (given.mean or (0.0,), given.std or (1.0,)))
+    return Description(original.name, mean, std, source.labels if source is not None else ())
 
 
 def _onnx(original: Model, program: ExportedProgram | None, half_weights: bool) -> onnx.ModelProto:

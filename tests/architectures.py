@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import networks
+from attention_nets import bert_tiny, convnext_tiny, mobilevit_xxs, swin_tiny, vit_tiny
 from networks import BasicBlock, InvertedResidual, ShuffleBlock, conv_bn
-from transformers_zoo import bert_tiny, convnext_tiny, mobilevit_xxs, swin_tiny, vit_tiny
 
 
 def classifier(channels: int, classes: int) -> list[nn.Module]:
@@ -35,7 +35,14 @@ def mobilenet_v2(full: bool) -> nn.Module:
     if full:
         return networks.mobilenet_v2()
     layers: list[nn.Module] = [conv_bn(3, 16, 3, 2, act=nn.ReLU6())]
-    for i, t, o, stride in ((16, 1, 8, 1), (8, 6, 12, 2), (12, 6, 12, 1), (12, 6, 24, 2), (24, 6, 24, 1), (24, 6, 40, 2)):
+    for i, t, o, stride in (
+        (16, 1, 8, 1),
+        (8, 6, 12, 2),
+        (12, 6, 12, 1),
+        (12, 6, 24, 2),
+        (24, 6, 24, 1),
+        (24, 6, 40, 2),
+    ):
         layers.append(InvertedResidual(i, t * i, o, 3, stride, nn.ReLU6))
     return nn.Sequential(*layers, conv_bn(40, 160, 1, act=nn.ReLU6()), *classifier(160, 100))
 
@@ -45,7 +52,10 @@ def mobilenet_v3_small(full: bool) -> nn.Module:
         return networks.mobilenet_v3_small()
     layers: list[nn.Module] = [conv_bn(3, 16, 3, 2, act=nn.Hardswish())]
     layers += [InvertedResidual(16, 16, 16, 3, 2, nn.ReLU, 8), InvertedResidual(16, 72, 24, 3, 2, nn.ReLU)]
-    layers += [InvertedResidual(24, 96, 40, 5, 2, nn.Hardswish, 24), InvertedResidual(40, 96, 40, 5, 1, nn.Hardswish, 24)]
+    layers += [
+        InvertedResidual(24, 96, 40, 5, 2, nn.Hardswish, 24),
+        InvertedResidual(40, 96, 40, 5, 1, nn.Hardswish, 24),
+    ]
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, 128), nn.Hardswish(), nn.Linear(128, 100)]
     return nn.Sequential(*layers, conv_bn(40, 96, 1, act=nn.Hardswish()), *head)
 
@@ -86,8 +96,9 @@ class MBConv(nn.Module):
 
 
 def efficientnet_b0(full: bool) -> nn.Module:
-    table = ((1, 16, 1, 3, 1), (6, 24, 2, 3, 2), (6, 40, 2, 5, 2), (6, 80, 3, 3, 2), (6, 112, 3, 5, 1), (6, 192, 4, 5, 2),
-             (6, 320, 1, 3, 1)) if full else ((1, 16, 1, 3, 1), (6, 24, 2, 3, 2), (6, 40, 2, 5, 2))  # fmt: skip
+    table = [(1, 16, 1, 3, 1), (6, 24, 2, 3, 2), (6, 40, 2, 5, 2)]
+    if full:
+        table += [(6, 80, 3, 3, 2), (6, 112, 3, 5, 1), (6, 192, 4, 5, 2), (6, 320, 1, 3, 1)]
     layers: list[nn.Module] = [conv_bn(3, 32, 3, 2, act=nn.SiLU())]
     i = 32
     for t, o, count, kernel, stride in table:
@@ -218,7 +229,7 @@ def densenet121(full: bool) -> nn.Module:
 
 
 class Lraspp(nn.Module):
-    """Segmentation head of MobileNetV3 (Howard et al., 2019): gated high features, bilinear upsampling, low features."""
+    """MobileNetV3's segmentation head (Howard et al., 2019): gated high features, upsampled, plus low ones."""
 
     def __init__(self, low: nn.Module, high: nn.Module, i: int, o: int, inner: int, classes: int) -> None:
         super().__init__()
@@ -238,7 +249,7 @@ class Lraspp(nn.Module):
 
 
 def lraspp(full: bool) -> nn.Module:
-    backbone = list(networks.mobilenet_v3_small())[:10]
+    backbone = list(networks.mobilenet_v3_small())[:9]
     inner, classes = (128, 21) if full else (32, 5)
     high = backbone[4:] if full else backbone[4:6]
     return Lraspp(nn.Sequential(*backbone[:4]), nn.Sequential(*high), 24, 48 if full else 40, inner, classes)
@@ -315,7 +326,9 @@ class Yolo(nn.Module):
         super().__init__()
         w, act = width, nn.SiLU()
         self.classes = classes
-        self.stem = nn.Sequential(conv_bn(3, w, 3, 2, act=act), conv_bn(w, 2 * w, 3, 2, act=act), C2f(2 * w, 2 * w, count, True))
+        self.stem = nn.Sequential(
+            conv_bn(3, w, 3, 2, act=act), conv_bn(w, 2 * w, 3, 2, act=act), C2f(2 * w, 2 * w, count, True)
+        )
         self.p3 = nn.Sequential(conv_bn(2 * w, 4 * w, 3, 2, act=act), C2f(4 * w, 4 * w, count, True))
         self.p4 = nn.Sequential(conv_bn(4 * w, 8 * w, 3, 2, act=act), C2f(8 * w, 8 * w, count, True))
         self.p5 = nn.Sequential(conv_bn(8 * w, 16 * w, 3, 2, act=act), C2f(16 * w, 16 * w, count, True), Sppf(16 * w))
@@ -473,7 +486,10 @@ def vae(full: bool) -> nn.Module:
 
 @dataclass(frozen=True)
 class Architecture:
-    """`transposes` is how many TRANSPOSE ops the reduced network may cost at most; `image` is the full input size."""
+    """One entry: `transposes` is how many TRANSPOSE ops the reduced network may hold between its input and output.
+
+    `small` and `image` are the height and width of the reduced and the full input.
+    """
 
     make: Callable[[bool], nn.Module]
     transposes: int
@@ -491,20 +507,20 @@ ARCHITECTURES: dict[str, Architecture] = {
     "squeezenet": Architecture(squeezenet, 0),
     "googlenet": Architecture(googlenet, 0),
     "densenet121": Architecture(densenet121, 0),
-    "mobilevit_xxs": Architecture(mobilevit_xxs, 100, image=256),
+    "mobilevit_xxs": Architecture(mobilevit_xxs, 26, image=256),
     "convnext_tiny": Architecture(convnext_tiny, 0),
-    "vit_tiny": Architecture(vit_tiny, 100),
-    "swin_tiny": Architecture(swin_tiny, 100, small=56),
-    "lraspp": Architecture(lraspp, 1),
-    "deeplab_v3": Architecture(deeplab_v3, 1),
-    "yolo": Architecture(yolo, 100, image=640),
-    "unet": Architecture(unet, 100, small=32, image=256),
-    "bert_tiny": Architecture(bert_tiny, 100),
-    "lstm": Architecture(lstm, 100),
-    "gru": Architecture(gru, 100),
-    "audio_m5": Architecture(audio_m5, 1),
-    "autoencoder": Architecture(autoencoder, 1, small=32, image=128),
-    "vae": Architecture(vae, 2, small=32, image=32),
+    "vit_tiny": Architecture(vit_tiny, 10),
+    "swin_tiny": Architecture(swin_tiny, 19, small=56),
+    "lraspp": Architecture(lraspp, 0),
+    "deeplab_v3": Architecture(deeplab_v3, 0),
+    "yolo": Architecture(yolo, 0, image=640),
+    "unet": Architecture(unet, 0, small=32, image=256),
+    "bert_tiny": Architecture(bert_tiny, 10),
+    "lstm": Architecture(lstm, 0),
+    "gru": Architecture(gru, 0),
+    "audio_m5": Architecture(audio_m5, 0),
+    "autoencoder": Architecture(autoencoder, 0, small=32, image=128),
+    "vae": Architecture(vae, 1, small=32, image=32),
 }
 
 
@@ -536,5 +552,5 @@ def build(name: str, full: bool = False) -> nn.Module:
         norm.momentum = None
     if norms:
         with torch.no_grad():
-            model(*(torch.randn(8, *array.shape[1:]) for array in example(name)))
+            model(*(torch.randn(2 if full else 8, *array.shape[1:]) for array in example(name, full)))
     return model.eval()

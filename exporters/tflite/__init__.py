@@ -12,22 +12,32 @@ from edgekit.exporters.tflite import lowerings as _lowerings  # noqa: F401 (fill
 from edgekit.exporters.tflite.builder import Builder
 from edgekit.exporters.tflite.fuse import fuse, fuse_activations
 from edgekit.exporters.tflite.ir import QParams
+from edgekit.exporters.tflite.metadata import NAME, Description, labeled_output, metadata, with_labels
 from edgekit.exporters.tflite.normalize import normalize, rejection
 from edgekit.exporters.tflite.notes import float_islands
 from edgekit.exporters.tflite.quantized import read_quantization
 from edgekit.exporters.tflite.registry import lower
+from edgekit.exporters.tflite.versions import min_runtime, too_new
 from edgekit.exporters.tflite.write import write
 
-__all__ = ["Converted", "QParams", "convert", "convert_with_notes"]
+# As TensorFlow's converter writes it: zero-padded text in a buffer of this name and size.
+RUNTIME_METADATA = "min_runtime_version"
+RUNTIME_METADATA_SIZE = 16
+
+__all__ = ["Converted", "Description", "QParams", "convert", "convert_with_notes"]
 
 
 @dataclass(frozen=True)
 class Converted:
-    """A TFLite file in memory, what is worth saying about it, and its int8 tensors' parameters by tensor name."""
+    """A TFLite file in memory, what is worth saying about it, and its int8 tensors' parameters by tensor name.
+
+    `min_runtime` is the oldest release of the TFLite runtime that has its operators, `2.9.0` say.
+    """
 
     data: bytes
     notes: tuple[str, ...]
     qparams: dict[str, QParams]
+    min_runtime: str
 
 
 def convert(onnx_model: onnx.ModelProto, *, layout: Literal["nchw", "nhwc"] = "nchw") -> bytes:
@@ -40,12 +50,17 @@ def convert(onnx_model: onnx.ModelProto, *, layout: Literal["nchw", "nhwc"] = "n
     return convert_with_notes(onnx_model, layout=layout).data
 
 
-def convert_with_notes(onnx_model: onnx.ModelProto, *, layout: Literal["nchw", "nhwc"] = "nchw") -> Converted:
-    """Like `convert`, and says what the file holds that costs time: float islands, transposes, fallbacks."""
+def convert_with_notes(
+    onnx_model: onnx.ModelProto, *, layout: Literal["nchw", "nhwc"] = "nchw", about: Description | None = None
+) -> Converted:
+    """Like `convert`, and says what the file holds that costs time: float islands, transposes, fallbacks.
+
+    `about` goes into the file as TFLite Metadata, which Android's tools read.
+    """
     if layout not in ("nchw", "nhwc"):
         raise ValueError(f"layout must be 'nchw' or 'nhwc', not {layout!r}")
     try:
-        return _convert(onnx_model, layout)
+        return _convert(onnx_model, layout, about)
     except EdgeKitError:
         raise
     except Exception as error:
@@ -56,7 +71,7 @@ def convert_with_notes(onnx_model: onnx.ModelProto, *, layout: Literal["nchw", "
         raise EdgeKitError(f"the ONNX model is not valid: {reason}", "export it anew") from error
 
 
-def _convert(onnx_model: onnx.ModelProto, layout: Literal["nchw", "nhwc"]) -> Converted:
+def _convert(onnx_model: onnx.ModelProto, layout: Literal["nchw", "nhwc"], about: Description | None) -> Converted:
     graph = normalize(onnx_model)
     fuse_activations(graph)
     read_quantization(graph)
@@ -67,8 +82,17 @@ def _convert(onnx_model: onnx.ModelProto, layout: Literal["nchw", "nhwc"]) -> Co
         lower(builder, node)
     builder.finish()
     names = (graph.inputs, graph.outputs)
-    data = write(builder.ops, builder.inputs, builder.outputs, names)
+    runtime = min_runtime(builder.ops)
+    buffers = {RUNTIME_METADATA: runtime.encode().ljust(RUNTIME_METADATA_SIZE, b"\0")}
+    if about is not None:
+        buffers[NAME] = metadata(about, builder.inputs, builder.outputs, names, layout)
+    data = write(builder.ops, builder.inputs, builder.outputs, names, buffers)
+    if about is not None and about.labels:
+        if labeled_output(about, builder.outputs) is not None:
+            data = with_labels(data, about.labels)
+        else:
+            builder.note(f"the {len(about.labels)} labels are not in the file: no output has a value for each")
     tensors = [tensor for op in builder.ops for tensor in (*op.inputs, *op.outputs) if tensor is not None and tensor.q]
     qparams = {tensor.name: tensor.q for tensor in tensors if tensor.q is not None}
-    notes = dict.fromkeys((*builder.notes, *float_islands(builder.ops)))
-    return Converted(data, tuple(notes), qparams)
+    notes = dict.fromkeys((*builder.notes, *float_islands(builder.ops), *too_new(builder.ops)))
+    return Converted(data, tuple(notes), qparams, runtime)

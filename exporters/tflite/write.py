@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import flatbuffers
@@ -10,6 +11,7 @@ from ai_edge_litert import schema_py_generated as schema
 
 from edgekit.errors import EdgeKitError
 from edgekit.exporters.tflite.ir import Op, Tensor
+from edgekit.exporters.tflite.versions import version
 
 DTYPES = {
     np.dtype(np.float32): schema.TensorType.FLOAT32,
@@ -48,17 +50,6 @@ OPTIONS = {
     "BATCH_MATMUL": "BatchMatMulOptions",
     "UNIDIRECTIONAL_SEQUENCE_LSTM": "UnidirectionalSequenceLSTMOptions",
 }
-# The first version of an operator where the runtime has no version 1.
-FIRST_VERSIONS = {"BROADCAST_TO": 2}
-# The first version of an operator that takes int8; float needs version 1.
-INT8_VERSIONS = {
-    "ADD": 2, "AVERAGE_POOL_2D": 2, "BATCH_MATMUL": 2, "CONCATENATION": 2, "CONV_2D": 3, "DEPTHWISE_CONV_2D": 3,
-    "DEPTH_TO_SPACE": 2, "DEQUANTIZE": 2, "FULLY_CONNECTED": 4, "GATHER": 2, "LEAKY_RELU": 2, "LOGISTIC": 2,
-    "LOG_SOFTMAX": 2, "MAXIMUM": 2, "MAX_POOL_2D": 2, "MEAN": 2, "MINIMUM": 2, "MUL": 2, "PAD": 2, "PADV2": 2,
-    "QUANTIZE": 2, "REDUCE_MAX": 2, "REDUCE_MIN": 2, "RELU": 2, "RELU6": 2, "RESIZE_BILINEAR": 2,
-    "RESIZE_NEAREST_NEIGHBOR": 2, "SLICE": 2, "SOFTMAX": 2, "SPACE_TO_DEPTH": 2, "SPLIT": 2, "SPLIT_V": 2,
-    "STRIDED_SLICE": 2, "SUB": 2, "SUM": 2, "TANH": 2, "TILE": 2, "TRANSPOSE": 2, "TRANSPOSE_CONV": 3,
-}  # fmt: skip
 ENUMS = {
     "padding": schema.Padding,
     "fusedActivationFunction": schema.ActivationFunctionType,
@@ -87,9 +78,18 @@ class _Buffer(schema.BufferT):
         return schema.BufferEnd(builder)
 
 
-def write(ops: list[Op], inputs: list[Tensor], outputs: list[Tensor], names: tuple[list[str], list[str]]) -> bytes:
-    """Write a model with one subgraph; `names` are the input and output names of signature `serving_default`."""
-    return _Writer().model(ops, inputs, outputs, names)
+def write(
+    ops: list[Op],
+    inputs: list[Tensor],
+    outputs: list[Tensor],
+    names: tuple[list[str], list[str]],
+    metadata: Mapping[str, bytes],
+) -> bytes:
+    """Write a model with one subgraph; `names` are the input and output names of signature `serving_default`.
+
+    `metadata` goes into buffers that the file lists by name.
+    """
+    return _Writer().model(ops, inputs, outputs, names, metadata)
 
 
 class _Writer:
@@ -101,7 +101,12 @@ class _Writer:
         self.codes: dict[tuple[str, int], int] = {}
 
     def model(
-        self, ops: list[Op], inputs: list[Tensor], outputs: list[Tensor], names: tuple[list[str], list[str]]
+        self,
+        ops: list[Op],
+        inputs: list[Tensor],
+        outputs: list[Tensor],
+        names: tuple[list[str], list[str]],
+        metadata: Mapping[str, bytes],
     ) -> bytes:
         subgraph = schema.SubGraphT()
         subgraph.name = "main"
@@ -118,6 +123,7 @@ class _Writer:
         model.version = 3
         model.description = "EdgeKit"
         model.subgraphs = [subgraph]
+        model.metadata = [self.metadata(name, content) for name, content in metadata.items()]
         model.buffers = self.buffers
         model.operatorCodes = [_code(kind, version) for kind, version in self.codes]
         model.signatureDefs = [signature]
@@ -133,9 +139,7 @@ class _Writer:
         operator.inputs = [-1 if tensor is None else self.tensor(tensor) for tensor in op.inputs]
         operator.outputs = [self.tensor(tensor) for tensor in op.outputs]
         operator.intermediates = []
-        int8 = any(tensor is not None and tensor.dtype == np.int8 for tensor in (*op.inputs, *op.outputs))
-        version = max(INT8_VERSIONS.get(op.kind, 1) if int8 else 1, FIRST_VERSIONS.get(op.kind, 1))
-        operator.opcodeIndex = self.codes.setdefault((op.kind, version), len(self.codes))
+        operator.opcodeIndex = self.codes.setdefault((op.kind, version(op)), len(self.codes))
         name = OPTIONS.get(op.kind, "".join(part.capitalize() for part in op.kind.split("_")) + "Options")
         kind = getattr(schema.BuiltinOptions, name, None)
         if kind is None:
@@ -164,6 +168,12 @@ class _Writer:
         self.index[tensor] = len(self.tensors)
         self.tensors.append(written)
         return self.index[tensor]
+
+    def metadata(self, name: str, content: bytes) -> schema.MetadataT:
+        written = schema.MetadataT()
+        written.name = name
+        written.buffer = self.buffer(np.frombuffer(content, np.uint8))
+        return written
 
     def buffer(self, data: np.ndarray) -> int:
         raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
