@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     Arrays = Mapping[str | int, np.ndarray]  # one array per input, by name or by position, batched along axis 0
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
-CALIBRATION_SAMPLES = 512  # the most that calibration reads; more change the ranges of a CNN by under 1 %
+CALIBRATION_SAMPLES = 512  # the most that calibration reads, so that it takes seconds
 RESERVED = {"x", "y", "calib_x", "calib_y", "mean", "std", "labels"}
 HELP = "give --data an .npz with x and y, a .pt likewise, a folder of class folders, or FILE.py:function"
 

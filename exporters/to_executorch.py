@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 
 from edgekit.errors import EdgeKitError
 
-# What the exporter notes on every node, and copies with every pass: half of the time that lowering takes.
+# What the exporter notes on every node; the dozens of passes that follow would copy it deeply each time.
 NOTES = ("from_node", "nn_module_stack", "stack_trace", "source_fn_stack")
 
 BOOKKEEPING = {"executorch_call_delegate", "getitem", "alloc"}  # graph nodes that compute nothing

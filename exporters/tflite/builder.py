@@ -19,10 +19,10 @@ from edgekit.exporters.tflite.ir import (
     Shape,
     Tensor,
     Value,
-    channels_last,
     identity,
 )
 from edgekit.exporters.tflite.kernels import MAX_RANK, data_input, takes
+from edgekit.results import axis_order
 
 Operand = Tensor | np.ndarray | None
 FLOAT = np.dtype(np.float32)
@@ -341,14 +341,11 @@ class Builder:
                 "export the model with float32 inputs",
             )
         held = self.graph.held.get(name)
-        perm = self._edge_perm(info.shape)
+        perm = axis_order(len(info.shape), self.image_layout)
         shape = tuple(info.shape[axis] for axis in perm)
         tensor = Tensor(self._unique(name), shape, INT8 if held else dtype, None, held)
         self.inputs.append(tensor)
         self._values[name] = Value(tensor, perm)
-
-    def _edge_perm(self, shape: Shape) -> Perm:
-        return channels_last(4) if self.image_layout == "nhwc" and len(shape) == 4 else identity(len(shape))
 
     def finish(self) -> None:
         """Bring the graph outputs to their layout and to real numbers, under their ONNX names; drop unread ops."""
@@ -358,7 +355,7 @@ class Builder:
             value = self.settle(self.value(name))
             if 0 in value.shape:
                 raise EdgeKitError(f"the output '{name}' of the ONNX model is empty, with shape {list(value.shape)}")
-            tensor = self.in_layout(value, self._edge_perm(value.shape))
+            tensor = self.in_layout(value, axis_order(len(value.shape), self.image_layout))
             if self.graph.info[name].dtype != INT8:
                 tensor = self.as_float(tensor)
             if tensor in taken or tensor.data is not None:

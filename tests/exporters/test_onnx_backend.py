@@ -42,7 +42,14 @@ def judge(case: Any) -> tuple[str, str]:
     from edgekit.errors import EdgeKitError
 
     given, expected = (
-        [numpy_helper.to_array(item) if isinstance(item, onnx.TensorProto) else item for item in part]
+        [
+            numpy_helper.to_array(item)
+            if isinstance(item, onnx.TensorProto)
+            else np.asarray(item)
+            if isinstance(item, np.generic)
+            else item
+            for item in part
+        ]
         for part in case.data_sets[0]
     )
     if not all(isinstance(item, np.ndarray) for item in (*given, *expected)):
