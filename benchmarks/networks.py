@@ -146,11 +146,91 @@ def shufflenet_v2() -> nn.Module:
     )
 
 
+class PaddedShortcut(nn.Module):
+    """ResNet's BasicBlock with a shortcut that is strided and padded with channels of zeros (option A)."""
+
+    def __init__(self, i: int, o: int, stride: int) -> None:
+        super().__init__()
+        self.a, self.b = conv_bn(i, o, 3, stride, act=nn.ReLU()), conv_bn(o, o, 3)
+        self.stride, self.more = stride, (o - i) // 2
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, i, H, W) → (N, o, H/stride, W/stride)."""
+        y = self.b(self.a(x))
+        if self.more:
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.more, self.more))
+        return F.relu(y + x)
+
+
+def resnet20() -> nn.Module:
+    """ResNet-20 for 32×32 images (He et al., 2015)."""
+    layers: list[nn.Module] = [conv_bn(3, 16, 3, act=nn.ReLU())]
+    for i, o, stride in ((16, 16, 1), (16, 32, 2), (32, 64, 2)):
+        layers += [PaddedShortcut(i, o, stride), PaddedShortcut(o, o, 1), PaddedShortcut(o, o, 1)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+
+class SamePadding(nn.Module):
+    """TensorFlow's SAME for an even image and stride 2: one more row and column behind than in front."""
+
+    def __init__(self, kernel: int) -> None:
+        super().__init__()
+        self.amounts = ((kernel - 2) // 2, (kernel - 1) // 2) * 2
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Pads height and width with zeros."""
+        return F.pad(x, self.amounts)
+
+
+class LiteBlock(nn.Module):
+    """EfficientNet-Lite's block: expand, depthwise, project, ReLU6, padded as TensorFlow does."""
+
+    def __init__(self, i: int, hidden: int, o: int, kernel: int, stride: int) -> None:
+        super().__init__()
+        depthwise = nn.Conv2d(
+            hidden, hidden, kernel, stride, 0 if stride == 2 else kernel // 2, groups=hidden, bias=False
+        )
+        self.layers = nn.Sequential(
+            *([conv_bn(i, hidden, 1, act=nn.ReLU6())] if hidden != i else []),
+            *([SamePadding(kernel)] if stride == 2 else []),
+            nn.Sequential(depthwise, nn.BatchNorm2d(hidden), nn.ReLU6()),
+            conv_bn(hidden, o, 1),
+        )
+        self.residual = stride == 1 and i == o
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, i, H, W) → (N, o, H/stride, W/stride)."""
+        return x + self.layers(x) if self.residual else self.layers(x)
+
+
+def efficientnet_lite() -> nn.Module:
+    """EfficientNet-Lite0's layers (Tan and Le, 2019, without squeeze-and-excite)."""
+    stem = nn.Sequential(nn.Conv2d(3, 32, 3, 2, bias=False), nn.BatchNorm2d(32), nn.ReLU6())
+    layers: list[nn.Module] = [SamePadding(3), stem]
+    i = 32
+    for t, o, count, kernel, stride in (
+        (1, 16, 1, 3, 1),
+        (6, 24, 2, 3, 2),
+        (6, 40, 2, 5, 2),
+        (6, 80, 3, 3, 2),
+        (6, 112, 3, 5, 1),
+        (6, 192, 4, 5, 2),
+        (6, 320, 1, 3, 1),
+    ):
+        for index in range(count):
+            layers.append(LiteBlock(i, t * i, o, kernel, stride if index == 0 else 1))
+            i = o
+    head = [conv_bn(i, 1280, 1, act=nn.ReLU6()), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1280, 1000)]
+    return nn.Sequential(*layers, *head)
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "mobilenet_v2": mobilenet_v2,
     "shufflenet_v2": shufflenet_v2,
     "resnet18": resnet18,
     "mobilenet_v3_small": mobilenet_v3_small,
+    "resnet20": resnet20,
+    "efficientnet_lite": efficientnet_lite,
 }
 
 

@@ -5,11 +5,10 @@
     python benchmarks/trained_models.py [NAME...]
 
 A model whose package is missing is said to be so. Each runs in a process of its own. The reference is the package's
-own file in ONNX Runtime (for MiniLM, the exported one); the TFLite file is made from it with fixed shapes and, where
-the file is older, with onnx.version_converter's opset 13. Input: English sentences, text drawn with Pillow's font, and
-a voice-like sound in 32 ms chunks whose recurrent state each runtime carries for itself. The difference is the largest
-over all outputs and inputs, relative to the output's largest reference value. The result is in words: what the TFLite
-file said, and what ONNX Runtime said where that differs.
+own file in ONNX Runtime (for MiniLM, the exported one); the TFLite file is made from it with fixed shapes. Input:
+English sentences, text drawn with Pillow's font, and a voice-like sound in 32 ms chunks whose recurrent state each
+runtime carries for itself. The difference is the largest over all outputs and inputs, relative to the output's largest
+reference value. The result is in words: what the TFLite file said, and what ONNX Runtime said where that differs.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from onnx import numpy_helper, version_converter
+from onnx import numpy_helper
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
@@ -84,11 +83,9 @@ def package_file(package: str, path: str) -> Path:
 
 
 def with_fixed_shapes(model: onnx.ModelProto, feeds: Arrays, constants: Arrays) -> onnx.ModelProto:
-    """Returns a copy of opset 13 or newer whose inputs have the shapes of `feeds`, and `constants` built in."""
+    """Returns a copy whose inputs have the shapes of `feeds`, and `constants` built in."""
     fixed = onnx.ModelProto()
     fixed.CopyFrom(model)
-    if next(entry.version for entry in fixed.opset_import if entry.domain == "") < 13:
-        fixed = version_converter.convert_version(fixed, 13)
     graph = fixed.graph
     inputs = [value for value in graph.input if value.name in feeds]
     for value in inputs:

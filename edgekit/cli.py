@@ -70,7 +70,12 @@ JsonOption = Annotated[
 ]
 ThreadsOption = Annotated[int, typer.Option("--threads", min=1, metavar="N", help="Threads of each runtime.")]
 DeviceOption = Annotated[
-    str, typer.Option("--device", metavar="URI", help="Where files run: local: or python:/path/to/python.")
+    str,
+    typer.Option(
+        "--device",
+        metavar="URI",
+        help="Where files run: local:, python:PATH, ssh://user@host, adb:SERIAL or qemu:arm64?cpu=cortex-a76.",
+    ),
 ]
 VerboseOption = Annotated[bool, typer.Option("--verbose", help=f"Keep what the libraries say in {LOG}.")]
 
@@ -82,7 +87,10 @@ def export(
     format: Annotated[
         str | None, typer.Option("--format", metavar="F[,F]", help="Of executorch, onnx, tflite.")
     ] = None,
-    precision: Annotated[str | None, typer.Option("--precision", metavar="P", help="fp32, fp16 or int8.")] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option("--precision", metavar="P", help="fp32, fp16, int8, int8-dynamic or int8-weight-only."),
+    ] = None,
     data: DataOption = None,
     input: InputOption = None,
     code: CodeOption = None,
@@ -92,6 +100,18 @@ def export(
     tflite_layout: Annotated[
         str, typer.Option("--tflite-layout", metavar="nchw|nhwc", help="Layout of images in the .tflite file.")
     ] = "nchw",
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            "--max-drop",
+            metavar="POINTS",
+            min=0,
+            help="int8: keep the fewest layers in float with which top-1 drops by at most this on labeled data.",
+        ),
+    ] = None,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="int8: show what each layer costs when it alone is quantized.")
+    ] = False,
     json: JsonOption = None,
     verbose: VerboseOption = False,
 ) -> None:
@@ -111,9 +131,11 @@ def export(
             mean=numbers(mean),
             std=numbers(std),
             tflite_layout=tflite_layout,
+            max_drop=max_drop,
+            sensitivity=sensitivity,
             progress=ui.progress,
         )
-        ui.show(report.bundle_report(bundle), {"path": str(bundle.path), **bundle.manifest})
+        ui.show(report.bundle_report(bundle, layers=sensitivity), {"path": str(bundle.path), **bundle.manifest})
 
 
 @app.command()
@@ -227,11 +249,22 @@ def doctor(
     deep: Annotated[
         bool, typer.Option("--deep", help="Also import every dependency, each in a process of its own.")
     ] = False,
+    device: Annotated[
+        str | None, typer.Option("--device", metavar="URI", help="Show what this device is and has instead.")
+    ] = None,
     json: JsonOption = None,
     verbose: VerboseOption = False,
 ) -> None:
     """Show what works on this machine, and what to install."""
     with session(verbose, json) as ui:
+        if device is not None:
+            from edgekit import device_doctor
+
+            found = device_doctor.diagnose_device(device)
+            ui.show(device_doctor.render_device(found), found.to_dict())
+            if not found.ok:
+                raise EdgeKitError(found.verdict, "install what the table names")
+            return
         from edgekit import doctor as doctoring
 
         diagnosis = doctoring.diagnose(deep=deep)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 CALIBRATION_SAMPLES = 512  # the most that calibration reads, so that it takes seconds
+CALIBRATION = {"calib_x", "calib_y"}
 RESERVED = {"x", "y", "calib_x", "calib_y", "mean", "std", "labels"}
 HELP = "give --data an .npz with x and y, a .pt likewise, a folder of class folders, or FILE.py:function"
 
@@ -58,7 +59,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Data:
-    """A source of samples. `calibration` and `evaluation` can each be read any number of times."""
+    """A source of samples. `calibration` and `evaluation` can each be read any number of times.
+
+    `separate` says whether calibration reads samples that evaluation does not.
+    """
 
     source: str
     calibration: Iterable[Batch]
@@ -66,6 +70,7 @@ class Data:
     preprocessing: Preprocessing | None = None
     labels: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    separate: bool = False
 
     def example(self) -> Arrays:
         """Returns the first sample, with a batch dimension of 1."""
@@ -273,16 +278,17 @@ def _from_arrays(source: str, arrays: Mapping[str, Any], mean: Sequence[float], 
     named = {key: array for key, array in arrays.items() if key not in RESERVED or key == "x"}
     if not named:
         raise EdgeKitError(f"{source} has no inputs: it holds {', '.join(arrays) or 'nothing'}", HELP)
-    batched = {key: arrays[key] for key in (*named, "y", "calib_x") if key in arrays}
+    batched = {key: arrays[key] for key in (*named, "y", "calib_x", "calib_y") if key in arrays}
     for key, array in batched.items():
         if array.ndim == 0 or array.dtype.kind not in "fiub":
             raise EdgeKitError(f"array '{key}' of {source} is not a batch of numbers", HELP)
         if len(array) == 0:
             raise EdgeKitError(f"array '{key}' of {source} holds no samples", HELP)
     target = arrays.get("y")
-    lengths = {key: len(array) for key, array in batched.items() if key != "calib_x"}
-    if len(set(lengths.values())) > 1:
-        raise EdgeKitError(f"the arrays of {source} differ in length: {lengths}", "give each sample one label")
+    for calibrates in (False, True):
+        lengths = {key: len(array) for key, array in batched.items() if (key in CALIBRATION) == calibrates}
+        if len(set(lengths.values())) > 1:
+            raise EdgeKitError(f"the arrays of {source} differ in length: {lengths}", "give each sample one label")
     # A lone `x` is the model's one input, whatever the model calls it.
     lone = set(named) == {"x"}
     inputs: Arrays = {0 if lone else key: array for key, array in named.items()}
@@ -299,7 +305,8 @@ def _from_arrays(source: str, arrays: Mapping[str, Any], mean: Sequence[float], 
     elif "mean" in arrays:
         notes.append(f"mean and std in {source} are left aside: they normalize uint8 images, and it holds none")
     if "calib_x" in arrays and len(inputs) == 1:
-        calibration = _Slices(dict.fromkeys(inputs, arrays["calib_x"]), None, preprocessing, _spaced(arrays["calib_x"]))
+        samples = dict.fromkeys(inputs, arrays["calib_x"])
+        calibration = _Slices(samples, arrays.get("calib_y"), preprocessing, _spaced(arrays["calib_x"]))
     elif "calib_x" in arrays:
         raise EdgeKitError(
             f"{source} has calib_x beside {len(inputs)} inputs, and it does not tell which it is",
@@ -309,7 +316,8 @@ def _from_arrays(source: str, arrays: Mapping[str, Any], mean: Sequence[float], 
         calibration = _Slices(inputs, None, preprocessing, _spaced(next(iter(inputs.values()))))
         notes.append(f"calibration reads samples that evaluation reads too: {source} has no calib_x of its own")
     labels = tuple(str(label) for label in arrays.get("labels", ()))
-    return Data(source, calibration, _Slices(inputs, target, preprocessing), preprocessing, labels, tuple(notes))
+    evaluation = _Slices(inputs, target, preprocessing)
+    return Data(source, calibration, evaluation, preprocessing, labels, tuple(notes), separate="calib_x" in arrays)
 
 
 def _not_normalizable(source: str) -> EdgeKitError:

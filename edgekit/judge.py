@@ -157,12 +157,18 @@ def loss(precision: str, graph_to_original: Parity) -> tuple[str, ...]:
 def verdict(
     precision: str,
     result: Accuracy | None,
-    latency: Latency,
+    latency: Latency | None,
     fp32: Latency | None,
     parity: Parity,
     max_drop: float | None,
+    suspects: Sequence[str] | None = None,
+    sensitive: Sequence[str] = (),
 ) -> Verdict:
-    """Says whether an artifact is worth shipping: accuracy by its interval's bound, speed by the runtime's fp32."""
+    """Says whether an artifact is worth shipping: accuracy by its interval's bound, speed by the runtime's fp32.
+
+    A rejection for speed names the `suspects`, what in the file does not run in int8 (None where that is not known);
+    one for accuracy the most `sensitive` layers, or how to find them.
+    """
     limit = DEFAULT_MAX_DROP if max_drop is None else max_drop
     rejects: list[str] = []
     doubts: list[str] = []
@@ -178,21 +184,40 @@ def verdict(
         low, high = result.ci95
         interval = f"{result.drop:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}"
         if low > limit:
-            rejects.append(f"accuracy drop {interval} is above {limit:g}")
+            rejects.append(f"accuracy drop {interval} is above {limit:g}{_lossy(precision, sensitive)}")
         elif high > limit:
             doubts.append(
                 f"accuracy drop {interval} does not exclude more than {limit:g}; {_more_samples(result, limit)}"
             )
         else:
             reasons.append(f"accuracy drop {interval}")
-    if fp32 is not None:
+    if fp32 is not None and latency is not None:
         ratio = fp32.p50 / latency.p50
         line = f"{ratio:.2f}x the speed of fp32 in the same runtime"
         # Weight-only int8 is for size; int8 arithmetic has to pay in speed.
-        (rejects if ratio < MIN_SPEEDUP and precision in ("int8", "int8-dynamic") else reasons).append(line)
+        if ratio < MIN_SPEEDUP and precision in ("int8", "int8-dynamic"):
+            rejects.append(line + _slow(suspects))
+        else:
+            reasons.append(line)
     if rejects:
         return Verdict("reject", tuple(rejects + doubts))
     return Verdict("inconclusive", tuple(doubts + reasons)) if doubts else Verdict("ship", tuple(reasons))
+
+
+def _lossy(precision: str, sensitive: Sequence[str]) -> str:
+    if precision != "int8":
+        return ""
+    if sensitive:
+        return f"; the most sensitive layers: {', '.join(sensitive)}"
+    return "; edgekit export --sensitivity shows the layers to blame, --max-drop keeps them in float"
+
+
+def _slow(suspects: Sequence[str] | None) -> str:
+    if suspects is None:
+        return ""
+    return (
+        f": {'; '.join(suspects)}" if suspects else "; every op of it runs in int8: this machine is no faster at that"
+    )
 
 
 def _more_samples(result: Accuracy, limit: float) -> str:

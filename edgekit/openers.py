@@ -304,7 +304,7 @@ def _onnx_specs(proto: Any, notes: list[str]) -> tuple[TensorSpec, ...]:
             raise EdgeKitError(
                 f"the input {value.name!r} of the ONNX model is no tensor", "export it with tensor inputs"
             )
-        shape = [d.dim_value for d in kind.shape.dim] if kind.HasField("shape") else [0, 0]
+        shape = [max(d.dim_value, 0) for d in kind.shape.dim] if kind.HasField("shape") else [0, 0]
         if shape and shape[0] == 0:
             shape[0] = 1
             notes.append(f"the batch dimension of {value.name!r} is open in the file: taken as 1")

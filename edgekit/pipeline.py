@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from edgekit import bundle as bundles
-from edgekit import files, judge, stages, targets
+from edgekit import files, judge, stages, suspects, targets, tune
 from edgekit.errors import EdgeKitError
 from edgekit.progress import Progress, Silent
 from edgekit.results import LAYOUTS, Artifact, Baseline, Comparison, Latency, Layout, Measurement, Profile, Replay
@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     import numpy as np
 
     from edgekit.model import Model
+    from edgekit.runtimes.devices.device import Device
 
 ROUNDS = 3  # processes that time each artifact, taken in turn: machines drift
 TIMING = Timing(warmup_runs=50, seconds=0.6, min_runs=20, max_runs=5000)
+SAME_MACHINE = ("local:", "python:")  # devices that are this machine
 NO_DATA_INT8 = (
     "add --data with some 100 real samples (an .npz with x, a folder of images, FILE.py:function), or choose "
     "--precision fp16, which needs none"
@@ -42,15 +44,18 @@ def export(
     mean: Sequence[float] = (),
     std: Sequence[float] = (),
     tflite_layout: str = "nchw",
+    max_drop: float | None = None,
+    sensitivity: bool = False,
     progress: Progress | None = None,
 ) -> bundles.Bundle:
     """Exports `model` for `target`, checks every file against the original, and returns the bundle.
 
     `model` is a torch.nn.Module or any source that `edgekit.model.load` takes; `data` any that `edgekit.data.load`
     takes (int8 calibrates on it; every precision is checked on it). With `tflite_layout` "nhwc" the .tflite file takes
-    and gives rank-4 tensors channels-last; golden values and the manifest's shapes stay NCHW. Writes
-    OUT/<name>-<target>/ whole or not at all. Raises EdgeKitError for bad input, and for a file that is not faithful to
-    the model.
+    and gives rank-4 tensors channels-last; golden values and the manifest's shapes stay NCHW. At int8, `max_drop` keeps
+    the fewest layers in float with which at most so many points of top-1 are lost on labeled data, and `sensitivity`
+    measures every layer; see `edgekit.tune`. Writes OUT/<name>-<target>/ whole or not at all. Raises EdgeKitError for
+    bad input, for a file that is not faithful to the model, and where `max_drop` cannot be reached.
     """
     from edgekit.quant.recipes import RECIPES
 
@@ -58,26 +63,35 @@ def export(
     row = targets.find(target)
     chosen = targets.find_formats(formats, row)
     layouts = find_layouts(tflite_layout, chosen)
-    recipe = RECIPES.get(precision or row.precision)
+    assumed = () if precision or not stages.is_onnx(model) else (stages.ONNX_IS_FP32,)
+    recipe = RECIPES.get(precision or ("fp32" if assumed else row.precision))
     if recipe is None:
         raise EdgeKitError(f"unknown precision '{precision}'", f"choose one of {', '.join(RECIPES)}")
     if recipe.needs_data and data is None:
         raise EdgeKitError(
             f"{recipe.name} needs data to calibrate on: EdgeKit does not guess activation ranges", NO_DATA_INT8
         )
+    tune.check(recipe.name, max_drop, sensitivity)
     with progress.step("Loading"):
         original, source = stages.load(model, data=data, inputs=inputs, code=code, mean=mean, std=std)
     folder = Path(out) / f"{name or original.name}-{target}"
     batch = stages.batch_of(original.inputs)
     with files.new_folder(folder, bundles.FILES) as building:
-        program = stages.compress(original, source, recipe.name, progress)
+        tuned = None
+        if source is not None and original.onnx is None and (sensitivity or max_drop is not None):
+            tuned = tune.tune(original, source, progress, max_drop, sensitivity)
+        compressed = tuned.compressed if tuned else stages.compress(original, source, recipe.name, progress)
+        program = compressed.program if compressed is not None else None
         feeds, samples = stages.golden_feeds(original, source)
         with progress.step("Running the original"):
             reference = stages.run_module(original.module, feeds)
             graph = stages.run_module(program.module(check_guards=False), feeds) if program is not None else reference
         graph_parity = judge.parity(stages.flat(reference, batch), stages.flat(graph, batch))
         results, entries = {"original": reference}, []
-        notes = [*original.notes, *(source.notes if source else ("checked on random inputs: no --data was given",))]
+        notes = [*assumed, *original.notes]
+        notes += source.notes if source else ("checked on random inputs: no --data was given",)
+        notes += compressed.notes if compressed is not None else ()
+        notes += tuned.notes if tuned else ()
         notes += judge.loss(recipe.name, graph_parity)
         for format, exported in stages.emit(original, program, chosen, recipe.half_weights, progress, layouts, source):
             path = building / bundles.file_name(format)
@@ -92,16 +106,19 @@ def export(
                     f"{path.name} is not faithful to the model: it {why}",
                     f"nothing was written; leave {format} out with --format, and report this model",
                 )
+            found = suspects.structure(artifact)
             facts = {"parity": {**agreement.to_dict(), "samples": samples}, **exported.facts}
+            facts |= {"structure": found.to_dict()} if found else {}
             entries.append({"format": format, "file": path.name, "layout": layouts[format].upper(), **facts})
             notes += exported.notes
+            notes += found.notes(format) if found else ()
         bundles.write_golden(building, original.inputs, original.outputs, feeds, results)
         bundles.describe(
             building,
             model={"name": original.name, "form": original.form},
             target=target,
             precision=recipe.name,
-            recipe={"name": recipe.name, "summary": recipe.summary},
+            recipe={"name": recipe.name, "summary": recipe.summary, **(tuned.to_dict() if tuned else {})},
             inputs=original.inputs,
             outputs=original.outputs,
             preprocessing=source.preprocessing.to_dict() if source and source.preprocessing else None,
@@ -164,15 +181,18 @@ def compare(
         reference = evaluation.cut(outcome)
         right = None if evaluation.target is None else judge.correct(metric, reference[0], evaluation.target)
     outputs = {}
-    for artifact in given:
-        with progress.step(f"Running {artifact.path.name} ({artifact.precision})"):
-            outputs[artifact] = evaluation.cut(
-                stages.run(artifact, evaluation.feeds, device=device, threads=threads).outputs
-            )
     with ExitStack() as stack:
+        there = stack.enter_context(stages.opened(device, baseline_device))
+        for artifact in given:
+            with progress.step(f"Running {artifact.path.name} ({artifact.precision})"):
+                run = stages.run(artifact, evaluation.feeds, device=there, threads=threads)
+            outputs[artifact] = evaluation.cut(run.outputs)
         references, notes = fp32_references(original, given, stack, progress)
         files_to_time = [*given, *(r for r in references.values() if r not in given)]
-        baseline_latency, timed = race(original, files_to_time, evaluation, device, baseline_device, threads, progress)
+        baseline_latency, timed = race(original, files_to_time, evaluation, there, baseline_device, threads, progress)
+    same_machine = device.startswith(SAME_MACHINE)
+    if not same_machine:
+        notes = (*notes, f"the original ran here and the files on {device}: their times are no speed-up")
     measured = []
     for artifact in given:
         last, latency = timed[artifact]
@@ -181,8 +201,12 @@ def compare(
         if right is not None and evaluation.target is not None:
             result = judge.accuracy(metric, right, judge.correct(metric, outputs[artifact][0], evaluation.target))
         fp32_file = None if artifact.precision == "fp32" else references.get(artifact.format)
-        fp32 = timed[fp32_file][1] if fp32_file is not None else None
-        verdict = judge.verdict(artifact.precision, result, latency, fp32, near, max_drop)
+        fp32_last, fp32 = timed[fp32_file] if fp32_file is not None else (None, None)
+        structure = suspects.structure(artifact)
+        blamed = structure.suspects if structure else None
+        verdict = judge.verdict(
+            artifact.precision, result, latency, fp32, near, max_drop, blamed, tune.most_sensitive(artifact)
+        )
         measured.append(
             Measurement(
                 artifact,
@@ -197,6 +221,12 @@ def compare(
                 last.first_ms,
                 last.peak_rss_bytes,
                 verdict,
+                structure.to_dict() if structure else None,
+                blamed or (),
+                last.timing,
+                last.instructions,
+                fp32_last.instructions if fp32_last is not None else None,
+                same_machine,
             )
         )
     accuracy = None if right is None else float(right.mean())
@@ -252,7 +282,8 @@ def fp32_references(
         notes = ("no fp32 .pte to compare speed with: ExecuTorch starts from a PyTorch model",)
     if missing:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="edgekit-")))
-        program = stages.compress(original, None, "fp32", progress)
+        compressed = stages.compress(original, None, "fp32", progress)
+        program = compressed.program if compressed is not None else None
         layouts = {artifact.format: artifact.layout for artifact in given}
         for format, exported in stages.emit(original, program, missing, False, progress, layouts):
             path = folder / bundles.file_name(format)
@@ -265,41 +296,63 @@ def race(
     original: Model,
     artifacts: Sequence[Artifact],
     evaluation: stages.Evaluation,
-    device: str,
+    device: Device,
     baseline_device: str,
     threads: int,
     progress: Progress,
-) -> tuple[Latency, dict[Artifact, tuple[Any, Latency]]]:
-    """Times the original and every artifact in turn, ROUNDS times; returns latencies and each one's last result."""
+) -> tuple[Latency, dict[Artifact, tuple[Any, Latency | None]]]:
+    """Times the original and every artifact in turn, ROUNDS times; returns latencies and each one's last result.
+
+    On an emulated device each artifact runs once, for its instructions, and has no latency.
+    """
     feeds = [feed[: bundles.GOLDEN_SAMPLES] for feed in evaluation.feeds]
     eager: list[tuple[float, ...]] = []
     results: dict[Artifact, list[Any]] = {artifact: [] for artifact in artifacts}
     with progress.step("Measuring latency", ROUNDS * (len(artifacts) + 1)) as advance:
-        for _ in range(ROUNDS):
+        for count in range(ROUNDS):
             eager.append(stages.time_module(original.module, feeds, baseline_device, threads, TIMING))
             advance()
             for artifact in artifacts:
-                results[artifact].append(stages.run(artifact, feeds, device=device, threads=threads, timing=TIMING))
+                if count == 0 or device.timing == "measured":
+                    results[artifact].append(stages.run(artifact, feeds, device=device, threads=threads, timing=TIMING))
                 advance()
-    timed = {a: (runs[-1], Latency(tuple(r.latency_ms for r in runs), threads)) for a, runs in results.items()}
+    timed = {artifact: (runs[-1], latency_of(runs, threads)) for artifact, runs in results.items()}
     return Latency(tuple(eager), threads), timed
+
+
+def latency_of(runs: Sequence[Any], threads: int) -> Latency | None:
+    """Returns the latencies of several results of one file; None where an emulator ran it, whose times say nothing."""
+    return Latency(tuple(r.latency_ms for r in runs), threads) if runs[-1].timing == "measured" else None
 
 
 def profile(
     artifact: str | Path, *, device: str = "local:", threads: int = 1, progress: Progress | None = None
 ) -> Profile:
-    """Measures latency, load time and memory of one file on `device`, over ROUNDS processes, on random inputs."""
+    """Measures latency, load time and memory of one file on `device`, over ROUNDS processes, on random inputs.
+
+    On an emulated device it counts instructions instead, in one process.
+    """
     subject = identify(Path(artifact))
-    stages.check_devices(device)
-    feeds = stages.random_feeds(subject.inputs)
-    with (progress or Silent()).step("Measuring latency", ROUNDS) as advance:
-        runs = []
-        for _ in range(ROUNDS):
-            runs.append(stages.run(subject, feeds, device=device, threads=threads, timing=TIMING))
-            advance()
+    with stages.opened(device) as there:
+        feeds = stages.random_feeds(subject.inputs)
+        rounds = ROUNDS if there.timing == "measured" else 1
+        with (progress or Silent()).step("Measuring latency", rounds) as advance:
+            runs = []
+            for _ in range(rounds):
+                runs.append(stages.run(subject, feeds, device=there, threads=threads, timing=TIMING))
+                advance()
     last = runs[-1]
-    latency = Latency(tuple(r.latency_ms for r in runs), threads)
-    return Profile(subject, last.runtime, last.device, latency, last.load_ms, last.first_ms, last.peak_rss_bytes)
+    return Profile(
+        subject,
+        last.runtime,
+        last.device,
+        latency_of(runs, threads),
+        last.load_ms,
+        last.first_ms,
+        last.peak_rss_bytes,
+        last.timing,
+        last.instructions,
+    )
 
 
 def verify(bundle: str | Path, *, device: str = "local:", progress: Progress | None = None) -> tuple[Replay, ...]:
@@ -309,16 +362,16 @@ def verify(bundle: str | Path, *, device: str = "local:", progress: Progress | N
     that does not answer.
     """
     opened = bundles.read(Path(bundle))
-    stages.check_devices(device)
-    try:
-        golden = bundles.read_golden(opened)
-    except EdgeKitError as error:
-        return tuple(Replay(artifact, None, error.what) for artifact in opened.artifacts)
-    replays = []
-    for artifact, entry in zip(opened.artifacts, opened.manifest["artifacts"], strict=True):
-        with (progress or Silent()).step(f"Replaying {artifact.path.name}"):
-            replays.append(_replay(artifact, entry, golden, opened.manifest["qparams"], device))
-    return tuple(replays)
+    with stages.opened(device) as there:
+        try:
+            golden = bundles.read_golden(opened)
+        except EdgeKitError as error:
+            return tuple(Replay(artifact, None, error.what) for artifact in opened.artifacts)
+        replays = []
+        for artifact, entry in zip(opened.artifacts, opened.manifest["artifacts"], strict=True):
+            with (progress or Silent()).step(f"Replaying {artifact.path.name}"):
+                replays.append(_replay(artifact, entry, golden, opened.manifest["qparams"], there))
+        return tuple(replays)
 
 
 def _replay(
@@ -326,7 +379,7 @@ def _replay(
     entry: Mapping[str, Any],
     golden: Mapping[str, np.ndarray],
     qparams: Mapping[str, Any],
-    device: str,
+    device: Device,
 ) -> Replay:
     try:
         bundles.check_hash(artifact.path, entry["sha256"])

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isfinite
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from edgekit.bundle import Bundle
-from edgekit.results import Comparison, Measurement, Profile, Replay
+from edgekit.results import Comparison, Latency, Measurement, Profile, Replay
 from edgekit.targets import TARGETS
 
+EMULATED = "emulated: instructions of one run, not times"
 VERDICT_STYLES = {"ship": "bold green", "reject": "bold red", "inconclusive": "bold yellow"}
 
 
@@ -34,13 +36,29 @@ def size(count: int | None) -> str:
     return f"{count} B"
 
 
-def milliseconds(value: float) -> str:
-    """Returns a latency with three significant digits."""
+def milliseconds(value: float | None) -> str:
+    """Returns a latency with three significant digits; a dash where there is none, as on an emulated device."""
+    if value is None:
+        return "–"
     return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
-def bundle_report(bundle: Bundle) -> RenderableType:
-    """Shows what an export wrote, how each file was checked, and what the user should know."""
+def percentiles(latency: Latency | None) -> list[str]:
+    """Returns p50, p90 and p99 in ms."""
+    if latency is None:
+        return [milliseconds(None)] * 3
+    return [milliseconds(value) for value in (latency.p50, latency.percentile(90), latency.percentile(99))]
+
+
+def instructions(count: int | None, fp32: int | None = None) -> str:
+    """Returns instructions in millions, and their share of the fp32 file's."""
+    if count is None:
+        return "–"
+    return f"{count / 1e6:.3g} M" + (f" ({100 * count / fp32:.0f} % of fp32)" if fp32 else "")
+
+
+def bundle_report(bundle: Bundle, layers: bool = False) -> RenderableType:
+    """Shows what an export wrote, how each file was checked and what to know of it; with `layers` also each layer."""
     manifest = bundle.manifest
     rows = table("file", "size", "SQNR", "max difference", "agreement")
     for entry in manifest["artifacts"]:
@@ -57,7 +75,23 @@ def bundle_report(bundle: Bundle) -> RenderableType:
     head = Text.assemble(
         ("Wrote ", ""), (f"{bundle.path}/", "bold"), f"  {manifest['precision']}, checked on {checked}"
     )
-    return Group(head, rows, *notes(bundle.notes))
+    return Group(*([sensitivity_report(manifest["recipe"])] if layers else []), head, rows, *notes(bundle.notes))
+
+
+def sensitivity_report(recipe: Mapping[str, Any]) -> RenderableType:
+    """Shows what each layer costs when it alone is int8, the most sensitive first, and which of them are in float."""
+    in_float = {layer["node"] for layer in recipe["float_layers"]}
+    rows = table("layer", "op", "SQNR alone in int8", "weights", "")
+    for layer in recipe["sensitivity"]:
+        decibel = layer["sqnr_db"]
+        rows.add_row(
+            Text(layer["path"] or "–"),
+            Text(layer["op"]),
+            "equal" if decibel is None else f"{decibel:.1f} dB",
+            f"{100 * layer['weight_share']:.2f} %",
+            Text("in float", style="yellow") if layer["node"] in in_float else "",
+        )
+    return rows
 
 
 def notes(lines: Sequence[str]) -> list[Text]:
@@ -86,14 +120,15 @@ def comparison_report(comparison: Comparison) -> RenderableType:
     )
     first = f"{100 * base.accuracy:.2f} %" if base.accuracy is not None else ""
     lat = base.latency
+    emulated = any(m.timing == "emulated" for m in comparison.artifacts)
+    if emulated:
+        rows.add_column("instructions", justify="right", header_style="dim")
     rows.add_row(
         f"original ({base.device})",
         first,
         "",
         "",
-        milliseconds(lat.p50),
-        milliseconds(lat.percentile(90)),
-        milliseconds(lat.percentile(99)),
+        *percentiles(lat),
         "",
         "",
         "",
@@ -102,7 +137,7 @@ def comparison_report(comparison: Comparison) -> RenderableType:
         "",
     )
     for m in comparison.artifacts:
-        rows.add_row(*_comparison_row(m))
+        rows.add_row(*_comparison_row(m), *([instructions(m.instructions, m.fp32_instructions)] if emulated else []))
     reasons = [
         Text.assemble((f"{_label(m)}: ", "bold"), (m.verdict.word, VERDICT_STYLES[m.verdict.word]), f"  {reason}")
         for m in comparison.artifacts
@@ -111,6 +146,8 @@ def comparison_report(comparison: Comparison) -> RenderableType:
     ]
     threads = f"{lat.threads} thread{'s' if lat.threads > 1 else ''}"
     caption = f"{base.samples:,} samples; latency over {len(lat.processes)} interleaved processes, {threads}"
+    if emulated:
+        caption += f"; {EMULATED}"
     return Group(rows, Text(caption, style="dim"), *reasons, *notes(comparison.notes))
 
 
@@ -125,11 +162,9 @@ def _comparison_row(m: Measurement) -> list[RenderableType]:
         _label(m),
         *quality,
         _decibel(m.parity.sqnr_db, m.parity.max_abs),
-        milliseconds(m.latency.p50),
-        milliseconds(m.latency.percentile(90)),
-        milliseconds(m.latency.percentile(99)),
+        *percentiles(m.latency),
         f"{m.speedup_fp32:.2f}x" if m.speedup_fp32 else "–",
-        f"{m.speedup:.2f}x",
+        f"{m.speedup:.2f}x" if m.speedup else "–",
         size(m.artifact.size_bytes),
         milliseconds(m.load_ms),
         size(m.peak_rss_bytes),
@@ -138,15 +173,18 @@ def _comparison_row(m: Measurement) -> list[RenderableType]:
 
 
 def profile_report(profile: Profile) -> RenderableType:
-    """Shows one file's latency, load time and memory."""
-    rows = table("file", "runtime", "p50 ms", "p90", "p99", "load ms", "first ms", "memory", "size")
+    """Shows one file's latency, load time and memory; on an emulated device its instructions."""
     lat = profile.latency
+    if lat is None:
+        rows = table("file", "runtime", "instructions", "size")
+        count = instructions(profile.instructions)
+        rows.add_row(profile.artifact.path.name, profile.runtime, count, size(profile.artifact.size_bytes))
+        return Group(rows, Text(f"{profile.device}; {EMULATED}", style="dim"))
+    rows = table("file", "runtime", "p50 ms", "p90", "p99", "load ms", "first ms", "memory", "size")
     rows.add_row(
         profile.artifact.path.name,
         profile.runtime,
-        milliseconds(lat.p50),
-        milliseconds(lat.percentile(90)),
-        milliseconds(lat.percentile(99)),
+        *percentiles(lat),
         milliseconds(profile.load_ms),
         milliseconds(profile.first_ms),
         size(profile.peak_rss_bytes),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -145,30 +146,42 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Everything that was measured of one artifact."""
+    """Everything that was measured of one artifact.
+
+    `structure` counts what in an int8 file does not run in int8 (see `suspects.Structure`; None for other files), and
+    `suspects` says it in words. On an emulated device `timing` is "emulated" and every figure in ms and bytes is None:
+    `instructions` of one run, and of one of the fp32 file, are counted instead. `same_machine` is False where the
+    original ran here and the file on another machine: their times are no speed-up.
+    """
 
     artifact: Artifact
     runtime: str
     device: str
     parity: Parity
     accuracy: Accuracy | None
-    latency: Latency
+    latency: Latency | None
     fp32_latency: Latency | None
     baseline_latency: Latency
-    load_ms: float
-    first_ms: float
+    load_ms: float | None
+    first_ms: float | None
     peak_rss_bytes: int | None
     verdict: Verdict
+    structure: Mapping[str, Any] | None = None
+    suspects: tuple[str, ...] = ()
+    timing: Literal["measured", "emulated"] = "measured"
+    instructions: int | None = None
+    fp32_instructions: int | None = None
+    same_machine: bool = True
 
     @property
-    def speedup(self) -> float:
-        """How many times faster than the original model the artifact is, by p50."""
-        return self.baseline_latency.p50 / self.latency.p50
+    def speedup(self) -> float | None:
+        """How many times faster than the original model the artifact is, by p50; None across machines."""
+        return self.baseline_latency.p50 / self.latency.p50 if self.latency and self.same_machine else None
 
     @property
     def speedup_fp32(self) -> float | None:
         """How many times faster than the fp32 file in the same runtime, by p50; None for fp32 files themselves."""
-        return self.fp32_latency.p50 / self.latency.p50 if self.fp32_latency else None
+        return self.fp32_latency.p50 / self.latency.p50 if self.latency and self.fp32_latency else None
 
     def within(self, max_drop: float) -> bool:
         """Whether the drop is proven to be at most `max_drop` points: by the bound of its interval."""
@@ -185,7 +198,10 @@ class Measurement:
             "size_bytes": self.artifact.size_bytes,
             "accuracy": self.accuracy.to_dict() if self.accuracy else None,
             "parity": self.parity.to_dict(),
-            "latency_ms": self.latency.to_dict(),
+            "timing": self.timing,
+            "latency_ms": self.latency.to_dict() if self.latency else None,
+            "instructions": self.instructions,
+            "fp32_instructions": self.fp32_instructions,
             "baseline_latency_ms": self.baseline_latency.to_dict(),
             "fp32_latency_ms": self.fp32_latency.to_dict() if self.fp32_latency else None,
             "speedup": self.speedup,
@@ -195,6 +211,8 @@ class Measurement:
             "peak_rss_bytes": self.peak_rss_bytes,
             "verdict": self.verdict.word,
             "reasons": list(self.verdict.reasons),
+            "structure": self.structure,
+            "suspects": list(self.suspects),
         }
 
 
@@ -245,15 +263,17 @@ def finite(value: float) -> float | None:
 
 @dataclass(frozen=True)
 class Profile:
-    """One file's speed and memory on one device."""
+    """One file's speed and memory on one device; on an emulated one only `instructions`, see Measurement."""
 
     artifact: Artifact
     runtime: str
     device: str
-    latency: Latency
-    load_ms: float
-    first_ms: float
+    latency: Latency | None
+    load_ms: float | None
+    first_ms: float | None
     peak_rss_bytes: int | None
+    timing: Literal["measured", "emulated"] = "measured"
+    instructions: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the JSON form of `profile --json`."""
@@ -264,7 +284,9 @@ class Profile:
             "runtime": self.runtime,
             "device": self.device,
             "size_bytes": self.artifact.size_bytes,
-            "latency_ms": self.latency.to_dict(),
+            "timing": self.timing,
+            "latency_ms": self.latency.to_dict() if self.latency else None,
+            "instructions": self.instructions,
             "load_ms": self.load_ms,
             "first_ms": self.first_ms,
             "peak_rss_bytes": self.peak_rss_bytes,

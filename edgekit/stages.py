@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice, zip_longest
@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 
     from edgekit.exporters.tflite import Description
     from edgekit.model import Model
+    from edgekit.quant.recipes import Compressed
     from edgekit.runtimes import Timing
+    from edgekit.runtimes.devices.device import Device
+
+
+ONNX_IS_FP32 = "fp32, because an ONNX file is not quantized: give the PyTorch model for int8"
 
 
 @dataclass(frozen=True)
@@ -69,10 +74,24 @@ def load(
     return replace(loaded, example=_tensors(first)), source
 
 
+def is_onnx(model: Any) -> bool:
+    """Whether `model` names an ONNX file; raises EdgeKitError for a file that is no model."""
+    from edgekit.openers import is_code, sniff
+
+    return isinstance(model, str | Path) and not is_code(str(model)) and sniff(Path(model)) == "onnx"
+
+
 def compress(
-    original: Model, source: sources.Data | None, precision: str, progress: Progress
-) -> ExportedProgram | None:
-    """Applies the recipe called `precision`; None for an ONNX file, which is not taken apart."""
+    original: Model,
+    source: sources.Data | None,
+    precision: str,
+    progress: Progress,
+    keep_float: frozenset[str] = frozenset(),
+) -> Compressed | None:
+    """Applies the recipe called `precision`; None for an ONNX file, which is not taken apart.
+
+    `keep_float` names nodes of the canonical graph that stay in float.
+    """
     from edgekit.quant.recipes import RECIPES
 
     recipe = RECIPES[precision]
@@ -85,10 +104,10 @@ def compress(
         return None
     if not recipe.needs_data:
         with progress.step("Capturing the graph"):
-            return recipe.apply(original.module, original.example, ())
+            return recipe.apply(original.module, original.example, (), keep_float)
     assert source is not None
     with progress.step(f"Calibrating {precision}"), quickest_threads(original):
-        return recipe.apply(original.module, original.example, Calibration(source, original.inputs))
+        return recipe.apply(original.module, original.example, Calibration(source, original.inputs), keep_float)
 
 
 @contextmanager
@@ -150,18 +169,26 @@ def emit(
             proto = _onnx(original, program, half_weights)
     for format in formats:
         if format == "onnx":
-            from edgekit.exporters.to_onnx import for_onnxruntime
+            from edgekit.exporters.onnx_codes import for_onnxruntime
 
             assert proto is not None
             final = proto if program is None else for_onnxruntime(proto)
             yield format, Exported(final.SerializeToString(), {"opset": final.opset_import[0].version}, ())
         elif format == "tflite":
-            from edgekit.exporters.tflite import convert_with_notes
+            from edgekit.exporters.tflite import check_int8, convert_with_notes
 
             with progress.step("Lowering to TFLite"):
-                converted = convert_with_notes(proto, layout=layouts["tflite"], about=_about(original, source))
+                shapes = {spec.name: spec.shape for spec in original.inputs} if original.onnx is not None else None
+                about = _about(original, source)
+                converted = convert_with_notes(proto, layout=layouts["tflite"], about=about, shapes=shapes)
+            notes = converted.notes
+            if converted.places:
+                with progress.step("Checking the int8 operators"):
+                    pairs = zip(original.inputs, original.example, strict=True)
+                    feeds = {spec.name: tensor.numpy() for spec, tensor in pairs}
+                    notes += check_int8(proto, converted, feeds, layout=layouts["tflite"])
             facts = {"min_runtime": converted.min_runtime}
-            yield format, Exported(converted.data, facts, tuple(f"TFLite: {note}" for note in converted.notes))
+            yield format, Exported(converted.data, facts, tuple(f"TFLite: {note}" for note in notes))
         else:
             yield format, _executorch(original, program, half_weights, progress)
 
@@ -209,6 +236,7 @@ def _executorch(original: Model, program: ExportedProgram | None, half_weights: 
         notes.append(
             "ExecuTorch: fp16 computes in half precision but stores convolution weights in fp32: the file is no smaller"
         )
+    notes += [f"ExecuTorch: {note}" for note in lowered.notes]
     return Exported(lowered.data, {"delegates": lowered.delegates, "undelegated": lowered.undelegated}, tuple(notes))
 
 
@@ -356,12 +384,12 @@ class Evaluation:
         return [array[: self.count] for array in flat(outputs, self.batch)]
 
 
-def evaluation_set(source: sources.Data, original: Model) -> Evaluation:
-    """Reads all evaluation samples of `source`, batched as the model takes them."""
+def evaluation_set(source: sources.Data, original: Model, stream: Iterable[sources.Batch] | None = None) -> Evaluation:
+    """Reads all evaluation samples of `source`, or those of `stream`, batched as the model takes them."""
     import numpy as np
 
     feeds, targets, count = [], [], 0
-    for arrays, real, target in sources.batches(source.evaluation, original.inputs):
+    for arrays, real, target in sources.batches(source.evaluation if stream is None else stream, original.inputs):
         feeds.append(arrays)
         count += real
         if target is not None:
@@ -393,8 +421,18 @@ def time_module(
                 os.sched_setaffinity(0, cores)
 
 
-def check_devices(device: str, baseline: str = "cpu") -> None:
-    """Raises EdgeKitError for a device that does not answer, or a baseline device that torch cannot use."""
+def check_devices(device: str, baseline: str) -> None:
+    """Raises EdgeKitError as `opened` does."""
+    with opened(device, baseline):
+        pass
+
+
+@contextmanager
+def opened(device: str, baseline: str = "cpu") -> Iterator[Device]:
+    """Yields the device at a URI, connected once for all jobs, and cleans it up.
+
+    Raises EdgeKitError for a device that does not answer, or a baseline device that torch cannot use.
+    """
     from edgekit.runtimes import open_device
 
     if baseline not in ("cpu", "cuda"):
@@ -404,11 +442,12 @@ def check_devices(device: str, baseline: str = "cpu") -> None:
 
         if not torch.cuda.is_available():
             raise EdgeKitError("torch finds no CUDA device here", "leave out --baseline-device")
-    opened = open_device(device)
+    there = open_device(device)
     try:
-        opened.probe()
+        there.probe()
+        yield there
     finally:
-        opened.cleanup()
+        there.cleanup()
 
 
 def bare(path: Path) -> Artifact:

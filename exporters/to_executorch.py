@@ -4,18 +4,27 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS, ConstantPadConfig
+from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS, ConstantPadConfig, LinearConfig
 from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+from executorch.backends.xnnpack.utils.quant_utils import is_dequant
+from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+from executorch.exir.dialects._ops import ops as exir_ops
+from executorch.exir.pass_base import ExportPass, NodeMetadata, ProxyValue
 from torch.export import ExportedProgram
+from torch.fx import Node
 
 from edgekit.errors import EdgeKitError
+from edgekit.exporters.pte_weights import prepare_weights
 
 # What the exporter notes on every node; the dozens of passes that follow would copy it deeply each time.
 NOTES = ("from_node", "nn_module_stack", "stack_trace", "source_fn_stack")
+
+# Of each constant in the file, in bytes: what XNNPACK asks for. The default of 128 pads every small scale and bias.
+ALIGNMENT = 16
 
 BOOKKEEPING = {"executorch_call_delegate", "getitem", "alloc"}  # graph nodes that compute nothing
 
@@ -31,16 +40,51 @@ class QuantizedPadConfig(ConstantPadConfig):
         return [ConfigPrecisionType.FP32, ConfigPrecisionType.STATIC_QUANT]
 
 
-PARTITIONER_CONFIGS = [QuantizedPadConfig if row is ConstantPadConfig else row for row in ALL_PARTITIONER_CONFIGS]
+class WeightOnlyLinearConfig(LinearConfig):
+    """Lets XNNPACK take a linear layer with int8 weights and float inputs, for which it has kernels of its own.
+
+    ExecuTorch's own row asks for quantized inputs wherever it sees quantized weights.
+    """
+
+    def _detect_precision(self, node: Node) -> ConfigPrecisionType:
+        if _is_weight_only(node):
+            return ConfigPrecisionType.DYNAMIC_QUANT  # whose weights and outputs are treated alike
+        return super()._detect_precision(node)
+
+    def _get_act_deps(self, node: Node, ep: ExportedProgram, precision: ConfigPrecisionType) -> tuple[bool, list[Node]]:
+        return (True, []) if _is_weight_only(node) else super()._get_act_deps(node, ep, precision)
+
+
+def _is_weight_only(linear: Node) -> bool:
+    return is_dequant(linear.args[1]) and not is_dequant(linear.args[0])
+
+
+class DropCopies(ExportPass):
+    """Removes each expand to the shape that is there already.
+
+    They come from matrix products of more than two dimensions, and no delegate takes them: each one copies a tensor and
+    cuts the network in two.
+    """
+
+    def call_operator(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], meta: NodeMetadata) -> ProxyValue:
+        """Returns the input of such an expand, and any other operator as it is."""
+        if op == exir_ops.edge.aten.expand_copy.default and args[0].to_tensor().shape == meta["val"].shape:
+            return args[0]
+        return super().call_operator(op, args, kwargs, meta)
+
+
+OWN_CONFIGS = {ConstantPadConfig: QuantizedPadConfig, LinearConfig: WeightOnlyLinearConfig}
+PARTITIONER_CONFIGS = [OWN_CONFIGS.get(row, row) for row in ALL_PARTITIONER_CONFIGS]
 
 
 @dataclass(frozen=True)
 class Lowered:
-    """A .pte file's bytes, how many delegates it calls, and the ops that stayed outside them (name → count)."""
+    """A .pte file's bytes, how many delegates it calls, the ops that stayed outside them (name → count), and notes."""
 
     data: bytes
     delegates: int
     undelegated: dict[str, int]
+    notes: tuple[str, ...]
 
 
 def to_executorch(program: ExportedProgram) -> Lowered:
@@ -51,20 +95,22 @@ def to_executorch(program: ExportedProgram) -> Lowered:
     for node in program.graph.nodes:
         for note in NOTES:
             node.meta.pop(note, None)
+    program, notes = prepare_weights(program)
     try:
         edge = to_edge_transform_and_lower(
             program,
+            transform_passes=[DropCopies()],
             partitioner=[XnnpackPartitioner(configs=PARTITIONER_CONFIGS)],
             compile_config=EdgeCompileConfig(_check_ir_validity=False),
         )
-        lowered = edge.to_executorch()
+        lowered = edge.to_executorch(ExecutorchBackendConfig(segment_alignment=ALIGNMENT))
     except (RuntimeError, NotImplementedError) as error:
         raise EdgeKitError(
             f"ExecuTorch cannot lower this model: {error}", "leave it out with --format onnx,tflite"
         ) from error
     names = [_name(n) for n in edge.exported_program().graph.nodes if n.op == "call_function"]
     outside = Counter(name for name in names if name not in BOOKKEEPING)
-    return Lowered(lowered.buffer, names.count("executorch_call_delegate"), dict(outside))
+    return Lowered(lowered.buffer, names.count("executorch_call_delegate"), dict(outside), notes)
 
 
 def _name(node: torch.fx.Node) -> str:

@@ -11,11 +11,15 @@ import torch
 from torch.export import ExportedProgram
 
 from edgekit.errors import EdgeKitError
+from edgekit.exporters.onnx_graph import WEIGHTED, constant, initializer, producer, qparams, sweep
+from edgekit.exporters.onnx_weights import (
+    TRANSLATIONS,
+    fold_zero_points,
+    join_dynamic_quantization,
+    join_recurrent_weights,
+)
 
 OPSET = 18  # the dynamo exporter's own: no version conversion, and every ONNX Runtime since 1.14 reads it
-# Ops that move the values of their first input without computing.
-MOVES = {"Slice", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Gather", "DepthToSpace", "Tile", "Expand"}
-WEIGHTED = {"Conv": 0, "ConvTranspose": 1, "Gemm": 0}  # op → weight axis of the output channels
 
 
 def to_onnx(
@@ -28,13 +32,18 @@ def to_onnx(
     as float16 behind a Cast. Raises EdgeKitError for an operator that ONNX cannot express.
     """
     try:
-        exported = torch.onnx.export(program, (), dynamo=True, opset_version=OPSET, verbose=False)
+        exported = torch.onnx.export(
+            program, (), dynamo=True, opset_version=OPSET, verbose=False, custom_translation_table=TRANSLATIONS
+        )
     except torch.onnx.errors.OnnxExporterError as error:
         raise EdgeKitError(
             f"ONNX cannot express this model: {_reason(error)}", "leave ONNX and TFLite out with --format executorch"
         ) from error
     model = exported.model
     rename(model, inputs, outputs)
+    fold_zero_points(model)
+    join_dynamic_quantization(model)
+    join_recurrent_weights(model)
     fold_quantized_pads(model)
     quantize_biases(model)
     strip_metadata(model)
@@ -44,19 +53,6 @@ def to_onnx(
     proto.producer_name, proto.producer_version = "edgekit", ""
     onnx.checker.check_model(proto, full_check=True)
     return proto
-
-
-def for_onnxruntime(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Returns `proto` as ONNX Runtime runs it fastest: codes moved as they are, uint8 activations; equal results.
-
-    Files for other readers, TFLite's lowering among them, start from `proto` itself.
-    """
-    model = ir.from_proto(proto)
-    move_codes(model)
-    shift_activations(model)
-    result = ir.to_proto(model)
-    onnx.checker.check_model(result, full_check=True)
-    return result
 
 
 def halve(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -108,18 +104,18 @@ def fold_quantized_pads(model: ir.Model) -> None:
     """Folds zero Pad → Quantize → Dequantize → Conv into the Conv's pads, where quantizing changes nothing."""
     for conv in [n for n in model.graph if n.op_type == "Conv"]:
         dequantize = conv.inputs[0].producer()
-        quantize = _producer(dequantize, "QuantizeLinear") if dequantize else None
-        pad = _producer(quantize, "Pad") if quantize else None
-        source = _producer(pad, "DequantizeLinear") if pad else None
+        quantize = producer(dequantize, "QuantizeLinear") if dequantize else None
+        pad = producer(quantize, "Pad") if quantize else None
+        source = producer(pad, "DequantizeLinear") if pad else None
         if (
             pad is None
             or source is None
             or dequantize.op_type != "DequantizeLinear"
-            or _qparams(source) != _qparams(dequantize)
+            or qparams(source) != qparams(dequantize)
         ):
             continue
-        amounts = _constant(pad.inputs[1])
-        value = _constant(pad.inputs[2]) if len(pad.inputs) > 2 and pad.inputs[2] else np.float32(0)
+        amounts = constant(pad.inputs[1])
+        value = constant(pad.inputs[2]) if len(pad.inputs) > 2 and pad.inputs[2] else np.float32(0)
         mode = pad.attributes.get_string("mode", "constant")
         rank = len(amounts) // 2
         if (len(pad.inputs) > 3 and pad.inputs[3]) or mode != "constant" or value != 0 or min(amounts) < 0:
@@ -134,7 +130,7 @@ def fold_quantized_pads(model: ir.Model) -> None:
         new = [int(a) + int(b) for a, b in zip(old, [*amounts[2:rank], *amounts[rank + 2 :]], strict=True)]
         conv.attributes["pads"] = ir.AttrInt64s("pads", new)
         conv.replace_input_with(0, source.outputs[0])
-    _sweep(model)
+    sweep(model)
 
 
 def quantize_biases(model: ir.Model) -> None:
@@ -150,71 +146,22 @@ def quantize_biases(model: ir.Model) -> None:
         sources = [node.inputs[0].producer(), node.inputs[1].producer()]
         if bias.const_value is None or any(s is None or s.op_type != "DequantizeLinear" for s in sources):
             continue
-        scale = (_constant(sources[0].inputs[1]).astype(np.float64) * _constant(sources[1].inputs[1])).astype(
-            np.float32
-        )
-        codes = np.rint(_constant(bias).astype(np.float64) / scale)
+        if sources[0].inputs[1].const_value is None:
+            continue  # a range of its own at every inference
+        scale = (constant(sources[0].inputs[1]).astype(np.float64) * constant(sources[1].inputs[1])).astype(np.float32)
+        codes = np.rint(constant(bias).astype(np.float64) / scale)
         if np.abs(codes).max() > np.iinfo(np.int32).max:
             continue  # right in float, wrong in int32
         codes = codes.astype(np.int32)
-        stored = _initializer(model, f"{bias.name}_int32", codes)
-        scales = _initializer(
+        stored = initializer(model, f"{bias.name}_int32", codes)
+        scales = initializer(
             model, f"{bias.name}_scale", np.broadcast_to(scale, codes.shape).copy() if scale.ndim else scale
         )
         dequantize = ir.node("DequantizeLinear", [stored, scales], attributes={"axis": 0})
         dequantize.outputs[0].shape, dequantize.outputs[0].type = bias.shape, bias.type
         graph.insert_before(node, dequantize)
         node.replace_input_with(2, dequantize.outputs[0])
-    _sweep(model)
-
-
-def move_codes(model: ir.Model) -> None:
-    """Lets ops that only move values move the int8 codes, without a Dequantize before and an equal Quantize after."""
-    for node in list(model.graph):
-        source = _producer(node, "DequantizeLinear") if node.op_type in MOVES else None
-        if source is None or len(node.outputs) != 1 or source.inputs[0].is_initializer():
-            continue
-        readers = [usage.node for usage in node.outputs[0].uses()]
-        if not readers or node.outputs[0].is_graph_output() or not all(_requantizes(r, source) for r in readers):
-            continue
-        node.replace_input_with(0, source.inputs[0])
-        node.outputs[0].type = readers[0].outputs[0].type
-        for reader in readers:
-            reader.outputs[0].replace_all_uses_with(node.outputs[0])
-    _sweep(model)
-
-
-def _requantizes(node: ir.Node, source: ir.Node) -> bool:
-    return (
-        node.op_type == "QuantizeLinear"
-        and not node.outputs[0].is_graph_output()
-        and _qparams(node) == _qparams(source)
-    )
-
-
-def shift_activations(model: ir.Model) -> None:
-    """Stores activations as uint8 with zero point z + 128 instead of int8 with z: the same real values, exactly.
-
-    ONNX Runtime's x86 kernels take uint8 × int8; weights stay int8.
-    """
-    shifted: dict[ir.Value, ir.Value] = {}
-    for node in model.graph:
-        if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or _is_weight(node):
-            continue
-        if len(node.inputs) < 3 or _constant(node.inputs[2]).dtype != np.int8:
-            continue
-        stored = node.inputs[0]
-        for index in (0, 2) if stored.is_initializer() else (2,):
-            value = node.inputs[index]
-            if value not in shifted:
-                codes = (_constant(value).astype(np.int16) + 128).astype(np.uint8)
-                shifted[value] = _initializer(model, f"{value.name}_uint8", codes)
-            node.replace_input_with(index, shifted[value])
-    for node in model.graph:
-        for value in node.outputs:
-            if value.dtype == ir.DataType.INT8:
-                value.type = ir.TensorType(ir.DataType.UINT8)
-    _sweep(model)
+    sweep(model)
 
 
 def halve_weights(model: ir.Model, smallest: int = 64) -> None:
@@ -225,17 +172,17 @@ def halve_weights(model: ir.Model, smallest: int = 64) -> None:
     """
     graph = model.graph
     for value in list(graph.initializers.values()):
-        tensor = _constant(value)
+        tensor = constant(value)
         if tensor.dtype != np.float32 or tensor.size < smallest:
             continue
         if np.abs(tensor, where=np.isfinite(tensor), out=np.zeros_like(tensor)).max() > np.finfo(np.float16).max:
             raise EdgeKitError(f"weight '{value.name}' does not fit float16", "export with --precision fp32 or int8")
-        half = _initializer(model, f"{value.name}_half", tensor.astype(np.float16))
+        half = initializer(model, f"{value.name}_half", tensor.astype(np.float16))
         cast = ir.node("Cast", [half], attributes={"to": ir.DataType.FLOAT.value})
         cast.outputs[0].shape, cast.outputs[0].type = value.shape, value.type
         graph.insert_before(graph[0], cast)
         value.replace_all_uses_with(cast.outputs[0])
-    _sweep(model)
+    sweep(model)
 
 
 def _reason(error: BaseException) -> str:
@@ -243,49 +190,3 @@ def _reason(error: BaseException) -> str:
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)
     return str(causes[-1]).strip().splitlines()[0]
-
-
-def _producer(node: ir.Node, op_type: str) -> ir.Node | None:
-    producer = node.inputs[0].producer() if node.inputs[0] is not None else None
-    return producer if producer is not None and producer.op_type == op_type else None
-
-
-def _is_weight(node: ir.Node) -> bool:
-    """Whether `node` dequantizes a constant that, transposed or not, some layer multiplies by."""
-    if node.op_type != "DequantizeLinear" or not node.inputs[0].is_initializer():
-        return False
-    readers = list(node.outputs[0].uses())
-    while readers and all(use.node.op_type == "Transpose" for use in readers):
-        readers = [use for transpose in readers for use in transpose.node.outputs[0].uses()]
-    return any(use.idx == 1 and use.node.op_type in (*WEIGHTED, "MatMul") for use in readers)
-
-
-def _qparams(node: ir.Node) -> tuple[bytes, ...]:
-    return tuple(_constant(value).tobytes() for value in node.inputs[1:])
-
-
-def _constant(value: ir.Value) -> np.ndarray:
-    tensor = ir.convenience.get_const_tensor(value)
-    assert tensor is not None, f"'{value.name}' is not a constant"
-    return tensor.numpy()
-
-
-def _initializer(model: ir.Model, name: str, data: np.ndarray) -> ir.Value:
-    """Adds an initializer called `name`, or with underscores behind it where that is taken."""
-    while name in model.graph.initializers:
-        name += "_"
-    value = ir.Value(
-        name=name,
-        shape=ir.Shape(data.shape),
-        type=ir.TensorType(ir.DataType.from_numpy(data.dtype)),
-        const_value=ir.tensor(data, name=name),
-    )
-    model.graph.register_initializer(value)
-    return value
-
-
-def _sweep(model: ir.Model) -> None:
-    """Removes nodes and initializers that nothing reads any more."""
-    from onnx_ir.passes.common import RemoveUnusedNodesPass
-
-    RemoveUnusedNodesPass()(model)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import torch
 from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e import PlaceholderObserver
 from torchao.quantization.pt2e.quantizer import (
     FixedQParamsQuantizationSpec,
     QuantizationAnnotation,
@@ -32,6 +33,8 @@ WEIGHTED = {
     aten.conv_transpose2d.input: 1,
     aten.linear.default: 0,
 }
+
+EMBEDDING = aten.embedding.default  # weight is argument 0, one channel per row: weights alone are quantized
 
 # Activations that every runtime fuses into the op before them: only their output is quantized.
 FUSED_ACTIVATIONS = {aten.relu.default, aten.hardtanh.default}
@@ -81,6 +84,18 @@ def activation_spec() -> QuantizationSpec:
     )
 
 
+def dynamic_spec() -> QuantizationSpec:
+    """Int8 asymmetric, with a range that is found anew at every inference."""
+    return QuantizationSpec(
+        dtype=torch.int8,
+        observer_or_fake_quant_ctr=PlaceholderObserver.with_args(eps=2**-12),
+        quant_min=-128,
+        quant_max=127,
+        qscheme=torch.per_tensor_affine,
+        is_dynamic=True,
+    )
+
+
 def weight_spec(axis: int | None, scale: torch.Tensor) -> QuantizationSpec:
     """Int8 symmetric, -127..127, with known `scale`, one per channel of `axis` (None: per tensor)."""
     return QuantizationSpec(
@@ -97,7 +112,7 @@ class EdgeQuantizer(Quantizer):
     """Annotates a canonical graph (see `passes.canonicalize`) for static int8.
 
     `weight_scales` holds the scales of layers whose weights are rounded already, by node name; `keep_float` names
-    nodes of weighted ops that stay in float.
+    nodes that stay in float.
     """
 
     def __init__(
@@ -110,7 +125,8 @@ class EdgeQuantizer(Quantizer):
     def annotate(self, model: GraphModule) -> GraphModule:
         """Annotates every node once, in the graph's order, so that producers come before consumers."""
         for node in model.graph.nodes:
-            if node.op == "call_function" and "quantization_annotation" not in node.meta:
+            left = node.op != "call_function" or node.name in self.keep_float
+            if not left and "quantization_annotation" not in node.meta:
                 self._annotate_node(model, node)
         return model
 
@@ -120,10 +136,10 @@ class EdgeQuantizer(Quantizer):
     def _annotate_node(self, model: GraphModule, node: Node) -> None:
         target = node.target
         if target in WEIGHTED:
-            if node.name not in self.keep_float and is_attribute(node.args[1]) and _is_float(node):
+            if is_attribute(node.args[1]) and _is_float(node):
                 self._annotate_weighted(model, node, WEIGHTED[target])
         elif target in ELEMENTWISE:
-            if all(_is_float(a) for a in node.args[:2]) and not _is_scores(node):
+            if all(_is_float(a) for a in node.args[:2]) and not _is_scores(node) and not is_residual(node):
                 self._annotate_compute(node, dict.fromkeys(node.args[:2], self.activation))
         elif target in UNARY:
             if _is_float(node):
@@ -139,6 +155,9 @@ class EdgeQuantizer(Quantizer):
                 qscheme=torch.per_tensor_affine,
             )
             _annotate(node, {node.args[0]: self.activation}, fixed)
+        elif target == EMBEDDING:
+            if is_attribute(node.args[0]) and _is_float(node):
+                _annotate(node, {node.args[0]: weight_spec(0, channel_scales(attribute(model, node.args[0])))}, None)
         elif target == aten.cat.default:
             self._annotate_cat(node)
         elif target in MOVES or is_zero_pad(node):
@@ -151,8 +170,10 @@ class EdgeQuantizer(Quantizer):
         scale = self.weight_scales.get(node.name)
         if scale is None:
             scale = channel_scales(attribute(model, weight), channels)
-        inputs = {node.args[0]: self.activation, weight: weight_spec(channels, scale)}
-        self._annotate_compute(node, inputs)
+        if feeds_residual(node):
+            _annotate(node, {node.args[0]: dynamic_spec(), weight: weight_spec(channels, scale)}, None)
+        else:
+            self._annotate_compute(node, {node.args[0]: self.activation, weight: weight_spec(channels, scale)})
 
     def _annotate_compute(self, node: Node, inputs: dict[Node, QuantizationSpecBase]) -> None:
         activation = fused_activation(node)
@@ -172,14 +193,39 @@ class EdgeQuantizer(Quantizer):
 
     def _annotate_move(self, node: Node) -> None:
         source = node.args[0]
-        if isinstance(source, Node) and _is_float(node) and _is_quantized_output(source):
+        if not isinstance(source, Node) or (source.op == "placeholder" and self._stays_float(node)):
+            return
+        if _is_float(node) and _is_quantized_output(source):
             _annotate(node, {source: self.activation}, SharedQuantizationSpec((source, node)))
+
+    def _stays_float(self, move: Node) -> bool:
+        """Whether every reader of a moved input is named in `keep_float`: nothing then needs its codes."""
+        return bool(self.keep_float) and all(
+            user.name in self.keep_float or (user.target in MOVES and self._stays_float(user)) for user in move.users
+        )
 
 
 def fused_activation(node: Node) -> Node | None:
     """Returns the activation that runtimes fuse into `node`: its only user, in FUSED_ACTIVATIONS; else None."""
     users = list(node.users)
     return users[0] if len(users) == 1 and users[0].target in FUSED_ACTIVATIONS else None
+
+
+def is_residual(node: Node) -> bool:
+    """Whether `node` is a sum that a LayerNorm reads: the residual stream of a transformer, which stays in float.
+
+    A few of its channels are up to a hundred times larger than the others, which one int8 scale for all would lose.
+    """
+    return node.target == aten.add.Tensor and any(user.target == aten.layer_norm.default for user in node.users)
+
+
+def feeds_residual(node: Node) -> bool:
+    """Whether `node` is a linear layer whose output goes into residual sums alone.
+
+    Its output is no better off in int8 than the sum, and layers with int8 inputs and float outputs are those that
+    every runtime has for inputs quantized as it runs.
+    """
+    return node.target == aten.linear.default and bool(node.users) and all(is_residual(user) for user in node.users)
 
 
 def target_groups(node: Node) -> int:

@@ -3,50 +3,99 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.utils._pytree as pytree
 from torch.export import ExportedProgram
+from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from edgekit.errors import EdgeKitError
+from edgekit.quant.dynamic import RECURRENT, WeightQuantizer, counted
+from edgekit.quant.equalize import equalize
+from edgekit.quant.mixed import head_notes, uneven_heads
 from edgekit.quant.passes import capture, drop_implied_clips
 from edgekit.quant.quantizer import EdgeQuantizer
 from edgekit.quant.rounding import round_weights
+from edgekit.quant.smooth import smooth
 
 q = torch.ops.quantized_decomposed
 
 Batch = tuple[torch.Tensor, ...]
 
+LEAST_SHARE = 0.1  # of the weights, below which quantizing linear layers alone is not worth a file
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What a recipe made of a model, and what its user should know about it."""
+
+    program: ExportedProgram
+    notes: tuple[str, ...] = ()
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """One precision: whether it needs calibration data, how files store its weights, and what it does."""
+    """One precision: whether it needs calibration data, how files store its weights, and what it does.
+
+    `apply` takes the module, example inputs, calibration batches, and the names of nodes of the canonical graph
+    (see `passes.capture`) that stay in float.
+    """
 
     name: str
     summary: str
     needs_data: bool
     half_weights: bool
-    apply: Callable[[torch.nn.Module, Batch, Iterable[Batch]], ExportedProgram]
+    apply: Callable[[torch.nn.Module, Batch, Iterable[Batch], frozenset[str]], Compressed]
 
 
-def float32(module: torch.nn.Module, example: Batch, batches: Iterable[Batch]) -> ExportedProgram:
+def float32(
+    module: torch.nn.Module, example: Batch, batches: Iterable[Batch] = (), keep_float: frozenset[str] = frozenset()
+) -> Compressed:
     """Captures `module` unchanged but for graph canonicalization."""
-    return torch.export.export(capture(module, example), example, strict=False)
+    return Compressed(torch.export.export(capture(module, example), example, strict=False))
 
 
-def int8_static(module: torch.nn.Module, example: Batch, batches: Iterable[Batch]) -> ExportedProgram:
+def int8_static(
+    module: torch.nn.Module, example: Batch, batches: Iterable[Batch], keep_float: frozenset[str] = frozenset()
+) -> Compressed:
     """Quantizes weights and activations to int8 by torchao's PT2E flow.
 
-    Reads `batches` twice, one at a time: to round the weights, then to find the ranges of the activations. Raises
-    EdgeKitError where there are none.
+    Reads `batches` twice, one at a time: to round the weights, then to find the ranges of the activations (before
+    that some of them once more where the network ends in a concat). Raises EdgeKitError where there are none.
     """
+    return convert(calibrate(module, example, batches, keep_float))
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A network before it is converted to int8: what there is to know of every layer, and nothing fixed yet.
+
+    `original` is the canonical float graph, `prepared` the same with rounded weights and with observers that have seen
+    the calibration data; both name their nodes alike.
+    """
+
+    original: GraphModule
+    prepared: GraphModule
+    example: Batch
+    notes: tuple[str, ...]
+
+
+def calibrate(
+    module: torch.nn.Module, example: Batch, batches: Iterable[Batch], keep_float: frozenset[str] = frozenset()
+) -> Calibrated:
+    """Rounds the weights of `module` and finds the ranges of its activations; see `int8_static`."""
     if iter(batches) is batches:
         raise TypeError("batches are read twice: pass a list or another iterable that starts anew, not an iterator")
     graph = capture(module, example)
-    prepared = prepare_pt2e(graph, EdgeQuantizer(round_weights(graph, batches)))
+    notes = (*smooth(graph, batches, keep_float), *equalize(graph, batches, keep_float))
+    original = GraphModule(graph, copy.deepcopy(graph.graph))  # on the same weights: rounding adds others
+    heads = uneven_heads(graph, batches)
+    keep_float |= heads.keys()
+    prepared = prepare_pt2e(graph, EdgeQuantizer(round_weights(graph, batches, keep_float), keep_float))
     count = 0
     with torch.inference_mode():
         for batch in batches:
@@ -54,8 +103,59 @@ def int8_static(module: torch.nn.Module, example: Batch, batches: Iterable[Batch
             count += 1
     if not count:
         raise EdgeKitError("int8 needs data to calibrate with, and there is none", "give some with --data")
-    converted = drop_implied_clips(convert_pt2e(prepared))
-    return torch.export.export(converted, example, strict=False)
+    return Calibrated(original, prepared, example, (*notes, *head_notes(original, heads)))
+
+
+def convert(calibrated: Calibrated) -> Compressed:
+    """Converts a calibrated network to int8; `calibrated.prepared` is used up."""
+    converted = drop_implied_clips(convert_pt2e(calibrated.prepared))
+    return Compressed(torch.export.export(converted, calibrated.example, strict=False), calibrated.notes)
+
+
+def int8_dynamic(
+    module: torch.nn.Module, example: Batch, batches: Iterable[Batch] = (), keep_float: frozenset[str] = frozenset()
+) -> Compressed:
+    """Quantizes the weights of linear, LSTM, GRU and embedding layers, and the inputs of linear ones as the file runs.
+
+    Convolutions stay in float. Raises EdgeKitError where less than LEAST_SHARE of the weights can be quantized.
+    """
+    graph = capture(module, example)
+    quantizer = WeightQuantizer(dynamic=True, keep_float=keep_float)
+    prepared = prepare_pt2e(graph, quantizer)
+    if quantizer.share < LEAST_SHARE:
+        raise EdgeKitError(
+            "int8-dynamic quantizes linear, LSTM, GRU and embedding layers, and they hold only "
+            f"{100 * quantizer.share:.0f} % of this model's weights",
+            "use --precision int8, which quantizes convolutions and needs --data; or int8-weight-only, for size alone",
+        )
+    notes = []
+    if quantizer.left_float:
+        notes.append(
+            f"int8-dynamic leaves {counted(quantizer.left_float)} in float: with inputs quantized as they come, "
+            "convolutions lose their accuracy; --precision int8 quantizes them"
+        )
+    recurrent = Counter({name: count for name, count in quantizer.quantized.items() if name in RECURRENT.values()})
+    if recurrent:
+        notes.append(f"int8-dynamic computes {counted(recurrent)} in float, from int8 weights")
+    return Compressed(torch.export.export(convert_pt2e(prepared), example, strict=False), tuple(notes))
+
+
+def int8_weight_only(
+    module: torch.nn.Module, example: Batch, batches: Iterable[Batch] = (), keep_float: frozenset[str] = frozenset()
+) -> Compressed:
+    """Stores the weights of layers as int8; all arithmetic stays in float.
+
+    Raises EdgeKitError where there are none.
+    """
+    graph = capture(module, example)
+    quantizer = WeightQuantizer(dynamic=False, keep_float=keep_float)
+    prepared = prepare_pt2e(graph, quantizer)
+    if not quantizer.quantized:
+        raise EdgeKitError(
+            "int8-weight-only stores the weights of layers as int8, and this model has none", "use --precision fp16"
+        )
+    notes = ("int8-weight-only makes files smaller, not faster: the arithmetic is that of fp32",)
+    return Compressed(torch.export.export(convert_pt2e(prepared), example, strict=False), notes)
 
 
 def half_compute(module: torch.nn.Module, example: Batch) -> ExportedProgram:
@@ -110,6 +210,20 @@ RECIPES = {
             needs_data=True,
             half_weights=False,
             apply=int8_static,
+        ),
+        Recipe(
+            "int8-dynamic",
+            "int8 weights; the inputs of linear layers are quantized as the file runs",
+            needs_data=False,
+            half_weights=False,
+            apply=int8_dynamic,
+        ),
+        Recipe(
+            "int8-weight-only",
+            "int8 weights, float arithmetic",
+            needs_data=False,
+            half_weights=False,
+            apply=int8_weight_only,
         ),
     )
 }

@@ -7,9 +7,10 @@ import json
 import signal
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -17,14 +18,18 @@ from edgekit import measure
 from edgekit.errors import EdgeKitError
 from edgekit.results import SUFFIXES, TensorSpec
 
+from . import native as native_job
 from .devices import open_device
-from .devices.device import Device, Exit
+from .devices.device import Device, Emulator, Exit
 from .table import RUNTIMES, format_of, runtime_for
 
 HERE = Path(__file__).parent
 TIMEOUT_S = 600.0
 STAGES = {"import": "while it was imported", "load": "while loading", "run": "while running", "time": "while running"}
 LOG_LINES = 3
+CANNOT_START = (126, 127)  # what a shell says of a program that is not for this machine, or not there
+COUNTED = 3  # runs whose instructions are counted
+HERE_TOO = ("local:", "python:")  # devices whose paths and commands are those of this machine
 
 
 @dataclass(frozen=True)
@@ -44,14 +49,15 @@ class RunResult:
     `outputs` are stacked (runs, *shape). `latency_ms` holds every timed run in order, empty when none were asked for.
     `load_ms`, `first_ms` and `import_ms` are the load, the first run and the import of the runtime. `peak_rss_bytes` is
     that of the process, runtime included, or None where the system does not tell. `cpus` are the cores it was pinned
-    to.
+    to. Where `timing` is "emulated", all these figures are None and `latency_ms` is empty: those of an emulator say
+    nothing. `instructions` of one run are counted there instead, when timing was asked for.
     """
 
     outputs: tuple[np.ndarray, ...]
     latency_ms: tuple[float, ...]
-    import_ms: float
-    load_ms: float
-    first_ms: float
+    import_ms: float | None
+    load_ms: float | None
+    first_ms: float | None
     peak_rss_bytes: int | None
     runtime: str
     version: str
@@ -61,13 +67,15 @@ class RunResult:
     cpus: tuple[int, ...]
     input_specs: tuple[TensorSpec, ...]
     output_specs: tuple[TensorSpec, ...]
+    timing: Literal["measured", "emulated"] = "measured"
+    instructions: int | None = None
 
 
 def run_artifact(
     path: str | Path,
     feeds: Sequence[np.ndarray],
     *,
-    device: str = "local:",
+    device: str | Device = "local:",
     threads: int = 1,
     inputs: Sequence[str] = (),
     outputs: Sequence[str] = (),
@@ -82,8 +90,8 @@ def run_artifact(
     in RUNTIMES, by default the one for the file's format. Latency is measured on the first 8 samples in turn.
 
     Raises EdgeKitError for a file that is corrupt or not for this runtime, feeds that do not match it, a runtime that
-    is missing, crashes or does not end within `timeout_s`, and a device that does not answer. Nothing is left on the
-    device.
+    is missing, crashes or does not end within `timeout_s`, and a device that does not answer. `device` is a URI, or
+    one that `open_device` opened, which stays open. Nothing is left on the device.
     """
     path = Path(path)
     kind = format_of(path)
@@ -96,7 +104,8 @@ def run_artifact(
         raise EdgeKitError(f"a model runs on at least one thread, not {threads}")
     _check_feeds(feeds)
 
-    opened = open_device(device)
+    opened = open_device(device) if isinstance(device, str) else device
+    emulated = opened.timing == "emulated"
     try:
         with tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
             here = Path(folder)
@@ -112,18 +121,24 @@ def run_artifact(
                 "inputs": list(inputs),
                 "outputs": list(outputs),
                 "feeds": len(feeds),
-                "timing": None if timing is None else vars(timing),
+                # Under an emulator milliseconds say nothing: instructions are counted instead.
+                "timing": None if timing is None or emulated else vars(timing),
+                "count": COUNTED if timing is not None and emulated else 0,
             }
-            result, arrays = _run_job(opened, here, path, job, feeds, timeout_s)
+            counting = opened.counting() if isinstance(opened, Emulator) and job["count"] else nullcontext(list)
+            with counting as marks:
+                result, arrays = _run_job(opened, here, path, job, feeds, timeout_s)
+                instructions = _per_run(marks())
     finally:
-        opened.cleanup()
+        if isinstance(device, str):
+            opened.cleanup()
     return RunResult(
         outputs=arrays,
         latency_ms=tuple(result["latency_ms"]),
-        import_ms=result["import_ms"],
-        load_ms=result["load_ms"],
-        first_ms=result["first_ms"],
-        peak_rss_bytes=result["peak_rss_bytes"],
+        import_ms=None if emulated else result["import_ms"],
+        load_ms=None if emulated else result["load_ms"],
+        first_ms=None if emulated else result["first_ms"],
+        peak_rss_bytes=None if emulated else result["peak_rss_bytes"],
         runtime=name,
         version=result["version"],
         device=opened.uri,
@@ -132,6 +147,8 @@ def run_artifact(
         cpus=tuple(result["cpus"]),
         input_specs=_specs(result["inputs"], feeds),
         output_specs=_specs(result["outputs"], arrays),
+        timing=opened.timing,
+        instructions=instructions,
     )
 
 
@@ -139,6 +156,34 @@ def _run_job(
     device: Device, here: Path, path: Path, job: Mapping[str, Any], feeds: Sequence[np.ndarray], timeout_s: float
 ) -> tuple[dict[str, Any], tuple[np.ndarray, ...]]:
     """Send the job from the folder `here`, wait for it, and bring its result and outputs back into that folder."""
+    native = job["runtime"] == "executorch" and device.runner is not None
+    there = device.push((native_job.files if native else _worker_files)(here, path, job, feeds))
+    try:
+        argv = native_job.command(device, there) if native else [device.python, f"{there}/worker.py", there]
+        try:
+            exit_ = device.exec(argv, timeout_s)
+        except TimeoutError as error:
+            raise EdgeKitError(
+                f"{job['runtime']} did not finish {job['label']} within {timeout_s:g} s",
+                "raise the time limit, or run fewer samples",
+            ) from error
+        device.pull(there, ["result.json", "log.txt"], here)
+        if not (here / "result.json").is_file():
+            raise _crash(exit_, here / "log.txt", job, device, argv[0])
+        result = native_job.result(here, job, feeds) if native else _worker_result(here, device)
+        suffix = "bin" if native else "npy"
+        names = [f"out_{i}.{suffix}" for i in range(len(result["outputs"]))]
+        device.pull(there, names, here)
+    finally:
+        with suppress(EdgeKitError):  # a connection that was lost is told already
+            device.remove(there)
+    if native:
+        return result, native_job.outputs(here, result, len(feeds[0]))
+    return result, tuple(np.load(here / name, allow_pickle=False) for name in names)
+
+
+def _worker_files(here: Path, path: Path, job: Mapping[str, Any], feeds: Sequence[np.ndarray]) -> dict[str, Path]:
+    """Write the job's files into the folder `here`; what to push, by name."""
     runtime = RUNTIMES[job["runtime"]]
     (here / "job.json").write_text(json.dumps(job))
     files = {
@@ -154,23 +199,23 @@ def _run_job(
     for i, feed in enumerate(feeds):
         files[f"in_{i}.npy"] = here / f"in_{i}.npy"
         np.save(files[f"in_{i}.npy"], np.ascontiguousarray(feed), allow_pickle=False)
-    there = device.push(files)
-    try:
-        exit_ = device.exec([device.python, f"{there}/worker.py", there], timeout_s)
-    except TimeoutError as error:
-        raise EdgeKitError(
-            f"{job['runtime']} did not finish {job['label']} within {timeout_s:g} s",
-            "raise the time limit, or run fewer samples",
-        ) from error
-    device.pull(there, ["result.json", "log.txt"], here)
-    if not (here / "result.json").is_file():
-        raise _crash(exit_, here / "log.txt", job)
-    result = json.loads((here / "result.json").read_text())
+    return files
+
+
+def _worker_result(here: Path, device: Device) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((here / "result.json").read_text())
     if not result["ok"]:
-        raise EdgeKitError(result["what"], result["help"])
-    names = [f"out_{i}.npy" for i in range(len(result["outputs"]))]
-    device.pull(there, names, here)
-    return result, tuple(np.load(here / name, allow_pickle=False) for name in names)
+        where = "" if device.uri.startswith(HERE_TOO) else f"{device.uri}: "
+        raise EdgeKitError(f"{where}{result['what']}", result["help"])
+    return result
+
+
+def _per_run(marks: Sequence[int]) -> int | None:
+    """Instructions of one run, from the marks before and after each of the last COUNTED; None where there are none."""
+    last = marks[-2 * COUNTED :]
+    if len(last) < 2 * COUNTED:
+        return None
+    return int(np.median([after - before for before, after in zip(last[::2], last[1::2], strict=True)]))
 
 
 def _check_feeds(feeds: Sequence[np.ndarray]) -> None:
@@ -185,8 +230,17 @@ def _check_feeds(feeds: Sequence[np.ndarray]) -> None:
         raise EdgeKitError(f"inputs are stacked with the same number of samples, at least one, not {shapes}")
 
 
-def _crash(exit_: Exit, log: Path, job: Mapping[str, Any]) -> EdgeKitError:
+def _crash(exit_: Exit, log: Path, job: Mapping[str, Any], device: Device, program: str) -> EdgeKitError:
     """The error for a worker that left no result: what ended it, how far it had come, and its last words."""
+    if exit_.code in CANNOT_START and not log.is_file():
+        said = exit_.output.strip().splitlines()[-1:]
+        python = "" if program != device.python else (
+            "name another interpreter: python:/path/to/python, or ?python=/path after the device; .pte files need none"
+        )  # fmt: skip
+        return EdgeKitError(
+            f"{program} cannot be started on {device.uri}{''.join(f': {line}' for line in said)}",
+            python or "the folder may forbid programs: name another one with ?dir=/path after the device",
+        )
     lines = (log.read_text(errors="replace") if log.is_file() else exit_.output).splitlines()
     stages = [line.removeprefix("edgekit stage: ") for line in lines if line.startswith("edgekit stage: ")]
     when = STAGES[stages[-1]] if stages and stages[-1] in STAGES else "before it began"

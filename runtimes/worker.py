@@ -9,6 +9,7 @@ It runs on devices: the standard library, numpy and one runtime, Python 3.10 or 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib
 import itertools
@@ -19,12 +20,14 @@ import platform
 import sys
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 PACKAGE = "edgekit_job"
 TIMED_SAMPLES = 8
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+OLDEST_PYTHON = (3, 10)
 
 
 class Failure(Exception):
@@ -41,6 +44,8 @@ def main(folder: Path) -> int:
     """Run the job in `folder`; 0 when result.json says ok, 1 when it says why not."""
     _print_into(folder / "log.txt")
     _forget_script_folder()
+    if sys.version_info < OLDEST_PYTHON:
+        sys.exit(f"Python {platform.python_version()} is too old: EdgeKit's worker runs on 3.10 or later")
     job = json.loads((folder / "job.json").read_text())
     try:
         result = {"ok": True, **run_job(folder, job)}
@@ -48,6 +53,14 @@ def main(folder: Path) -> int:
         # Runtimes quote the path that they were given, which means nothing to the user.
         what = failure.what.replace(str(folder / job["artifact"]), job["label"])
         result = {"ok": False, "what": what, "help": failure.help}
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        for path in folder.glob("out_*.npy"):  # makes room for the result
+            path.unlink()
+        what = f"the device's disk is full, or a limit there is too low: {error.strerror}"
+        help_ = "free some space there, or name another folder: TMPDIR here, ?dir=/path on a device"
+        result = {"ok": False, "what": what, "help": help_}
     unfinished = folder / "result.json.tmp"
     unfinished.write_text(json.dumps(result))
     unfinished.replace(folder / "result.json")
@@ -103,6 +116,9 @@ def run_job(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
         _stage("time")
         cycle = itertools.cycle(list(itertools.islice(samples, TIMED_SAMPLES)))
         latency_ms = measure.time_runs(lambda: session.run(next(cycle)), **job["timing"])
+    if job["count"]:
+        first = next(iter(samples))
+        count_runs(lambda: session.run(first), job["count"])
     peak = measure.peak_rss_bytes()
     session.close()
     return {
@@ -121,6 +137,15 @@ def run_job(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
         "inputs": [info._asdict() for info in session.inputs],
         "outputs": [info._asdict() for info in session.outputs],
     }
+
+
+def count_runs(call: Callable[[], object], runs: int) -> None:
+    """Mark the beginning and the end of each of `runs` runs for an emulator that counts instructions."""
+    call()
+    for _ in range(runs):
+        os.getppid()
+        call()
+        os.getppid()
 
 
 class _Samples:

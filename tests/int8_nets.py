@@ -43,6 +43,12 @@ def conv(inputs: int = 3, outputs: int = 8, kernel: int = 3, **options: object) 
     return nn.Conv2d(inputs, outputs, kernel, **{"padding": kernel // 2, **options})
 
 
+def loud(layer: nn.Conv2d) -> nn.Conv2d:
+    """A layer whose outputs reach far beyond ±3."""
+    layer.weight.data *= 8
+    return layer
+
+
 def squeeze_excite(n: Net, x: torch.Tensor) -> torch.Tensor:
     x = F.relu(n.a(x))
     gate = F.relu(n.down(x.mean((2, 3), keepdim=True)))
@@ -94,6 +100,9 @@ CASES: dict[str, Case] = {
     "conv_relu": Case(lambda: nn.Sequential(conv(), nn.ReLU())),
     "conv_relu6_bn": Case(lambda: nn.Sequential(conv(bias=False), nn.BatchNorm2d(8), nn.ReLU6(), conv(8))),
     "conv_hardswish": Case(lambda: nn.Sequential(conv(), nn.Hardswish(), conv(8), nn.Hardsigmoid())),
+    "loud_hardswish": Case(
+        lambda: nn.Sequential(loud(conv()), nn.Hardswish(), conv(8), nn.AdaptiveAvgPool2d(1), conv(8, 4, 1))
+    ),
     "residual": Case(lambda: Net(lambda n, x: n.b(F.relu((y := n.a(x)) + n.c(y))), a=conv(), b=conv(8), c=conv(8, 8))),
     "concat": Case(
         lambda: Net(lambda n, x: n.c(torch.cat([n.a(x), F.relu(n.b(x))], 1)), a=conv(), b=conv(), c=conv(16))
@@ -211,7 +220,7 @@ def build(name: str) -> nn.Module:
 @functools.cache
 def quantized(name: str) -> Quantized:
     module, batches = build(name), Batches(CASES[name])
-    return Quantized(module, tuple(batches), int8_static(module, next(iter(batches)), batches))
+    return Quantized(module, tuple(batches), int8_static(module, next(iter(batches)), batches).program)
 
 
 def flat(outputs: object) -> list[torch.Tensor]:

@@ -191,6 +191,29 @@ def test_verdict(case: str) -> None:
     assert got.reasons
 
 
+SLOW, WORSE = accuracy(-0.2, 0.4), accuracy(1.2, 3.0)
+BLAMED = {
+    "slow": ("int8", SLOW, 1.0, ("9 Mul in float between int8 ops", "1 requantization"), (),
+             "0.50x the speed of fp32 in the same runtime: 9 Mul in float between int8 ops; 1 requantization"),
+    "slow with nothing to blame": ("int8", SLOW, 1.0, (), (), "every op of it runs in int8"),
+    "slow, not looked at": ("int8-dynamic", SLOW, 1.0, None, (), "0.50x the speed of fp32 in the same runtime"),
+    "worse": ("int8", WORSE, 4.0, (), (), "edgekit export --sensitivity shows the layers to blame"),
+    "worse by known layers": ("int8", WORSE, 4.0, (), ("head (linear) at 12.0 dB",),
+                              "is above 1; the most sensitive layers: head (linear) at 12.0 dB"),
+    "worse by weights": ("int8-weight-only", WORSE, 4.0, None, (), "is above 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BLAMED)
+def test_a_rejection_names_who_is_to_blame(case: str) -> None:
+    precision, result, fp32, suspects, sensitive, words = BLAMED[case]
+    got = judge.verdict(precision, result, ms(2.0), ms(fp32), near(), None, suspects, sensitive)
+    assert got.word == "reject"
+    assert words in got.reasons[0]
+    if case in ("slow, not looked at", "worse by weights"):
+        assert got.reasons[0].endswith(words)
+
+
 def test_every_word_of_a_verdict_is_tried() -> None:
     assert {row[-1] for row in VERDICTS.values()} == {"ship", "reject", "inconclusive"}
 

@@ -73,10 +73,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     (folder / "fp32.tflite").write_bytes(convert(exported.model_proto))
     batches = [(torch.randn(SHAPE),) for _ in range(4)]
-    quantized = RECIPES["int8"].apply(plain, (x,), batches)
+    quantized = RECIPES["int8"].apply(plain, (x,), batches, frozenset()).program
     (folder / "int8.tflite").write_bytes(convert(to_onnx(quantized, ["x"], ["y"])))
-    (folder / "fp32.pte").write_bytes(to_executorch(RECIPES["fp32"].apply(outside, (x,), ())).data)
-    (folder / "int8.pte").write_bytes(to_executorch(RECIPES["int8"].apply(outside, (x,), batches)).data)
+    (folder / "fp32.pte").write_bytes(to_executorch(RECIPES["fp32"].apply(outside, (x,), (), frozenset()).program).data)
+    int8 = RECIPES["int8"].apply(outside, (x,), batches, frozenset())
+    (folder / "int8.pte").write_bytes(to_executorch(int8.program).data)
     return folder
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
+import numpy as np
 import onnx
 
 from edgekit.errors import EdgeKitError
+from edgekit.exporters.tflite import batch
 from edgekit.exporters.tflite import lowerings as _lowerings  # noqa: F401 (fills the table of lowerings)
+from edgekit.exporters.tflite.batch import Lowered
 from edgekit.exporters.tflite.builder import Builder
+from edgekit.exporters.tflite.forced import Place, judged, places, steps
 from edgekit.exporters.tflite.fuse import fuse, fuse_activations
 from edgekit.exporters.tflite.ir import QParams
 from edgekit.exporters.tflite.metadata import NAME, Description, labeled_output, metadata, with_labels
@@ -17,41 +21,56 @@ from edgekit.exporters.tflite.normalize import normalize, rejection
 from edgekit.exporters.tflite.notes import float_islands
 from edgekit.exporters.tflite.quantized import read_quantization
 from edgekit.exporters.tflite.registry import lower
+from edgekit.exporters.tflite.upgrade import with_shapes
 from edgekit.exporters.tflite.versions import min_runtime, too_new
 from edgekit.exporters.tflite.write import write
+from edgekit.results import Layout
 
 # As TensorFlow's converter writes it: zero-padded text in a buffer of this name and size.
 RUNTIME_METADATA = "min_runtime_version"
 RUNTIME_METADATA_SIZE = 16
 
-__all__ = ["Converted", "Description", "QParams", "convert", "convert_with_notes"]
+__all__ = ["Converted", "Description", "Place", "QParams", "check_int8", "convert", "convert_with_notes"]
 
 
 @dataclass(frozen=True)
 class Converted:
     """A TFLite file in memory, what is worth saying about it, and its int8 tensors' parameters by tensor name.
 
-    `min_runtime` is the oldest release of the TFLite runtime that has its operators, `2.9.0` say.
+    `min_runtime` is the oldest release of the TFLite runtime that has its operators, `2.9.0` say. `places` says where
+    the file holds the int8 tensors of the ONNX model, by their names there.
     """
 
     data: bytes
     notes: tuple[str, ...]
     qparams: dict[str, QParams]
     min_runtime: str
+    places: dict[str, Place]
 
 
-def convert(onnx_model: onnx.ModelProto, *, layout: Literal["nchw", "nhwc"] = "nchw") -> bytes:
-    """Convert an ONNX model (opset 13 and newer, fixed shapes; fp32, fp16 weights or int8 QDQ) to a TFLite file.
+Shapes = Mapping[str, Sequence[int]]
+
+
+def convert(onnx_model: onnx.ModelProto, *, layout: Layout = "nchw", shapes: Shapes | None = None) -> bytes:
+    """Convert an ONNX model (fixed shapes; fp32, fp16 weights or int8 QDQ) to a TFLite file.
+
+    `shapes` gives the shapes of inputs, by name, where the model leaves sizes open. A batch size that it does not give
+    stays open: the file's inputs can be resized along it, and start with 1. Opsets before 13 are upgraded, if
+    the model computes the same afterwards.
 
     `layout` "nchw" keeps every input and output shaped as in the ONNX model; "nhwc" takes and returns rank-4 tensors
     channels-last. Scales and zero points are those of the ONNX file, uint8 ones shifted by 128. Names are kept, and
     the signature `serving_default` carries them. Raises EdgeKitError for anything that cannot be expressed exactly.
     """
-    return convert_with_notes(onnx_model, layout=layout).data
+    return convert_with_notes(onnx_model, layout=layout, shapes=shapes).data
 
 
 def convert_with_notes(
-    onnx_model: onnx.ModelProto, *, layout: Literal["nchw", "nhwc"] = "nchw", about: Description | None = None
+    onnx_model: onnx.ModelProto,
+    *,
+    layout: Layout = "nchw",
+    about: Description | None = None,
+    shapes: Shapes | None = None,
 ) -> Converted:
     """Like `convert`, and says what the file holds that costs time: float islands, transposes, fallbacks.
 
@@ -59,40 +78,79 @@ def convert_with_notes(
     """
     if layout not in ("nchw", "nhwc"):
         raise ValueError(f"layout must be 'nchw' or 'nhwc', not {layout!r}")
+    if shapes:
+        onnx_model = with_shapes(onnx_model, shapes)
     try:
         return _convert(onnx_model, layout, about)
     except EdgeKitError:
         raise
     except Exception as error:
         # Either the model breaks ONNX's rules in a way that its checker does not see, or this is a bug.
-        reason = rejection(onnx_model)
+        reason = rejection(batch.sized(onnx_model, 1) if batch.has_open_batch(onnx_model) else onnx_model)
         if reason is None:
             raise
         raise EdgeKitError(f"the ONNX model is not valid: {reason}", "export it anew") from error
 
 
-def _convert(onnx_model: onnx.ModelProto, layout: Literal["nchw", "nhwc"], about: Description | None) -> Converted:
+def check_int8(
+    onnx_model: onnx.ModelProto, converted: Converted, feeds: Mapping[str, np.ndarray], *, layout: Layout = "nchw"
+) -> tuple[str, ...]:
+    """Compare each int8 op of a file with ONNX Runtime's, on the inputs that the file's op had; returns notes.
+
+    `feeds` are one run's inputs by name, shaped as in the ONNX model. Raises EdgeKitError for an op that is wrong.
+    """
+    if not converted.places:
+        return ()
+    return judged(steps(onnx_model, converted.data, converted.places, feeds, layout))
+
+
+def _convert(onnx_model: onnx.ModelProto, layout: Layout, about: Description | None) -> Converted:
+    if not batch.has_open_batch(onnx_model):
+        builder = _lowered(onnx_model, layout)
+        return _written(builder, Lowered(builder.ops, builder.inputs, builder.outputs), about)
+    try:
+        small, large = (_lowered(batch.sized(onnx_model, size), layout, fixed_batch=False) for size in batch.SIZES)
+    except EdgeKitError as error:
+        _lowered(batch.sized(onnx_model, 1), layout)  # says what is wrong where that is not the batch
+        raise batch.refused(error.what) from error
+    lowered = batch.with_open_batch(*(Lowered(each.ops, each.inputs, each.outputs) for each in (small, large)))
+    large.release()
+    converted = _written(small, lowered, about)
+    int8 = bool(converted.qparams)
+    batch.check(converted.data, onnx_model, layout, (lambda fixed: convert(fixed, layout=layout)) if int8 else None)
+    return converted
+
+
+def _lowered(onnx_model: onnx.ModelProto, layout: Layout, fixed_batch: bool = True) -> Builder:
     graph = normalize(onnx_model)
     fuse_activations(graph)
     read_quantization(graph)
     fuse(graph)
-    builder = Builder(graph, layout)
+    builder = Builder(graph, layout, fixed_batch)
     for node in graph.nodes:
         builder.source = node.name
         lower(builder, node)
     builder.finish()
-    names = (graph.inputs, graph.outputs)
-    runtime = min_runtime(builder.ops)
+    return builder
+
+
+def _written(builder: Builder, lowered: Lowered, about: Description | None) -> Converted:
+    ops, inputs, outputs = lowered.ops, lowered.inputs, lowered.outputs
+    names = (builder.graph.inputs, builder.graph.outputs)
+    runtime = min_runtime(ops)
     buffers = {RUNTIME_METADATA: runtime.encode().ljust(RUNTIME_METADATA_SIZE, b"\0")}
     if about is not None:
-        buffers[NAME] = metadata(about, builder.inputs, builder.outputs, names, layout)
-    data = write(builder.ops, builder.inputs, builder.outputs, names, buffers)
+        buffers[NAME] = metadata(about, inputs, outputs, names, builder.image_layout)
+    tensors = [tensor for op in ops for tensor in (*op.inputs, *op.outputs) if tensor is not None and tensor.q]
+    qparams = {tensor.name: tensor.q for tensor in tensors if tensor.q is not None}
+    where = places(builder, ops)
+    islands = float_islands(ops)
+    builder.release()
+    data = write(ops, inputs, outputs, names, buffers)
     if about is not None and about.labels:
-        if labeled_output(about, builder.outputs) is not None:
+        if labeled_output(about, outputs) is not None:
             data = with_labels(data, about.labels)
         else:
             builder.note(f"the {len(about.labels)} labels are not in the file: no output has a value for each")
-    tensors = [tensor for op in builder.ops for tensor in (*op.inputs, *op.outputs) if tensor is not None and tensor.q]
-    qparams = {tensor.name: tensor.q for tensor in tensors if tensor.q is not None}
-    notes = dict.fromkeys((*builder.notes, *float_islands(builder.ops), *too_new(builder.ops)))
-    return Converted(data, tuple(notes), qparams, runtime)
+    notes = dict.fromkeys((*builder.notes, *islands, *too_new(ops)))
+    return Converted(data, tuple(notes), qparams, runtime, where)

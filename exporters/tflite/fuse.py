@@ -8,6 +8,7 @@ import numpy as np
 
 from edgekit.exporters.tflite.builder import FLOAT
 from edgekit.exporters.tflite.ir import Graph, Info, Node
+from edgekit.exporters.tflite.moves import merge_moves
 
 ACTIVATED = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Sub", "Mul", "Div", "AveragePool", "MaxPool",
              "BatchNormalization"}  # fmt: skip
@@ -28,6 +29,7 @@ def fuse(graph: Graph) -> None:
     _fold_pad(graph)
     _fuse_limits(graph)
     _merge_slices(graph)
+    merge_moves(graph)
 
 
 def _only_reader(graph: Graph, readers: dict[str, list[Node]], name: str) -> Node | None:
@@ -67,6 +69,8 @@ def _fuse_limits(graph: Graph) -> None:
             node.activation = activation
             # What is left of the reader is a change of parameters, or nothing.
             reader.op, reader.inputs = "Identity", [output]
+            # The value itself is another one now, which no tensor of the model is.
+            graph.stored = {name: value for name, value in graph.stored.items() if value != output}
 
 
 def _activation(graph: Graph, node: Node) -> str | None:

@@ -69,7 +69,10 @@ class QParams:
 
 @dataclass
 class Node:
-    """One ONNX node: "" stands for an absent optional input or output; `activation` is a fused TFLite activation."""
+    """One ONNX node: "" stands for an absent optional input or output; `activation` is a fused TFLite activation.
+
+    `dynamic` marks a layer whose input is quantized at run time, with a scale of its own each time.
+    """
 
     op: str
     name: str
@@ -78,6 +81,7 @@ class Node:
     attrs: dict[str, Any] = field(default_factory=dict)
     activation: str = "NONE"
     qparams: QParams | None = None
+    dynamic: bool = False
 
     def __str__(self) -> str:
         return f"'{self.op}' (node '{self.name}')"
@@ -96,7 +100,8 @@ class Graph:
     """A simplified ONNX graph in topological order.
 
     `constants` holds arrays as stored: a float32 value may be stored as int8 or int32 (with an entry in `held`) or as
-    float16. `held` maps a float value to the parameters with which it is held as int8.
+    float16. `held` maps a float value to the parameters with which it is held as int8, and `stored` the name of an int8
+    tensor of the model to the float value that it is.
     """
 
     nodes: list[Node]
@@ -105,6 +110,7 @@ class Graph:
     inputs: list[str]
     outputs: list[str]
     held: dict[str, QParams] = field(default_factory=dict)
+    stored: dict[str, str] = field(default_factory=dict)
 
     def readers(self) -> dict[str, list[Node]]:
         """Nodes by the value that they read; a node that reads a value twice is listed twice."""
@@ -130,13 +136,18 @@ class Graph:
 
 @dataclass(eq=False)
 class Tensor:
-    """A TFLite tensor: physical shape, stored dtype, constant data or None."""
+    """A TFLite tensor: physical shape, stored dtype, constant data or None; a variable keeps its value.
+
+    `signature` is the shape with −1 for a size that may be changed, where there is one.
+    """
 
     name: str
     shape: Shape
     dtype: np.dtype
     data: np.ndarray | None = None
     q: QParams | None = None
+    variable: bool = False
+    signature: Shape | None = None
 
     @property
     def size(self) -> int:

@@ -13,38 +13,39 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from edgekit.errors import EdgeKitError
+from edgekit.exporters.tflite import initializers
 from edgekit.exporters.tflite.ir import Graph, Info, Node, QParams
 from edgekit.exporters.tflite.registry import LOWERINGS
+from edgekit.exporters.tflite.upgrade import is_open, upgraded
+from edgekit.exporters.tflite.write import check_size
 
-OLDEST_OPSET = 13
 FOLD_LIMIT = 2**27  # elements: half a gigabyte of float32
 DATA_LIMIT = 4096  # elements: a constant larger than this does not describe a shape
 # Their value differs from run to run, so that they cannot be computed ahead.
 RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
 SHAPE_ONLY = {"Shape", "Size", "EyeLike"}
 QUANTIZATION = {"QuantizeLinear", "DequantizeLinear"}
+DYNAMIC = "DynamicQuantizeLinear"
 MOVES = {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten"}
 
 
 def normalize(model: onnx.ModelProto) -> Graph:
     """Read a model: functions inlined, constants folded, every value with a static shape.
 
-    Raises EdgeKitError for an opset before 13, dynamic shapes, control flow that is not constant, and data-dependent
-    shapes.
+    Raises EdgeKitError for an old opset that cannot be upgraded, dynamic shapes, control flow that is not constant, and
+    data-dependent shapes.
     """
+    size = 0
     for tensor in model.graph.initializer:
-        _refuse_external(tensor)  # the checker would look for the file
+        initializers.refuse_external(tensor)  # the checker would look for the file
+        size += initializers.size(tensor)
+    check_size(size)
     try:
-        onnx.checker.check_model(model)
+        onnx.checker.check_model(initializers.without_weights(model))
     except onnx.checker.ValidationError as error:
         reason = str(error).strip().splitlines()[0]
         raise EdgeKitError(f"the ONNX model is not valid: {reason}", "export it anew") from error
-    opset = _opset(model.opset_import)
-    if opset < OLDEST_OPSET:
-        raise EdgeKitError(
-            f"the ONNX model uses opset {opset}, and TFLite export reads opset {OLDEST_OPSET} and newer",
-            "convert it with onnx.version_converter, or export it anew",
-        )
+    model = upgraded(model)
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
     return _Reader(model).read()
@@ -58,6 +59,7 @@ class _Reader:
         self.imports = list(model.opset_import)
         self.types: dict[str, onnx.TypeProto] = {}
         self.renamed: dict[str, str] = {}
+        self.dynamic: set[str] = set()
         self.graph = Graph([], {}, {}, [], [value.name for value in model.graph.output])
 
     def read(self) -> Graph:
@@ -65,11 +67,12 @@ class _Reader:
         if graph.sparse_initializer:
             raise EdgeKitError("the ONNX model has sparse initializers, which TFLite export does not read")
         for tensor in graph.initializer:
-            self.constant(tensor.name, _array(tensor))
+            self.constant(tensor.name, initializers.array(tensor))
         for value in graph.input:
             if value.name not in self.graph.constants:
                 self.declare(value.name, value.type, f"input '{value.name}' of the ONNX model")
                 self.graph.inputs.append(value.name)
+        self.dynamic = _dequantized_at_once(graph)
         self.block(graph.node)
         for name in self.graph.outputs:
             if name not in self.graph.info:
@@ -102,6 +105,8 @@ class _Reader:
                 return
         if proto.op_type in SHAPE_ONLY:
             self.shape_of(proto)
+        elif proto.output[0] in self.dynamic:
+            self.infer(proto)
         elif proto.op_type not in LOWERINGS and proto.op_type not in QUANTIZATION and self.expand(proto):
             return
         else:
@@ -123,9 +128,9 @@ class _Reader:
         if not tensor.HasField("shape"):
             raise EdgeKitError(f"{what} has no known shape, and TFLite export needs fixed shapes", _FIXED)
         for dim in tensor.shape.dim:
-            if dim.dim_value < 0:
+            if dim.dim_value < -1:
                 raise EdgeKitError(f"{what} has a negative size: {dim.dim_value}", "export the model anew")
-            if not dim.HasField("dim_value"):
+            if is_open(dim):
                 label = f" '{dim.dim_param}'" if dim.dim_param else ""
                 raise EdgeKitError(
                     f"{what} has the dynamic dimension{label}, and TFLite export needs fixed shapes", _FIXED
@@ -228,7 +233,7 @@ class _Reader:
             return False
         branch = attributes(proto)["then_branch" if bool(condition) else "else_branch"]
         for tensor in branch.initializer:
-            self.constant(tensor.name, _array(tensor))
+            self.constant(tensor.name, initializers.array(tensor))
         self.block(branch.node)
         for inner, outer in zip(branch.output, proto.output, strict=True):
             name = self.renamed.get(inner.name, inner.name)
@@ -315,6 +320,26 @@ _FIXED = "export the model with fixed input shapes (no dynamic axes)"
 _LARGE = np.empty(DATA_LIMIT + 1, np.bool_)
 
 
+def _dequantized_at_once(graph: onnx.GraphProto) -> set[str]:
+    """The first outputs of the DynamicQuantizeLinear nodes that only a DequantizeLinear reads, with that very scale."""
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    outputs = {value.name for value in graph.output}
+    return {
+        node.output[0]
+        for node in graph.node
+        if node.op_type == DYNAMIC
+        and not outputs.intersection(node.output)
+        and all(
+            reader.op_type == "DequantizeLinear" and [*reader.input] == [*node.output]
+            for name in node.output
+            for reader in readers.get(name, [])
+        )
+    }
+
+
 def attributes(proto: onnx.NodeProto) -> dict[str, Any]:
     """The attributes of a node as Python values: strings as str, tensors as numpy arrays."""
     result: dict[str, Any] = {}
@@ -323,7 +348,7 @@ def attributes(proto: onnx.NodeProto) -> dict[str, Any]:
         if isinstance(value, bytes):
             value = value.decode()
         elif isinstance(value, onnx.TensorProto):
-            value = _array(value)
+            value = initializers.array(value)
         elif attribute.type == onnx.AttributeProto.STRINGS:
             value = [item.decode() for item in value]
         elif attribute.type in (onnx.AttributeProto.INTS, onnx.AttributeProto.FLOATS):
@@ -351,22 +376,6 @@ def linear_params(graph: Graph, inputs: list[str], attrs: dict[str, Any], shape:
         raise EdgeKitError(f"the scale '{inputs[1]}' of the ONNX model does not fit its tensor", "quantize it anew")
     axis = axis if axis is None else axis % len(shape)
     return QParams.of(scale, zero.astype(np.int64) - shift, axis)
-
-
-def _array(tensor: onnx.TensorProto) -> np.ndarray:
-    _refuse_external(tensor)
-    try:
-        return numpy_helper.to_array(tensor)
-    except ValueError as error:
-        raise EdgeKitError(f"the ONNX model's tensor '{tensor.name}' is damaged: {error}", "export it anew") from error
-
-
-def _refuse_external(tensor: onnx.TensorProto) -> None:
-    """A tensor in another file is not read, wherever the model says that it lies."""
-    if tensor.data_location == onnx.TensorProto.EXTERNAL:
-        raise EdgeKitError(
-            f"the ONNX model keeps '{tensor.name}' in another file", "load it with onnx.load, which reads both"
-        )
 
 
 def _has_graphs(proto: onnx.NodeProto) -> bool:

@@ -206,7 +206,11 @@ def hard_swish(b: Builder, node: Node) -> None:
 
 @lowers("Elu")
 def elu(b: Builder, node: Node, *, alpha: float = 1.0) -> None:
-    """Elu; other slopes than 1 scale its negative part."""
+    """Elu, int8 where asked for; other slopes than 1 scale its negative part."""
+    if alpha == 1 and b.target(node) is not None and b.int8(node.inputs[0]) is not None:
+        x, perm = operand(b, node, True)
+        b.bind(node.outputs[0], b.op("ELU", [x], x.shape, q=b.target(node)), perm)
+        return
     x, perm = operand(b, node, False)
     b.bind(node.outputs[0], elu_like(b, x, 1.0, alpha), perm)
 

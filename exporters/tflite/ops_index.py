@@ -16,9 +16,15 @@ INT32_CODE, INT64_CODE = 2, 4  # TFLite's TensorType
 @lowers("Gather")
 def gather(b: Builder, node: Node, *, axis: int = 0) -> None:
     """Take slices along one axis, wherever it lies; negative indices are wrapped, which the runtime does not do."""
-    value = moved(b, node)
+    value = b.settle(b.value(node.inputs[0]))
     rank, size = len(value.perm), value.shape[axis]
     axis %= rank
+    scales = _separate_scales(b, node, value)
+    if scales is not None:
+        tensor = value.tensor
+        value = Value(Tensor(tensor.name, tensor.shape, tensor.dtype, tensor.data), value.perm)
+    elif value.tensor.data is None or value.tensor.q is None or not value.tensor.q.per_tensor or b.target(node):
+        value = moved(b, node)
     physical = value.axis(axis)
     array = b.array(node.inputs[1])
     count = len(b.shape(node.inputs[1]))
@@ -29,8 +35,8 @@ def gather(b: Builder, node: Node, *, axis: int = 0) -> None:
             # XNNPACK has no gather: one element is a cut.
             whole: list[range] = [range(extent) for extent in value.tensor.shape]
             whole[physical] = range(int(indices.reshape(())), int(indices.reshape(())) + 1)
-            cut = Value(sliced(b, value.tensor, whole), value.perm)
-            b.bind(node.outputs[0], b.reshape(cut, b.shape(node.outputs[0])))
+            cut = b.reshape(Value(sliced(b, value.tensor, whole), value.perm), b.shape(node.outputs[0]))
+            b.bind(node.outputs[0], cut if scales is None else _real(b, node, cut, scales, indices, axis))
             return
     else:
         indices = wrapped(b, b.take(node.inputs[1]), size)
@@ -42,7 +48,33 @@ def gather(b: Builder, node: Node, *, axis: int = 0) -> None:
             perm += range(axis, axis + count)
         else:
             perm.append(logical if logical < axis else logical + count - 1)
-    b.bind(node.outputs[0], Value(result, tuple(perm) if perm else identity(0)))
+    gathered = Value(result, tuple(perm) if perm else identity(0))
+    b.bind(node.outputs[0], gathered if scales is None else _real(b, node, gathered, scales, indices, axis))
+
+
+def _separate_scales(b: Builder, node: Node, table: Value) -> QParams | None:
+    """Scales of an int8 table that are to be applied to what is gathered from it: those of rows, or of columns."""
+    q = table.tensor.q
+    if table.tensor.data is None or q is None or q.axis is None or not q.symmetric or b.target(node) is not None:
+        return None
+    return q.moved(table.perm[q.axis])
+
+
+def _real(b: Builder, node: Node, gathered: Value, q: QParams, indices: Tensor | np.ndarray, axis: int) -> Value:
+    """Gathered int8 numbers times their scales, which lie along the logical axis `q.axis` of the table."""
+    assert q.axis is not None
+    places = b.shape(node.inputs[1])
+    rank = len(gathered.shape)
+    scales: Tensor = b.const(np.array(q.scale, np.float32))
+    if q.axis == axis:
+        scales = b.op("GATHER", [scales, indices], places, FLOAT, axis=0, batchDims=0)
+        shape = [*[1] * axis, *places, *[1] * (rank - axis - len(places))]
+    else:
+        shape = [1] * rank
+        shape[q.axis if q.axis < axis else q.axis + len(places) - 1] = len(q.scale)
+    factor = b.in_layout(b.settle(b.reshape(Value(scales, identity(len(scales.shape))), tuple(shape))), gathered.perm)
+    numbers = b.op("CAST", [gathered.tensor], gathered.tensor.shape, FLOAT)
+    return Value(b.op("MUL", [numbers, factor], numbers.shape, fusedActivationFunction="NONE"), gathered.perm)
 
 
 def wrapped(b: Builder, indices: Tensor, size: int | np.ndarray) -> Tensor:

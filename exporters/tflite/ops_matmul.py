@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from edgekit.exporters.tflite.builder import FLOAT, Builder, merge_groups
+from edgekit.exporters.tflite.builder import FLOAT, Builder
 from edgekit.exporters.tflite.ir import Node, QParams, Shape, Tensor, Value, identity
 from edgekit.exporters.tflite.kernels import rescales
 from edgekit.exporters.tflite.linear import constant, operands
 from edgekit.exporters.tflite.ops_activation import scaled
+from edgekit.exporters.tflite.orders import merge_groups
 from edgekit.exporters.tflite.registry import lowers, unsupported
 
 
@@ -95,13 +96,14 @@ def fully_connected(
     last = len(x.perm) - 1
     perm = (*(axis for axis in x.perm if axis != last), last)
     channels = w.shape[0]
-    layer = operands(b, node, x, w, bias, (perm, (0, 1)), channels, int8=not plain)
+    layer = operands(b, node, x, w, bias, (perm, (0, 1)), channels, int8=not plain, hybrid=True)
     result = b.op(
         "FULLY_CONNECTED",
         [layer.x, layer.w, layer.bias],
         (*layer.x.shape[:-1], channels),
         q=layer.q,
         keepNumDims=len(perm) != 2,
+        asymmetricQuantizeInputs=layer.hybrid,
         fusedActivationFunction="NONE" if plain else node.activation,
     )
     return result, perm

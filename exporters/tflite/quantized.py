@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from edgekit.exporters.tflite.ir import Graph, Node, QParams
+from edgekit.exporters.tflite.ir import Graph, Info, Node, QParams
 from edgekit.exporters.tflite.normalize import linear_params
 from edgekit.exporters.tflite.registry import unsupported
 
@@ -37,15 +37,40 @@ COMMUTES: dict[str, tuple[int, ...] | None] = {
 }
 
 
+# Those that do the same to int8 numbers, whatever real ones they stand for.
+MOVES_CODES = {
+    op: data
+    for op, data in COMMUTES.items()
+    if op not in ("Relu", "Clip", "Pad", "Where", "Max", "Min", "ReduceMax", "ReduceMin")
+}
+
+
 def read_quantization(graph: Graph) -> None:
     """Turn QuantizeLinear → DequantizeLinear into `Quantize` nodes (float → float held as int8) and `held` entries.
 
     A Quantize disappears where its input can be made as int8 with its parameters in the first place: where every
     reader of the input asks for the same ones, directly or through ops that move values unchanged.
     """
+    _read_dynamic(graph)
     _pair_up(graph)
     _merge(graph)
     _hoist(graph)
+
+
+def _read_dynamic(graph: Graph) -> None:
+    """Turn DynamicQuantizeLinear → DequantizeLinear into a mark on the layers that read it."""
+    readers = graph.readers()
+    sources: dict[str, str] = {}
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        if node.op == "DynamicQuantizeLinear":
+            for pair in readers.get(node.outputs[0], []):
+                sources[pair.outputs[0]] = node.inputs[0]
+        elif node.op != "DequantizeLinear" or node.outputs[0] not in sources:
+            node.dynamic = bool(node.inputs) and node.inputs[0] in sources
+            node.inputs = [sources.get(name, name) for name in node.inputs]
+            nodes.append(node)
+    graph.nodes = nodes
 
 
 def _pair_up(graph: Graph) -> None:
@@ -63,6 +88,7 @@ def _pair_up(graph: Graph) -> None:
             graph.info[value] = graph.info[node.inputs[0]]
             graph.held[value] = params
             stored[node.outputs[0]] = value, params
+            graph.stored[node.outputs[0]] = value
             nodes.append(Node("Quantize", node.name, [node.inputs[0]], [value], qparams=params))
             if node.outputs[0] in graph.outputs:
                 if graph.info[node.outputs[0]].dtype != np.int8:
@@ -84,7 +110,28 @@ def _pair_up(graph: Graph) -> None:
                 renamed[output] = stored[source][0]
         else:
             nodes.append(node)
+            if node.op in MOVES_CODES and node.inputs[0] in stored:
+                _move_real(graph, node, stored)
     graph.nodes = nodes
+
+
+def _move_real(graph: Graph, node: Node, stored: dict[str, tuple[str, QParams]]) -> None:
+    """Let a node that moves int8 numbers move the real ones that they stand for."""
+    data = MOVES_CODES[node.op]
+    codes = node.inputs if data is None else [node.inputs[index] for index in data]
+    params = {stored[name][1] for name in codes if name in stored}
+    if len(params) != 1 or not all(name in stored for name in codes):
+        raise unsupported(node, "it joins int8 tensors with different parameters")
+    node.inputs = [stored[name][0] if name in codes else name for name in node.inputs]
+    for place, name in enumerate(node.outputs):
+        if name in graph.outputs:
+            raise unsupported(node, "its int8 tensor is an output of the model")
+        if name:
+            value = f"{name}:float"
+            graph.info[value] = Info(graph.info[name].shape, np.dtype(np.float32))
+            graph.held[value] = next(iter(params))
+            graph.stored[name] = node.outputs[place] = value
+            stored[name] = value, graph.held[value]
 
 
 def _params(graph: Graph, node: Node) -> QParams:
@@ -119,6 +166,7 @@ def _merge(graph: Graph) -> None:
                 continue
         nodes.append(node)
     graph.nodes = nodes
+    graph.stored = {name: renamed.get(value, value) for name, value in graph.stored.items()}
 
 
 def _hoist(graph: Graph) -> None:
@@ -138,6 +186,7 @@ def _hoist(graph: Graph) -> None:
         else:
             nodes.append(node)
     graph.nodes = nodes
+    graph.stored = {name: renamed.get(value, value) for name, value in graph.stored.items()}
 
 
 def _wanted(graph: Graph, name: str, readers: list[Node]) -> QParams | None:

@@ -22,7 +22,8 @@ RELEASES: dict[str, tuple[int, ...]] = {
     "CAST": (0, 7, 8, 9, 12), "CEIL": (0,), "CONCATENATION": (0, 0, 3), "CONV_2D": (0, 0, 0, 3, 4, 9),
     "CONV_3D": (5,), "CONV_3D_TRANSPOSE": (6,), "COS": (0,), "CUMSUM": (4,), "DEPTHWISE_CONV_2D": (0, 0, 0),
     "DEPTH_TO_SPACE": (1, 5), "DEQUANTIZE": (0, 0, 0, 2, 7), "DIV": (0, 3), "ELU": (0,), "EQUAL": (0, 0),
-    "EXP": (0, 12), "FLOOR": (0,), "FLOOR_DIV": (0, 0), "FLOOR_MOD": (0,), "FULLY_CONNECTED": (0, 0, 0, 0, 0, 1),
+    "EXP": (0, 12), "FLOOR": (0,), "FLOOR_DIV": (0, 0), "FLOOR_MOD": (0,),
+    "FULLY_CONNECTED": (0, 0, 0, 0, 0, 1, 3, 3, 3, 11, 15, 17),
     "GATHER": (0, 0, 0, 4, 5), "GATHER_ND": (0, 3, 5, 13, 16), "GELU": (9, 9), "GREATER": (0, 0),
     "GREATER_EQUAL": (0, 0), "HARD_SWISH": (0,), "LEAKY_RELU": (0, 3), "LESS": (0, 0), "LESS_EQUAL": (0, 0),
     "LOCAL_RESPONSE_NORMALIZATION": (0,), "LOG": (0, 15), "LOGICAL_AND": (0,), "LOGICAL_NOT": (0,),
@@ -106,6 +107,8 @@ def _by_shape(op: Op, shapes: Sequence[tuple[int, ...]]) -> int:
         return 6  # grouped
     if op.kind == "DEPTHWISE_CONV_2D" and max(op.options.get(f"dilation{a}Factor", 1) for a in "HW") > 1:
         return 2
+    if op.kind == "FULLY_CONNECTED" and op.options.get("asymmetricQuantizeInputs"):
+        return 12 if op.inputs[1] is not None and _per_channel(op.inputs[1]) else 9
     if op.kind == "FULLY_CONNECTED" and len(shapes) == 2:
         return 6  # without a bias
     if op.kind == "TRANSPOSE_CONV" and len(shapes) == 4:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,13 +63,18 @@ NO_BUFFER = 0  # the empty buffer of every tensor that is not constant
 
 
 class _Buffer(schema.BufferT):
-    """A buffer whose data start on a 16-byte boundary, as the schema asks and the generated Pack forgets."""
+    """A buffer whose data start on a 16-byte boundary, as the schema asks and the generated Pack forgets.
+
+    The data may be a view of any order: they are put in order one buffer at a time.
+    """
+
+    data: np.ndarray | None
 
     def Pack(self, builder: flatbuffers.Builder) -> int:
         if self.data is None:
             schema.BufferStart(builder)
             return schema.BufferEnd(builder)
-        raw = self.data.tobytes()
+        raw, self.data = _bytes(self.data), None
         builder.StartVector(1, len(raw), ALIGNMENT)
         builder.head = builder.Head() - len(raw)
         builder.Bytes[builder.Head() : builder.Head() + len(raw)] = raw
@@ -76,6 +82,23 @@ class _Buffer(schema.BufferT):
         schema.BufferStart(builder)
         schema.BufferAddData(builder, vector)
         return schema.BufferEnd(builder)
+
+
+class _Shared(flatbuffers.Builder):
+    """A builder that writes equal vectors once: tables may point at one.
+
+    Every int8 weight and bias has a zero point of eight bytes for each channel, which are all 0.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.vectors: dict[tuple[str, bytes], int] = {}
+
+    def CreateNumpyVector(self, x: np.ndarray) -> int:
+        key = (x.dtype.str, x.tobytes())
+        if key not in self.vectors:
+            self.vectors[key] = super().CreateNumpyVector(x)
+        return self.vectors[key]
 
 
 def write(
@@ -87,9 +110,18 @@ def write(
 ) -> bytes:
     """Write a model with one subgraph; `names` are the input and output names of signature `serving_default`.
 
-    `metadata` goes into buffers that the file lists by name.
+    `metadata` goes into buffers that the file lists by name. The tensors lose their data, so that memory holds each
+    constant once.
     """
+    tensors = {tensor for op in ops for tensor in op.inputs if tensor is not None}
+    check_size(sum(tensor.data.nbytes for tensor in tensors if tensor.data is not None))
     return _Writer().model(ops, inputs, outputs, names, metadata)
+
+
+def check_size(size: int) -> None:
+    """Raises EdgeKitError for more bytes of weights than a file can hold."""
+    if size > LARGEST:
+        raise EdgeKitError(f"the weights take {size / 1e9:.1f} GB, and a TFLite file ends at 2 GB", _SMALLER)
 
 
 class _Writer:
@@ -97,7 +129,7 @@ class _Writer:
         self.tensors: list[schema.TensorT] = []
         self.index: dict[Tensor, int] = {}
         self.buffers: list[schema.BufferT] = [_Buffer()]
-        self.shared: dict[bytes, int] = {}
+        self.shared: dict[bytes, int] = {}  # digest of the content → buffer
         self.codes: dict[tuple[str, int], int] = {}
 
     def model(
@@ -128,11 +160,10 @@ class _Writer:
         model.operatorCodes = [_code(kind, version) for kind, version in self.codes]
         model.signatureDefs = [signature]
         size = sum(buffer.data.nbytes for buffer in self.buffers if buffer.data is not None)
-        if size > LARGEST:
-            raise EdgeKitError(f"the weights take {size / 1e9:.1f} GB, and a TFLite file ends at 2 GB", _SMALLER)
-        builder = flatbuffers.Builder(size + 65536)
+        scales = sum(len(tensor.q.scale) for tensor in self.index if tensor.q is not None)
+        builder = _Shared(size + 65536 + 512 * (len(self.tensors) + len(ops)) + 16 * scales)
         builder.Finish(model.Pack(builder), b"TFL3")
-        return bytes(builder.Output())
+        return memoryview(builder.Bytes)[builder.Head() :].tobytes()
 
     def operator(self, op: Op) -> schema.OperatorT:
         operator = schema.OperatorT()
@@ -158,6 +189,7 @@ class _Writer:
         if tensor in self.index:
             return self.index[tensor]
         buffer = NO_BUFFER if tensor.data is None else self.buffer(tensor.data)
+        tensor.data = None
         written = schema.TensorT()
         written.name = tensor.name or f"tensor_{len(self.tensors)}"
         written.shape = np.array(tensor.shape, np.int32)
@@ -165,6 +197,9 @@ class _Writer:
         written.type = DTYPES[tensor.dtype]
         written.buffer = buffer
         written.quantization = _quantization(tensor)
+        written.isVariable = tensor.variable
+        if tensor.signature is not None and -1 in tensor.signature:
+            written.shapeSignature = np.array(tensor.signature, np.int32)
         self.index[tensor] = len(self.tensors)
         self.tensors.append(written)
         return self.index[tensor]
@@ -176,14 +211,26 @@ class _Writer:
         return written
 
     def buffer(self, data: np.ndarray) -> int:
-        raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
-        key = raw.tobytes()
+        key = _digest(data)
         if key not in self.shared:
             buffer = _Buffer()
-            buffer.data = raw
+            buffer.data = data
             self.shared[key] = len(self.buffers)
             self.buffers.append(buffer)
         return self.shared[key]
+
+
+def _digest(data: np.ndarray) -> bytes:
+    """What tells constants apart; a view is read as it lies."""
+    if data.flags.c_contiguous:
+        return hashlib.sha256(_bytes(data)).digest()
+    order = sorted(range(data.ndim), key=lambda axis: -abs(data.strides[axis]))
+    view = data.transpose(order)
+    return hashlib.sha256(_bytes(view)).digest() + repr((order, view.shape)).encode()
+
+
+def _bytes(data: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
 
 
 def _quantization(tensor: Tensor) -> schema.QuantizationParametersT | None:

@@ -6,13 +6,19 @@ from collections.abc import Callable
 
 from edgekit.errors import EdgeKitError
 
+from .adb import open_adb
 from .device import Device
 from .local import open_local
 from .python import open_python
+from .qemu import open_qemu
+from .ssh import open_ssh
 
 DEVICES: dict[str, Callable[[str], Device]] = {
     "local": open_local,
     "python": open_python,
+    "ssh": open_ssh,
+    "adb": open_adb,
+    "qemu": open_qemu,
 }
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 
 class Exit(NamedTuple):
@@ -15,18 +16,25 @@ class Exit(NamedTuple):
 
 
 class Device(Protocol):
-    """One transport to one machine. `cleanup` removes everything that it put there."""
+    """One transport to one machine. `cleanup` removes everything that it put there.
+
+    Every method raises EdgeKitError when the device cannot be reached or does not take the files.
+    """
 
     uri: str
     python: str
     """The Python interpreter there."""
+    timing: Literal["measured", "emulated"]
+    """Whether a millisecond there is one of the machine's, or of an emulator's, which says nothing."""
+    runner: str | None
+    """The machine (`uname -m`) whose C++ runner takes .pte files there; None where Python's executorch does."""
 
     def probe(self) -> dict[str, object]:
-        """Facts about the machine: python, machine, system, cpu, cpus. Raises EdgeKitError when it does not answer."""
+        """Facts about the machine, see `facts.py`."""
         ...
 
     def push(self, files: Mapping[str, Path]) -> str:
-        """Put `files` (name there → path here) into a new job folder; its path there."""
+        """Put `files` (name there → path here) into a new folder; its path there."""
         ...
 
     def exec(self, argv: Sequence[str], timeout_s: float) -> Exit:
@@ -34,9 +42,25 @@ class Device(Protocol):
         ...
 
     def pull(self, job: str, names: Sequence[str], into: Path) -> None:
-        """Bring files of a job folder into the folder `into`; names that are not there are left out."""
+        """Bring files of a folder into the folder `into`; names that are not there are left out."""
+        ...
+
+    def remove(self, folder: str) -> None:
+        """Remove one folder that `push` made."""
         ...
 
     def cleanup(self) -> None:
-        """Remove every job folder."""
+        """Remove every folder, and let go of the machine."""
+        ...
+
+
+@runtime_checkable
+class Emulator(Device, Protocol):
+    """A device whose processor is emulated: its milliseconds say nothing, but it can count instructions."""
+
+    def counting(self) -> AbstractContextManager[Callable[[], list[int]]]:
+        """While open, `exec` counts. The function gives the instructions so far at every call of getppid in a command.
+
+        The list is empty where the emulator cannot count.
+        """
         ...

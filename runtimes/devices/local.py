@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -12,24 +11,14 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from edgekit.errors import EdgeKitError
 
+from . import facts
 from .device import Device, Exit
 
 PROBE_TIMEOUT_S = 30
-PROBE = """
-import json, os, platform
-cpu = platform.processor()
-try:
-    with open("/proc/cpuinfo") as file:
-        cpu = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), cpu)
-except OSError:
-    pass
-cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-print(json.dumps({"python": platform.python_version(), "machine": platform.machine(),
-                  "system": platform.platform(), "cpu": cpu, "cpus": cpus}))
-"""
 
 
 def open_local(uri: str) -> Device:
@@ -42,6 +31,9 @@ def open_local(uri: str) -> Device:
 class LocalDevice:
     """Processes of one Python interpreter on this machine."""
 
+    timing: Literal["measured", "emulated"] = "measured"
+    runner: str | None = None
+
     def __init__(self, uri: str, python: str) -> None:
         """`python` is the path of the interpreter, which stays as written: a virtual environment is found by it."""
         self.uri = uri
@@ -51,16 +43,13 @@ class LocalDevice:
     def probe(self) -> dict[str, object]:
         """Facts about this machine and interpreter. Raises EdgeKitError when the interpreter does not answer."""
         try:
-            exit_ = self.exec([self.python, "-c", PROBE], PROBE_TIMEOUT_S)
+            exit_ = self.exec(["sh", "-c", facts.script(self.python, tempfile.gettempdir())], PROBE_TIMEOUT_S)
         except TimeoutError as error:
             raise EdgeKitError(f"{self.python} did not answer within {PROBE_TIMEOUT_S} s") from error
-        try:
-            facts: dict[str, object] = json.loads(exit_.output)
-        except ValueError as error:
-            raise EdgeKitError(
-                f"{self.python} does not work as a Python interpreter", f"it says: {exit_.output.strip()[-200:]}"
-            ) from error
-        return facts
+        found = facts.read(exit_.output)
+        if "python" not in found:
+            raise EdgeKitError(f"{self.python} does not work as a Python interpreter", "start it by hand to see why")
+        return found
 
     def push(self, files: Mapping[str, Path]) -> str:
         """A temporary folder with a link to every file: nothing is copied on one machine."""
@@ -99,6 +88,11 @@ class LocalDevice:
             source = Path(job) / name
             if source.is_file():
                 shutil.move(source, into / name)
+
+    def remove(self, folder: str) -> None:
+        """Remove one folder."""
+        self._jobs.remove(folder)
+        shutil.rmtree(folder, ignore_errors=True)
 
     def cleanup(self) -> None:
         """Remove the job folders."""

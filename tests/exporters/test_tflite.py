@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from tflite_tools import interpreter, model, node, op_names, run_onnx, run_tflite
 
+import edgekit
 from edgekit.errors import EdgeKitError
 from edgekit.exporters.tflite import convert, convert_with_notes
 from edgekit.exporters.tflite.ir import Node
@@ -209,14 +212,26 @@ def test_conversion_is_deterministic_and_leaves_the_model_alone() -> None:
 
 def dynamic() -> onnx.ModelProto:
     made = model([node("Relu", ["x"])], {"x": random(1, 3)}, {})
-    made.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch"
+    made.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "width"
     return made
 
 
-def old_opset() -> onnx.ModelProto:
-    made = model([node("Relu", ["x"])], {"x": random(1, 3)}, {})
-    made.opset_import[0].version = 11
-    return made
+def old_model(nodes: list[onnx.NodeProto], shape: list[int | str], opset: int = 11) -> onnx.ModelProto:
+    """As exporters of old wrote them: an open dimension is −1 or a name, and the output says nothing of its shape."""
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["?"] * len(shape))
+    scales = numpy_helper.from_array(np.array([1, 1, 2, 2], np.float32), "s")
+    graph = helper.make_graph(nodes, "graph", [x], [y], [scales])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+
+
+def unchecked_opset() -> onnx.ModelProto:
+    """ONNX Runtime does not run what is that old, so that nothing says whether the upgrade is right."""
+    return old_model([node("Add", ["x", "s"], broadcast=1, axis=1)], [1, 4, 2, 2], 6)
+
+
+def old_and_open() -> onnx.ModelProto:
+    return old_model([node("Softmax", ["x"])], [3, -1])
 
 
 def unknown_op() -> onnx.ModelProto:
@@ -273,8 +288,9 @@ def training() -> onnx.ModelProto:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (dynamic, "dynamic dimension 'batch'"),
-        (old_opset, "opset 11"),
+        (dynamic, "dynamic dimension 'width'"),
+        (unchecked_opset, "uses opset 6"),
+        (old_and_open, "dynamic dimension"),
         (unknown_op, "no lowering for ONNX op 'GridSample' (node '/head/grid')"),
         (unknown_domain, "no lowering for ONNX op 'com.example.Relu'"),
         (data_dependent, "dynamic dimension"),
@@ -292,6 +308,56 @@ def test_what_cannot_be_done_is_an_error_with_help(make: object, words: str) -> 
         convert(make())
     assert words in caught.value.what
     assert caught.value.help or "training" not in words
+
+
+@pytest.mark.parametrize("batch", [-1, "batch", 2])
+def test_old_opset_is_upgraded_and_open_dimensions_take_the_shapes_given(batch: int | str) -> None:
+    """Softmax over all axes from the second on, as it was before opset 13."""
+    made = old_model([node("Softmax", ["x"])], [batch, 3, "width"])
+    feeds = {"x": random(2, 3, 5)}
+    before = made.SerializeToString(deterministic=True)
+    actual = run_tflite(convert(made, shapes={"x": (2, 3, 5)}), feeds)["y"]
+    np.testing.assert_allclose(actual, run_onnx(made, feeds)["y"], rtol=1e-5, atol=1e-6)
+    assert made.SerializeToString(deterministic=True) == before
+
+
+def test_foreign_onnx_file_is_exported_as_it_is(tmp_path: Path) -> None:
+    """Old operators, an open batch, an open size that --input gives, and no precision named: checked and said so."""
+    made = old_model([node("Softmax", ["x"])], [-1, 3, "width"])
+    onnx.save(made, tmp_path / "theirs.onnx")
+    bundle = edgekit.export(
+        tmp_path / "theirs.onnx", target="android", formats=["tflite", "onnx"], inputs=["2x3x5"], out=tmp_path
+    )
+    assert [entry["format"] for entry in bundle.manifest["artifacts"]] == ["tflite", "onnx"]
+    assert all(
+        entry["parity"]["sqnr_db"] is None or entry["parity"]["sqnr_db"] > 100 for entry in bundle.manifest["artifacts"]
+    )
+    assert any("not quantized" in note for note in bundle.manifest["notes"])
+    (detail,) = interpreter((bundle.path / "model.tflite").read_bytes()).get_input_details()
+    assert detail["shape"].tolist() == [2, 3, 5]
+
+
+def test_upgrade_that_changes_results_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = old_model([node("Softmax", ["x"])], [2, 3, 5])
+
+    def only_the_number(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
+        changed = onnx.ModelProto()
+        changed.CopyFrom(model)
+        changed.opset_import[0].version = opset
+        return changed
+
+    monkeypatch.setattr("onnx.version_converter.convert_version", only_the_number)
+    with pytest.raises(EdgeKitError, match="upgrading it changed its results"):
+        convert(made)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [({"y": (1, 3)}, "no input 'y'"), ({"x": (2, 3)}, "not \\[2, 3\\]"), ({"x": (3,)}, "not \\[3\\]")],
+)
+def test_shapes_that_do_not_fit_are_refused(shapes: dict[str, tuple[int, ...]], words: str) -> None:
+    with pytest.raises(EdgeKitError, match=words):
+        convert(dynamic(), shapes=shapes)
 
 
 def test_attribute_that_a_lowering_does_not_name_is_an_error() -> None:

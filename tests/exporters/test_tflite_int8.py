@@ -145,6 +145,7 @@ CASES = [
     q("PRelu", (1, 3, 4, 4), constants=(np.float32([0.3]),), kinds="LEAKY_RELU"),
     q("HardSwish", (1, 3, 4, 4), kinds="MUL ADD"),
     q("HardSigmoid", (1, 3, 4, 4), kinds="MUL ADD", alpha=1 / 6, beta=0.5),
+    q("Elu", (1, 3, 4, 4), kinds="ELU"),
     q("Sigmoid", (1, 3, 4, 4), kinds="LOGISTIC"),
     q("Tanh", (1, 3, 4, 4), kinds="TANH"),
     q(
@@ -285,6 +286,18 @@ def test_cnn_is_int8_throughout_and_keeps_every_scale(dtype: np.dtype) -> None:
     assert np.abs(run_tflite(converted.data, graph.inputs)[name] - expected).max() <= 2.01 * step
 
 
+def test_equal_vectors_are_written_once() -> None:
+    """Zero points take eight bytes a channel, and are all 0."""
+    from ai_edge_litert import schema_py_generated as schema
+
+    _, made = small_cnn()
+    subgraph = schema.Model.GetRootAs(convert_with_notes(made).data, 0).Subgraphs(0)
+    quantized = [subgraph.Tensors(index).Quantization() for index in range(subgraph.TensorsLength())]
+    vectors = [(q._tab.Vector(q._tab.Offset(10)), q.ZeroPointAsNumpy().tobytes()) for q in quantized if q is not None]
+    vectors = [(place, zeros) for place, zeros in vectors if len(zeros) > 8]
+    assert len(vectors) == 8 and len(set(vectors)) == len({zeros for _, zeros in vectors}) == 2
+
+
 def test_nhwc_int8_model_has_no_transpose() -> None:
     graph, made = small_cnn()
     converted = convert_with_notes(made, layout="nhwc")
@@ -293,6 +306,30 @@ def test_nhwc_int8_model_has_no_transpose() -> None:
     (expected,) = run_tflite(convert_with_notes(made).data, graph.inputs).values()
     (actual,) = run_tflite(converted.data, feeds).values()
     np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize("stored", ["float", "int32"])
+@pytest.mark.parametrize("axis", [None, 0])
+def test_bias_that_int32_sums_do_not_hold_is_not_wrapped_around(axis: int | None, stored: str) -> None:
+    """A dead channel: its weights are next to nothing, and its bias counts billions of their steps."""
+    graph = Qdq({"x": random(1, 3, 8, 8)})
+    x = graph.quantize("x")
+    weights = random(4, 3, 3, 3) * np.array([1, 1e-10, 1, 1], np.float32).reshape(-1, 1, 1, 1)
+    w = graph.weights("w", weights if axis == 0 else weights * 1e-9, axis)
+    bias = np.array([0.5, -3, 1, 2], np.float32) * (1 if axis == 0 else np.float32(1e-3))
+    if stored == "float":
+        b = graph.constant("b", bias)
+    else:
+        scale = np.maximum(graph.params["x"][0] * graph.constants["w_s"], np.abs(bias).max() / (2**31 - 300))
+        graph.constant("b_q", np.rint(bias / scale).astype(np.int32))
+        b = graph.op("DequantizeLinear", ["b_q", graph.constant("b_s", np.float32(scale))], "b", axis=0)
+    made = graph.model(graph.quantize(graph.op("Conv", [x, w, b], "conv")))
+    ((name, expected),) = run_onnx(made, graph.inputs, optimized=False).items()
+    step = float(graph.params["conv"][0])
+    converted = convert_with_notes(made)
+    for xnnpack in (True, False):
+        assert np.abs(run_tflite(converted.data, graph.inputs, xnnpack)[name] - expected).max() <= 1.01 * step
+    assert axis == 0 or any("float fallback" in note for note in converted.notes)
 
 
 def test_int32_bias_is_kept_bit_for_bit() -> None:

@@ -26,7 +26,7 @@ UNDELEGATED: dict[str, set[str]] = {
     "dead": set(),
     "head": set(),
     "conv1d": set(),
-    "two_inputs": {"embedding"},
+    "two_inputs": {"quantized_decomposed::embedding_byte"},
 }
 
 

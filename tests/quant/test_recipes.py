@@ -77,7 +77,7 @@ def test_half_compute_is_float16_inside_and_float32_outside(name: str) -> None:
 @pytest.mark.parametrize("name", ["conv_relu6_bn", "two_outputs", "two_inputs"])
 def test_float32_is_the_module(name: str) -> None:
     module, batch = build(name), next(iter(Batches(CASES[name])))
-    for a, b in zip(flat(module(*batch)), flat(float32(module, batch, ()).module()(*batch)), strict=True):
+    for a, b in zip(flat(module(*batch)), flat(float32(module, batch).program.module()(*batch)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
@@ -101,5 +101,7 @@ def test_the_table_of_recipes() -> None:
         "fp32": (False, False),
         "fp16": (False, True),
         "int8": (True, False),
+        "int8-dynamic": (False, False),
+        "int8-weight-only": (False, False),
     }
     assert all(name == recipe.name for name, recipe in RECIPES.items())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ import torch
 from conformance import INPUTS, OUTPUTS
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import to_edge_transform_and_lower
+from servers import Adbd, Sshd, missing_adbd, missing_sshd, skip
 
 from edgekit.exporters.tflite import convert
 
@@ -74,3 +78,32 @@ def files(modules: dict[str, torch.nn.Module], tmp_path_factory: pytest.TempPath
         onnx.save(exported.model_proto, folder / f"{name}.onnx")
         (folder / f"{name}.tflite").write_bytes(convert(exported.model_proto))
     return folder
+
+
+@pytest.fixture(scope="session")
+def bare_python(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An interpreter with numpy and no runtime."""
+    folder = tmp_path_factory.mktemp("bare")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    packages = next(folder.glob("lib/python*/site-packages"))
+    for path in Path(np.__file__).parents[1].glob("numpy*"):
+        (packages / path.name).symlink_to(path)
+    return str(folder / "bin/python")
+
+
+@pytest.fixture(scope="session")
+def ssh_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
+    if reason := missing_sshd():
+        skip(reason)
+    server = Sshd(tmp_path_factory.mktemp("ssh"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def adb_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Adbd]:
+    if reason := missing_adbd():
+        skip(reason)
+    server = Adbd(tmp_path_factory.mktemp("adb"))
+    yield server
+    server.stop()

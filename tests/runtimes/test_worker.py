@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import flatbuffers
@@ -18,11 +18,10 @@ import onnx
 import pytest
 from ai_edge_litert import schema_py_generated as schema
 from conformance import INPUTS, OUTPUTS
-from onnx import TensorProto, helper
+from jobs import SPOILED, Spoil, artifact, endless_onnx, stacked
 
 from edgekit import measure
 from edgekit.errors import EdgeKitError
-from edgekit.results import SUFFIXES
 from edgekit.runtimes import RUNTIMES, Timing, run_artifact, table
 
 QUICK = Timing(warmup_runs=2, seconds=0.0, min_runs=5, max_runs=5)
@@ -37,17 +36,6 @@ def nothing_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setattr(tempfile, "tempdir", str(jobs))
     yield
     assert not list(jobs.iterdir())
-
-
-def artifact(files: Path, model: str, runtime: str) -> Path:
-    return files / f"{model}{SUFFIXES[RUNTIMES[runtime].format]}"
-
-
-def stacked(files: Path, model: str, runs: int) -> list[np.ndarray]:
-    """`runs` different samples, the first of them that of the .npz file."""
-    with np.load(files / f"{model}.npz") as arrays:
-        first = [arrays[name] for name in INPUTS[model]]
-    return [np.stack([array + i for i in range(runs)]).astype(array.dtype) for array in first]
 
 
 @pytest.mark.parametrize("runtime", HERE)
@@ -91,14 +79,6 @@ def test_reads_weights_beside_an_onnx_file(files: Path, tmp_path: Path) -> None:
     feeds = stacked(files, "cnn", 1)
     want = run_artifact(files / "cnn.onnx", feeds).outputs[0]
     np.testing.assert_array_equal(run_artifact(path, feeds).outputs[0], want)
-
-
-Spoil = Callable[[bytes], bytes]
-SPOILED: dict[str, Spoil] = {
-    "cut in half": lambda data: data[: len(data) // 2],
-    "head alone": lambda data: data[:16],
-    "zeros after the head": lambda data: data[:16] + bytes(len(data) - 16),
-}
 
 
 @pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED)
@@ -157,31 +137,6 @@ def test_crash(tmp_path: Path) -> None:
     assert caught.value.help
 
 
-def endless_onnx(path: Path) -> None:
-    """A Loop whose condition stays true."""
-    body = helper.make_graph(
-        [helper.make_node("Identity", ["go"], ["go_on"]), helper.make_node("Identity", ["v"], ["same"])],
-        "body",
-        [
-            helper.make_tensor_value_info("i", TensorProto.INT64, []),
-            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("v", TensorProto.FLOAT, [1]),
-        ],
-        [
-            helper.make_tensor_value_info("go_on", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("same", TensorProto.FLOAT, [1]),
-        ],
-    )
-    graph = helper.make_graph(
-        [helper.make_node("Loop", ["", "true", "x"], ["y"], body=body)],
-        "endless",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])],
-        [helper.make_tensor("true", TensorProto.BOOL, [], [True])],
-    )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
-
-
 def test_hang(tmp_path: Path) -> None:
     endless_onnx(tmp_path / "endless.onnx")
     with pytest.raises(EdgeKitError, match=r"onnxruntime did not finish endless\.onnx within 3 s"):
@@ -215,7 +170,7 @@ WRONG: dict[str, tuple[dict[str, object], str]] = {
     "threads": ({"threads": 0}, "at least one thread"),
     "runtime": ({"runtime": "tensorrt"}, "no runtime 'tensorrt'"),
     "runtime of another format": ({"runtime": "litert"}, "litert runs tflite files"),
-    "device": ({"device": "ssh://pi"}, "no device 'ssh://pi'"),
+    "device": ({"device": "telnet://pi"}, "no device 'telnet://pi'"),
     "address of local": ({"device": "local:there"}, "names nothing"),
     "no such interpreter": ({"device": "python:/nowhere/python"}, "names no Python interpreter"),
 }
@@ -227,17 +182,6 @@ def test_wrong_request(case: str, files: Path) -> None:
     arguments = {"feeds": stacked(files, "pair", 1), **options}
     with pytest.raises(EdgeKitError, match=message):
         run_artifact(files / "pair.onnx", arguments.pop("feeds"), **arguments)
-
-
-@pytest.fixture(scope="session")
-def bare_python(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """An interpreter with numpy and no runtime."""
-    folder = tmp_path_factory.mktemp("bare")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
-    packages = next(folder.glob("lib/python*/site-packages"))
-    for path in Path(np.__file__).parents[1].glob("numpy*"):
-        (packages / path.name).symlink_to(path)
-    return str(folder / "bin/python")
 
 
 @pytest.mark.parametrize("runtime", HERE)
@@ -314,6 +258,7 @@ def test_worker_leaves_a_result_file_and_a_log(files: Path, tmp_path: Path) -> N
                 "outputs": [],
                 "feeds": 1,
                 "timing": None,
+                "count": 0,
             }
         )
     )

@@ -1,0 +1,69 @@
+"""Where what EdgeKit puts together for devices is kept: one folder for each content, made whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from edgekit.errors import EdgeKitError
+
+STEP_TIMEOUT_S = 900.0
+LINES = 3
+
+
+def cached(name: str, make: Callable[[Path], None]) -> Path:
+    """The folder `name` in the user's cache, which `make` fills the first time. What fails leaves nothing behind.
+
+    Two processes may make it at once: the first to finish wins. Raises EdgeKitError when the cache cannot be written.
+    """
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgekit"
+    done = root / name
+    if done.is_dir():
+        return done
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        making = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=root))
+    except OSError as error:
+        raise EdgeKitError(
+            f"cannot use the cache {root}: {error.strerror}", "set XDG_CACHE_HOME to a folder that can be written"
+        ) from error
+    try:
+        make(making)
+        making.chmod(0o755)
+        try:
+            making.rename(done)
+        except OSError:
+            if not done.is_dir():
+                raise
+    except OSError as error:
+        raise EdgeKitError(f"cannot use the cache {root}: {error.strerror}", "free some space there") from error
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+    return done
+
+
+def step(argv: Sequence[str | Path], what: str, help: str) -> str:
+    """Run one command of a recipe; its standard output. Raises EdgeKitError(`what`, `help`) with its last words."""
+    command = [str(word) for word in argv]
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=STEP_TIMEOUT_S,
+            check=False,
+        )
+    except FileNotFoundError as error:
+        raise EdgeKitError(f"{what}: {command[0]} is not installed", help) from error
+    except subprocess.TimeoutExpired as error:
+        raise EdgeKitError(f"{what}: {command[0]} ran longer than {STEP_TIMEOUT_S:g} s", help) from error
+    if done.returncode != 0:
+        said = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()][-LINES:]
+        raise EdgeKitError(f"{what}: {' | '.join(said) or f'exit code {done.returncode}'}", help)
+    return done.stdout

@@ -1,0 +1,59 @@
+"""What an emulator's clock says is shown nowhere: instructions are, and called that."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from kit import network, quick, samples
+from rich.console import Console, RenderableType
+from servers import missing_qemu, skip
+
+import edgekit
+from edgekit import report
+from edgekit.bundle import Bundle
+
+FIGURES = ("latency_ms", "load_ms", "first_ms", "peak_rss_bytes")
+
+
+@pytest.fixture(autouse=True)
+def emulator() -> None:
+    if reason := missing_qemu():
+        skip(reason)
+
+
+def shown(renderable: RenderableType) -> str:
+    console = Console(width=250)
+    with console.capture() as capture:
+        console.print(renderable)
+    return capture.get()
+
+
+def test_profile(bundles: dict[str, Bundle]) -> None:
+    path = next(file.path for file in bundles["int8"].artifacts if file.format == "executorch")
+    profile = edgekit.profile(path, device="qemu:arm64?cpu=cortex-a76")
+    values = profile.to_dict()
+    assert values["timing"] == "emulated" and not any(values[name] for name in FIGURES)
+    text = shown(report.profile_report(profile))
+    assert "instructions" in text and "emulated" in text and not re.search(r"\bms\b", text)
+    again = edgekit.profile(path, device="qemu:arm64?cpu=cortex-a76")
+    older = edgekit.profile(path, device="qemu:arm64?cpu=cortex-a72")
+    assert profile.instructions is not None and older.instructions is not None
+    assert again.instructions == pytest.approx(profile.instructions, rel=1e-3)
+    assert older.instructions > profile.instructions  # it has no int8 dot products
+
+
+def test_compare(bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
+    quick(monkeypatch)
+    paths = [next(f.path for f in bundles[p].artifacts if f.format == "executorch") for p in ("fp32", "int8")]
+    comparison = edgekit.compare(network(), paths, data=samples(), device="qemu:arm64")
+    int8 = comparison.artifacts[1]
+    values = int8.to_dict()
+    assert values["timing"] == "emulated" and not any(values[name] for name in FIGURES)
+    assert int8.speedup is None and int8.speedup_fp32 is None
+    assert int8.instructions and int8.fp32_instructions == pytest.approx(comparison.artifacts[0].instructions, rel=1e-3)
+    assert not any("speed of fp32" in reason for reason in int8.verdict.reasons)
+    assert int8.accuracy is not None and int8.accuracy.n == len(samples()["y"])
+    assert any("no speed-up" in note for note in comparison.notes)
+    text = shown(report.comparison_report(comparison))
+    assert "% of fp32" in text and "emulated: instructions" in text
