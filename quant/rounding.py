@@ -23,7 +23,6 @@ POSITIONS = 32  # image positions taken of each, at least; wide layers get a qua
 MOST_COLUMNS = 4608  # a 3×3 convolution of 512 channels; the cost grows with the cube
 DAMPING = 0.01
 BLOCK = 64
-CLIPPING = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.35, 0.25, 0.125)  # scales that are tried, of the one that clips nothing
 SMALLEST = 2**-10  # of a layer's largest scale: what weights below it add is invisible behind int8 activations
 ROUNDABLE = {aten.linear.default, aten.conv1d.default, aten.conv2d.default}
 
@@ -169,36 +168,14 @@ def _inverse_factor(second: torch.Tensor) -> torch.Tensor:
 
 def round_layer(
     weight: torch.Tensor, scale: torch.Tensor, groups: int, moments: Moments
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns the rounded weight (same shape), the correction to add to the bias, and the scale of each row.
-
-    `scale` holds those that clip nothing.
-    """
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the rounded weight (same shape) and the correction to add to the bias (output channels)."""
     shaped = weight.reshape(groups, weight.shape[0] // groups, -1)
     mean = (moments.first / moments.count).unsqueeze(2)
     covariance = moments.second / moments.count - mean @ mean.transpose(1, 2)
-    scale = clipping_scales(shaped, scale.reshape(groups, -1, 1), covariance)
-    rounded = gptq(shaped, scale, covariance)
+    rounded = gptq(shaped, scale.reshape(groups, -1, 1), covariance)
     correction = ((shaped - rounded) @ mean).reshape(-1)
-    return rounded.reshape(weight.shape), correction, scale.reshape(-1)
-
-
-def clipping_scales(weight: torch.Tensor, scale: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Returns the scale of each row of `weight` (groups, rows, n), at most `scale`, that loses least in its output.
-
-    A smaller scale clips the largest weights and rounds the others finer. The loss is (w − ŵ)ᵀ H (w − ŵ), weights
-    rounded to the nearest, with H = `second` damped as for GPTQ: a channel that was never seen to be active still counts.
-    """
-    damped = second.float().clone()
-    diagonal = torch.diagonal(damped, dim1=1, dim2=2)
-    diagonal += DAMPING * diagonal.mean(dim=1, keepdim=True)
-    best, least = scale, torch.full_like(scale, torch.inf)
-    for factor in CLIPPING:
-        step = scale * factor
-        error = weight - torch.clamp(torch.round(weight / step), -127, 127) * step
-        loss = ((error @ damped) * error).sum(dim=2, keepdim=True)
-        best, least = torch.where(loss < least, step, best), torch.minimum(loss, least)
-    return best
+    return rounded.reshape(weight.shape), correction
 
 
 def round_weights(
@@ -219,7 +196,7 @@ def round_weights(
         weight = attribute(model, node.args[1])
         scale = channel_scales(weight)
         groups = 1 if node.target == aten.linear.default else geometry(node)[4]
-        rounded, correction, scale = round_layer(weight, scale, groups, moments)
+        rounded, correction = round_layer(weight, scale, groups, moments)
         bias = node.args[2] if len(node.args) > 2 else None
         with model.graph.inserting_before(node):
             new_weight = add_attribute(model, f"{node.name}_rounded_weight", rounded)

@@ -42,29 +42,30 @@ def block() -> list[nn.Module]:
     ]
 
 
-def mobile_net(images: torch.Tensor) -> nn.Module:
-    """A MobileNetV3 in small, with the heavy-tailed weights of trained ones, and BatchNorm fitted to `images`."""
+def mobile_net() -> tuple[nn.Module, torch.Tensor]:
+    """A MobileNetV3 in small with weights of heavy tails, and the images that BatchNorm was fitted to."""
     torch.manual_seed(0)
     stem = (nn.Conv2d(3, CHANNELS, 3, 2, 1), nn.BatchNorm2d(CHANNELS), nn.Hardswish())
     layers = [layer for _ in range(BLOCKS) for layer in block()]
     net = nn.Sequential(*stem, *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(CHANNELS, 10))
-    with torch.no_grad():
-        for module in net.modules():
-            if isinstance(module, nn.Conv2d):
-                module.weight *= torch.exp(2 * torch.randn_like(module.weight))
-            elif isinstance(module, nn.BatchNorm2d):
-                module.weight.uniform_(0.5, 1.5)
-                module.bias.normal_(0, 0.2)
-        for _ in range(20):
-            net.train()(images)
-    return net.eval()
+    images = torch.randn(80, 3, 32, 32)
+    for _ in range(20):
+        net(images)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight.uniform_(0.5, 1.5)
+            module.bias.normal_(0, 0.2)
+        if isinstance(module, nn.Conv2d):
+            module.weight *= torch.exp(2 * torch.randn_like(module.weight))
+    for _ in range(20):
+        net(images)
+    return net.eval(), images
 
 
 @torch.no_grad()
 def test_hard_swish_and_squeeze_excite() -> None:
-    images = torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    net = mobile_net(images)
-    calibration, evaluation = [(image[None],) for image in images[:32]], images[32:]
+    net, images = mobile_net()
+    calibration, evaluation = [(image[None],) for image in images[:40]], images[40:]
     reference = net(evaluation)
 
     scheme = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
