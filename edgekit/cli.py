@@ -77,6 +77,15 @@ DeviceOption = Annotated[
         help="Where files run: local:, python:PATH, ssh://user@host, adb:SERIAL or qemu:arm64?cpu=cortex-a76.",
     ),
 ]
+TimeoutOption = Annotated[
+    float | None,
+    typer.Option(
+        "--timeout", min=1, metavar="SECONDS", help="End a runtime without progress for so long (20, emulated 600)."
+    ),
+]
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="Go on from what a command that failed has measured already.")
+]
 VerboseOption = Annotated[bool, typer.Option("--verbose", help=f"Keep what the libraries say in {LOG}.")]
 
 
@@ -163,6 +172,11 @@ def compare(
     threads: ThreadsOption = 1,
     mean: MeanOption = None,
     std: StdOption = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Show the parity ladder: the first step and op where outputs diverge.")
+    ] = False,
+    timeout: TimeoutOption = None,
+    resume: ResumeOption = False,
     json: JsonOption = None,
     verbose: VerboseOption = False,
 ) -> None:
@@ -183,6 +197,9 @@ def compare(
             threads=threads,
             mean=numbers(mean),
             std=numbers(std),
+            explain=explain,
+            timeout=timeout,
+            resume=resume,
             progress=ui.progress,
         )
         ui.show(report.comparison_report(comparison), comparison.to_dict())
@@ -193,8 +210,14 @@ def compare(
 @app.command()
 def profile(
     artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A .pte, .onnx or .tflite file.")],
+    ops: Annotated[bool, typer.Option("--ops", help="Also time each op, by the runtime's own profiler.")] = False,
+    trace: Annotated[
+        Path | None, typer.Option("--trace", metavar="FILE", help="With --ops: write a Chrome trace (JSON).")
+    ] = None,
     device: DeviceOption = "local:",
     threads: ThreadsOption = 1,
+    timeout: TimeoutOption = None,
+    resume: ResumeOption = False,
     json: JsonOption = None,
     verbose: VerboseOption = False,
 ) -> None:
@@ -202,7 +225,16 @@ def profile(
     with session(verbose, json) as ui:
         from edgekit import pipeline, report
 
-        result = pipeline.profile(artifact, device=device, threads=threads, progress=ui.progress)
+        result = pipeline.profile(
+            artifact,
+            device=device,
+            threads=threads,
+            ops=ops,
+            trace=trace,
+            timeout=timeout,
+            resume=resume,
+            progress=ui.progress,
+        )
         ui.show(report.profile_report(result), result.to_dict())
 
 
@@ -210,6 +242,7 @@ def profile(
 def verify(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that export wrote.")],
     device: DeviceOption = "local:",
+    timeout: TimeoutOption = None,
     json: JsonOption = None,
     verbose: VerboseOption = False,
 ) -> None:
@@ -217,10 +250,95 @@ def verify(
     with session(verbose, json) as ui:
         from edgekit import pipeline, report
 
-        replays = pipeline.verify(bundle, device=device, progress=ui.progress)
+        replays = pipeline.verify(bundle, device=device, timeout=timeout, progress=ui.progress)
         ui.show(report.replay_report(replays), {"artifacts": [replay.to_dict() for replay in replays]})
         if any(replay.problem for replay in replays):
             ui.fail_gate("the bundle is not what was exported")
+
+
+@app.command()
+def prune(
+    model: ModelArgument,
+    ratio: Annotated[
+        float,
+        typer.Option(
+            "--ratio", metavar="SHARE", help="Share of the multiply-adds to remove, between 0 and 1: 0.5 halves them."
+        ),
+    ],
+    data: DataOption = None,
+    train: Annotated[
+        str | None,
+        typer.Option("--train", metavar="DATA", help="Samples to fine-tune on; else those that calibration may read."),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option("--method", metavar="M", help="l1, l2, fpgm, taylor or wanda; wanda with data, else l2."),
+    ] = None,
+    allocation: Annotated[
+        str | None,
+        typer.Option(
+            "--allocation",
+            metavar="A",
+            help="What each layer loses: uniform, global or sensitivity; sensitivity with data, else global.",
+        ),
+    ] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option("--epochs", metavar="N", help="Of fine-tuning; 0 for none; else by the number of samples."),
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option("--learning-rate", metavar="R", help="The highest of the one-cycle schedule.")
+    ] = None,
+    augment: Annotated[
+        bool, typer.Option("--augment/--no-augment", help="Fine-tune on shifted, mirrored and mixed images too.")
+    ] = True,
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            "--patience", min=1, metavar="N", help="Stop after N epochs without progress on held-out samples."
+        ),
+    ] = None,
+    round_to: Annotated[
+        int, typer.Option("--round-to", metavar="N", help="Channels are kept in multiples of N, from 2 N on.")
+    ] = 8,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the fine-tuning.")] = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the checkpoint of a run that ended early.")
+    ] = False,
+    input: InputOption = None,
+    code: CodeOption = None,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder that the result is written into.")] = Path(),
+    mean: MeanOption = None,
+    std: StdOption = None,
+    json: JsonOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Take out channels that hold a share of the multiply-adds, and fine-tune what is left towards the original."""
+    with session(verbose, json) as ui:
+        from edgekit import pruning, report
+
+        pruned = pruning.prune(
+            model,
+            ratio=ratio,
+            data=data,
+            train=train,
+            method=method,
+            allocation=allocation,
+            epochs=epochs,
+            learning_rate=learning_rate,
+            augment=augment,
+            patience=patience,
+            round_to=round_to,
+            seed=seed,
+            inputs=tuple(input or ()),
+            code=code,
+            out=out,
+            mean=numbers(mean),
+            std=numbers(std),
+            resume=resume,
+            progress=ui.progress,
+        )
+        ui.show(report.pruning_report(pruned), {"path": str(pruned.path), **pruned.to_dict()})
 
 
 @app.command()

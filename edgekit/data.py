@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +61,8 @@ class Batch:
 class Data:
     """A source of samples. `calibration` and `evaluation` can each be read any number of times.
 
-    `separate` says whether calibration reads samples that evaluation does not.
+    `separate` says whether calibration reads samples that evaluation does not. `training` are all samples that
+    calibration may read, where it reads a part of them.
     """
 
     source: str
@@ -71,6 +72,7 @@ class Data:
     labels: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     separate: bool = False
+    training: Iterable[Batch] | None = None
 
     def example(self) -> Arrays:
         """Returns the first sample, with a batch dimension of 1."""
@@ -292,7 +294,7 @@ def _from_arrays(source: str, arrays: Mapping[str, Any], mean: Sequence[float], 
     # A lone `x` is the model's one input, whatever the model calls it.
     lone = set(named) == {"x"}
     inputs: Arrays = {0 if lone else key: array for key, array in named.items()}
-    preprocessing, notes = None, []
+    preprocessing, notes, training = None, [], None
     images = [array for array in inputs.values() if _is_image(array)]
     if images:
         mean = mean or tuple(float(v) for v in np.ravel(arrays.get("mean", ())))
@@ -306,7 +308,8 @@ def _from_arrays(source: str, arrays: Mapping[str, Any], mean: Sequence[float], 
         notes.append(f"mean and std in {source} are left aside: they normalize uint8 images, and it holds none")
     if "calib_x" in arrays and len(inputs) == 1:
         samples = dict.fromkeys(inputs, arrays["calib_x"])
-        calibration = _Slices(samples, arrays.get("calib_y"), preprocessing, _spaced(arrays["calib_x"]))
+        training = _Slices(samples, arrays.get("calib_y"), preprocessing)
+        calibration = replace(training, indices=_spaced(arrays["calib_x"]))
     elif "calib_x" in arrays:
         raise EdgeKitError(
             f"{source} has calib_x beside {len(inputs)} inputs, and it does not tell which it is",
@@ -317,7 +320,8 @@ def _from_arrays(source: str, arrays: Mapping[str, Any], mean: Sequence[float], 
         notes.append(f"calibration reads samples that evaluation reads too: {source} has no calib_x of its own")
     labels = tuple(str(label) for label in arrays.get("labels", ()))
     evaluation = _Slices(inputs, target, preprocessing)
-    return Data(source, calibration, evaluation, preprocessing, labels, tuple(notes), separate="calib_x" in arrays)
+    separate = "calib_x" in arrays
+    return Data(source, calibration, evaluation, preprocessing, labels, tuple(notes), separate, training)
 
 
 def _not_normalizable(source: str) -> EdgeKitError:

@@ -59,6 +59,12 @@ def time_runs(
     return [sample / 1e6 for sample in samples]
 
 
+def longest_s(run_s: float, *, warmup_runs: int, seconds: float, min_runs: int, max_runs: int) -> float:
+    """How many seconds `time_runs` takes at most with a call that takes `run_s`."""
+    warmup = min(warmup_runs * run_s, max(warmup_runs * WARMUP_RUN_CAP_S, WARMUP_RUNS_AT_LEAST * run_s) + run_s)
+    return warmup + min(max(seconds, min_runs * run_s) + run_s, max_runs * run_s)
+
+
 def percentile(samples: Sequence[float], q: float) -> float:
     """The `q`-th percentile (0 to 100) by linear interpolation between order statistics: numpy's default.
 

@@ -146,6 +146,8 @@ def _open_safetensors(path: Path, code: UserCode | None) -> Opened:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    from edgekit.pruned_files import is_pruned
+
     try:
         weights = load_file(path, device="cpu")
     except (SafetensorError, ValueError, KeyError) as error:
@@ -154,18 +156,20 @@ def _open_safetensors(path: Path, code: UserCode | None) -> Opened:
         ) from error
     if not weights:
         raise EdgeKitError(f"{path.name} holds no tensors", "save the model's state_dict")
-    return _filled(path, weights, code, "safetensors", [])
+    return _filled(path, weights, code, "safetensors", [], is_pruned(path))
 
 
-def _filled(path: Path, weights: dict[str, Any], code: UserCode | None, form: str, notes: list[str]) -> Opened:
-    """A module made by the user's code, with the weights of the file in it."""
+def _filled(
+    path: Path, weights: dict[str, Any], code: UserCode | None, form: str, notes: list[str], pruned: bool = False
+) -> Opened:
+    """A module made by the user's code, with the weights of the file in it, narrowed to them where they are pruned."""
     if code is None:
         first = ", ".join(list(weights)[:4])
         raise EdgeKitError(
             f"{path.name} holds weights only ({len(weights)} tensors: {first}, …), not the network they belong to",
             "name the file that defines its class: --code FILE.py, or FILE.py:factory",
         )
-    module, more = fit(code, weights, path.name)
+    module, more = fit(code, weights, path.name, pruned)
     return Opened(module, path.stem, form, notes + more)
 
 

@@ -9,10 +9,24 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from edgekit import bundle as bundles
+from edgekit import explain as explaining
 from edgekit import files, judge, stages, suspects, targets, tune
+from edgekit import ops as op_times
 from edgekit.errors import EdgeKitError
+from edgekit.journal import Journal
 from edgekit.progress import Progress, Silent
-from edgekit.results import LAYOUTS, Artifact, Baseline, Comparison, Latency, Layout, Measurement, Profile, Replay
+from edgekit.results import (
+    LAYOUTS,
+    Artifact,
+    Baseline,
+    Comparison,
+    Latency,
+    Layout,
+    Measurement,
+    OpTimes,
+    Profile,
+    Replay,
+)
 from edgekit.runtimes import Timing
 
 if TYPE_CHECKING:
@@ -154,13 +168,19 @@ def compare(
     threads: int = 1,
     mean: Sequence[float] = (),
     std: Sequence[float] = (),
+    explain: bool = False,
+    timeout: float | None = None,
+    resume: bool = False,
     progress: Progress | None = None,
 ) -> Comparison:
     """Measures files or bundles against the original `model` on labeled `data`: accuracy, latency, memory, size.
 
     Every file runs in processes of its own on `device`; latencies are taken in turn over ROUNDS processes each,
-    pinned to `threads` cores, beside the fp32 file of the same runtime (exported here where none is given). Raises
-    EdgeKitError for bad input and for a file that its runtime cannot run.
+    pinned to `threads` cores, beside the fp32 file of the same runtime (exported here where none is given). A job
+    that makes no progress for `timeout` seconds (by default 20) is ended. With `explain` the parity ladder is climbed
+    too (see `edgekit.explain`), and a file that breaks on it is rejected. With `resume` runs that an earlier command
+    finished before it failed are not run again. Raises EdgeKitError for bad input and for a file that its runtime
+    cannot run.
     """
     progress = progress or Silent()
     judge.check_metric(metric)
@@ -181,16 +201,22 @@ def compare(
         reference = evaluation.cut(outcome)
         right = None if evaluation.target is None else judge.correct(metric, reference[0], evaluation.target)
     outputs = {}
+    same_machine = device.startswith(SAME_MACHINE)
     with ExitStack() as stack:
-        there = stack.enter_context(stages.opened(device, baseline_device))
+        journal = stack.enter_context(Journal(resume))
+        there = stack.enter_context(stages.opened(device, baseline_device, timeout))
         for artifact in given:
             with progress.step(f"Running {artifact.path.name} ({artifact.precision})"):
-                run = stages.run(artifact, evaluation.feeds, device=there, threads=threads)
+                run = journal.run(artifact, evaluation.feeds, device=there, threads=threads)
             outputs[artifact] = evaluation.cut(run.outputs)
         references, notes = fp32_references(original, given, stack, progress)
+        ladder = None
+        if explain:
+            ladder = explaining.explain(original, source, given, evaluation.feeds, there, same_machine, progress)
         files_to_time = [*given, *(r for r in references.values() if r not in given)]
-        baseline_latency, timed = race(original, files_to_time, evaluation, there, baseline_device, threads, progress)
-    same_machine = device.startswith(SAME_MACHINE)
+        baseline_latency, timed = race(
+            original, files_to_time, evaluation, there, baseline_device, threads, journal, progress
+        )
     if not same_machine:
         notes = (*notes, f"the original ran here and the files on {device}: their times are no speed-up")
     measured = []
@@ -207,6 +233,7 @@ def compare(
         verdict = judge.verdict(
             artifact.precision, result, latency, fp32, near, max_drop, blamed, tune.most_sensitive(artifact)
         )
+        verdict = judge.explained(verdict, artifact, ladder or ())
         measured.append(
             Measurement(
                 artifact,
@@ -238,7 +265,7 @@ def compare(
         evaluation.count,
         baseline_latency,
     )
-    return Comparison(baseline, tuple(measured), (*original.notes, *source.notes, *notes))
+    return Comparison(baseline, tuple(measured), (*original.notes, *source.notes, *notes, *journal.notes), ladder)
 
 
 def expand(artifacts: Sequence[str | Path | bundles.Bundle]) -> list[Artifact]:
@@ -299,6 +326,7 @@ def race(
     device: Device,
     baseline_device: str,
     threads: int,
+    journal: Journal,
     progress: Progress,
 ) -> tuple[Latency, dict[Artifact, tuple[Any, Latency | None]]]:
     """Times the original and every artifact in turn, ROUNDS times; returns latencies and each one's last result.
@@ -314,7 +342,8 @@ def race(
             advance()
             for artifact in artifacts:
                 if count == 0 or device.timing == "measured":
-                    results[artifact].append(stages.run(artifact, feeds, device=device, threads=threads, timing=TIMING))
+                    run = journal.run(artifact, feeds, device=device, number=count, threads=threads, timing=TIMING)
+                    results[artifact].append(run)
                 advance()
     timed = {artifact: (runs[-1], latency_of(runs, threads)) for artifact, runs in results.items()}
     return Latency(tuple(eager), threads), timed
@@ -326,21 +355,44 @@ def latency_of(runs: Sequence[Any], threads: int) -> Latency | None:
 
 
 def profile(
-    artifact: str | Path, *, device: str = "local:", threads: int = 1, progress: Progress | None = None
+    artifact: str | Path,
+    *,
+    device: str = "local:",
+    threads: int = 1,
+    ops: bool = False,
+    trace: str | Path | None = None,
+    timeout: float | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
 ) -> Profile:
     """Measures latency, load time and memory of one file on `device`, over ROUNDS processes, on random inputs.
 
-    On an emulated device it counts instructions instead, in one process.
+    With `ops` the runtime's own profiler then times each op, in a process of its own, and `trace` names a file for all
+    of its runs as a Chrome trace; where the runtime gives no such times, a note says why. `timeout` and `resume` are
+    those of `compare`. On an emulated device instructions are counted instead, in one process. Raises EdgeKitError
+    where `ops` are asked of one, or a `trace` without `ops`.
     """
+    progress = progress or Silent()
     subject = identify(Path(artifact))
-    with stages.opened(device) as there:
+    if trace is not None and not ops:
+        raise EdgeKitError("a trace holds the times of the ops, which were not asked for", "add --ops")
+    if trace is not None:
+        files.check_writable(Path(trace))
+    times: OpTimes | None = None
+    notes: tuple[str, ...] = ()
+    with Journal(resume) as journal, stages.opened(device, timeout=timeout) as there:
+        if ops and there.timing == "emulated":
+            raise EdgeKitError(f"{device} is emulated: the times of its ops say nothing", "leave out --ops")
         feeds = stages.random_feeds(subject.inputs)
         rounds = ROUNDS if there.timing == "measured" else 1
-        with (progress or Silent()).step("Measuring latency", rounds) as advance:
+        with progress.step("Measuring latency", rounds) as advance:
             runs = []
-            for _ in range(rounds):
-                runs.append(stages.run(subject, feeds, device=there, threads=threads, timing=TIMING))
+            for number in range(rounds):
+                runs.append(journal.run(subject, feeds, device=there, number=number, threads=threads, timing=TIMING))
                 advance()
+        if ops:
+            with progress.step("Profiling the ops"):
+                times, notes = _op_times(subject, feeds, there, threads, latency_of(runs, threads), trace)
     last = runs[-1]
     return Profile(
         subject,
@@ -352,17 +404,42 @@ def profile(
         last.peak_rss_bytes,
         last.timing,
         last.instructions,
+        times,
+        (*notes, *journal.notes),
     )
 
 
-def verify(bundle: str | Path, *, device: str = "local:", progress: Progress | None = None) -> tuple[Replay, ...]:
+def _op_times(
+    subject: Artifact,
+    feeds: Sequence[np.ndarray],
+    device: Device,
+    threads: int,
+    latency: Latency | None,
+    trace: str | Path | None,
+) -> tuple[OpTimes | None, tuple[str, ...]]:
+    """Returns the time of each op, and writes the trace; without a profiler that is known, a note says so."""
+    assert latency is not None
+    runs = op_times.runs_for(latency.p50)
+    try:
+        result = stages.run(subject, feeds, device=device, threads=threads, trace_runs=runs)
+        profiled = op_times.read(result.runtime, result.trace)
+    except EdgeKitError as error:
+        return None, (f"no per-op times: {error.what}",)
+    if trace is not None:
+        op_times.write_trace(Path(trace), profiled, f"{subject.path.name} on {device.uri}")
+    return op_times.summarize(profiled, latency.p50 * 1e3), ()
+
+
+def verify(
+    bundle: str | Path, *, device: str = "local:", timeout: float | None = None, progress: Progress | None = None
+) -> tuple[Replay, ...]:
     """Replays a bundle's golden inputs on `device` and compares with the outputs that were recorded at export.
 
     A file whose hash has changed is not run. Raises EdgeKitError for a folder that is no bundle, and for a device
     that does not answer.
     """
     opened = bundles.read(Path(bundle))
-    with stages.opened(device) as there:
+    with stages.opened(device, timeout=timeout) as there:
         try:
             golden = bundles.read_golden(opened)
         except EdgeKitError as error:
@@ -370,7 +447,8 @@ def verify(bundle: str | Path, *, device: str = "local:", progress: Progress | N
         replays = []
         for artifact, entry in zip(opened.artifacts, opened.manifest["artifacts"], strict=True):
             with (progress or Silent()).step(f"Replaying {artifact.path.name}"):
-                replays.append(_replay(artifact, entry, golden, opened.manifest["qparams"], there))
+                same = device.startswith(SAME_MACHINE) and opened.made_here
+                replays.append(_replay(artifact, entry, golden, opened.manifest["qparams"], there, same))
         return tuple(replays)
 
 
@@ -380,6 +458,7 @@ def _replay(
     golden: Mapping[str, np.ndarray],
     qparams: Mapping[str, Any],
     device: Device,
+    same_machine: bool,
 ) -> Replay:
     try:
         bundles.check_hash(artifact.path, entry["sha256"])
@@ -393,4 +472,5 @@ def _replay(
     steps = [
         qparams["outputs"][spec.name]["scale"] for spec in artifact.outputs if spec.name in qparams.get("outputs", {})
     ]
-    return Replay(artifact, near, judge.reproduced(artifact.precision, near, max(steps, default=0.0)))
+    allowed = judge.steps_allowed(artifact.format, same_machine)
+    return Replay(artifact, near, judge.reproduced(artifact.precision, near, max(steps, default=0.0), allowed))

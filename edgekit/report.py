@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import isfinite
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from edgekit.bundle import Bundle
-from edgekit.results import Comparison, Latency, Measurement, Profile, Replay
+from edgekit.results import Comparison, Culprit, Latency, Measurement, OpTimes, Profile, Replay
 from edgekit.targets import TARGETS
+
+if TYPE_CHECKING:
+    from edgekit.pruning import Pruned
 
 EMULATED = "emulated: instructions of one run, not times"
 VERDICT_STYLES = {"ship": "bold green", "reject": "bold red", "inconclusive": "bold yellow"}
@@ -148,7 +151,34 @@ def comparison_report(comparison: Comparison) -> RenderableType:
     caption = f"{base.samples:,} samples; latency over {len(lat.processes)} interleaved processes, {threads}"
     if emulated:
         caption += f"; {EMULATED}"
-    return Group(rows, Text(caption, style="dim"), *reasons, *notes(comparison.notes))
+    ladder = ladder_report(comparison) if comparison.ladder is not None else ()
+    return Group(rows, Text(caption, style="dim"), *reasons, *notes(comparison.notes), *ladder)
+
+
+def ladder_report(comparison: Comparison) -> tuple[RenderableType, ...]:
+    """Shows each rung of the parity ladder, and the first that breaks with the first op in it."""
+    rows = table("rung", "on", "SQNR", "max difference", "result")
+    for rung in comparison.ladder or ():
+        near = rung.parity
+        word = Text("ok", style="green") if rung.problem is None else Text("diverges", style="bold red")
+        shown = _decibel(near.sqnr_db, near.max_abs), f"{near.max_abs:.2g}"
+        rows.add_row(Text(rung.name), Text(rung.against), *shown, word)
+    lines = []
+    for rung in comparison.ladder or ():
+        if rung.problem is not None:
+            lines.append(Text.assemble((f"{rung.name}: ", "bold"), rung.problem))
+            lines += [Text(f"  {culprit_line(rung.culprit)}")] if rung.culprit is not None else []
+    first = comparison.first_divergence
+    lines.append(Text(f"the first rung that diverges: {first.name}" if first else "no rung diverges", style="bold"))
+    return (Text(), rows, *lines)
+
+
+def culprit_line(culprit: Culprit | str) -> str:
+    """Returns the first op that differs in a sentence, or the sentence that says why there is none."""
+    if isinstance(culprit, str):
+        return culprit
+    near = f"{culprit.sqnr_db:.1f} dB" if isfinite(culprit.sqnr_db) else "no SQNR at all"
+    return f"the first op that differs: {culprit.op} '{culprit.node}' ({near} to what EdgeKit exports now)"
 
 
 def _comparison_row(m: Measurement) -> list[RenderableType]:
@@ -172,6 +202,43 @@ def _comparison_row(m: Measurement) -> list[RenderableType]:
     ]
 
 
+def pruning_report(pruned: Pruned) -> RenderableType:
+    """Shows what each layer lost, what kept its width and why, and what that did to the whole."""
+    rows = table("layer", "kind", "weight before", "after", "multiply-adds before", "after", "")
+    for layer in pruned.layers:
+        rows.add_row(
+            Text(layer.name),
+            layer.kind,
+            "x".join(map(str, layer.before)),
+            "x".join(map(str, layer.after)) if layer.after != layer.before else "same",
+            count(layer.macs_before),
+            count(layer.macs_after) if layer.macs_after != layer.macs_before else "same",
+            Text(f"keeps its outputs: {layer.kept}", style="dim") if layer.kept else "",
+        )
+    (macs, fewer), (parameters, left) = pruned.macs, pruned.parameters
+    total = table("", "before", "after", "removed")
+    total.add_row("multiply-adds", count(macs), count(fewer), f"{100 * (1 - fewer / macs):.1f} %")
+    total.add_row("parameters", count(parameters), count(left), f"{100 * (1 - left / parameters):.1f} %")
+    if pruned.accuracy is not None and pruned.unrecovered is not None:
+        now, low_high = pruned.accuracy, pruned.accuracy.ci95
+        after = f"{100 * now.value:.2f} %"
+        drop = f"{now.drop:.2f} points ({low_high[0]:.2f} to {low_high[1]:.2f})"
+        total.add_row(now.metric, f"{100 * now.baseline:.2f} %", after, drop)
+        if pruned.recovered is not None:
+            total.add_row("  without fine-tuning", "", f"{100 * pruned.unrecovered.value:.2f} %", "")
+    hint = "  export model.pt2, or the weights with --code"
+    head = Text.assemble(("Wrote ", ""), (f"{pruned.path}/", "bold"), hint)
+    return Group(rows, Text(""), total, head, *notes(pruned.notes))
+
+
+def count(number: int) -> str:
+    """Returns a number in the unit that reads best."""
+    for unit, factor in ((" G", 1e9), (" M", 1e6), (" k", 1e3)):
+        if number >= factor:
+            return f"{number / factor:.3g}{unit}"
+    return str(number)
+
+
 def profile_report(profile: Profile) -> RenderableType:
     """Shows one file's latency, load time and memory; on an emulated device its instructions."""
     lat = profile.latency
@@ -191,7 +258,26 @@ def profile_report(profile: Profile) -> RenderableType:
         size(profile.artifact.size_bytes),
     )
     caption = f"{len(lat.samples):,} runs in {len(lat.processes)} processes, {lat.threads} thread(s), {profile.device}"
-    return Group(rows, Text(caption, style="dim"))
+    times = [Text(), ops_report(profile.ops)] if profile.ops is not None else []
+    return Group(rows, Text(caption, style="dim"), *times, *notes(profile.notes))
+
+
+def ops_report(times: OpTimes) -> RenderableType:
+    """Shows the time of each kind of op, and what a run with and without the profiler takes."""
+    inflated = times.scale < 1
+    rows = table("op", "count", "µs", "share", *(["µs scaled"] if inflated else []))
+    for op, (count, us) in times.by_op().items():
+        scaled = [f"{us * times.scale:.1f}"] if inflated else []
+        rows.add_row(Text(op), str(count), f"{us:.1f}", f"{100 * us / (times.sum_us or 1):.1f} %", *scaled)
+    if not inflated:
+        rows.add_row(Text("outside the ops", style="dim"), "", f"{times.outside_us:.1f}", "")
+    told = (
+        f"the ops sum to {times.sum_us:.0f} µs, a run takes {times.whole_us:.0f} µs in the runtime under its profiler "
+        f"and {times.latency_us:.0f} µs (p50) without it; means of {times.runs} runs"
+    )
+    if inflated:
+        told += "; the profiler's own cost is in the times, and scaled they sum to the p50"
+    return Group(rows, Text(told, style="dim"))
 
 
 def replay_report(replays: Sequence[Replay]) -> RenderableType:

@@ -240,12 +240,60 @@ class Baseline:
 
 
 @dataclass(frozen=True)
+class Culprit:
+    """The op of a file that loses more than its inputs had lost: its kind, its name, and the SQNR of what it writes."""
+
+    op: str
+    node: str
+    sqnr_db: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the JSON form."""
+        return {"op": self.op, "node": self.node, "sqnr_db": finite(self.sqnr_db)}
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One step of the parity ladder: how near it is to `against`, and what is wrong with it.
+
+    A file is compared with the original's outputs and judged by those of the rung that it stands on. `culprit` is the
+    first op in it that differs, or the sentence that says why none is named; None where nothing is wrong. `path` is
+    that of a file.
+    """
+
+    name: str
+    against: str
+    parity: Parity
+    problem: str | None
+    culprit: Culprit | str | None = None
+    path: Path | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the JSON form of one entry of `ladder`."""
+        return {
+            "rung": self.name,
+            "against": self.against,
+            "parity": self.parity.to_dict(),
+            "ok": self.problem is None,
+            "problem": self.problem,
+            "op": self.culprit.to_dict() if isinstance(self.culprit, Culprit) else None,
+            "op_note": self.culprit if isinstance(self.culprit, str) else None,
+        }
+
+
+@dataclass(frozen=True)
 class Comparison:
-    """The original and every artifact, measured in one run."""
+    """The original and every artifact, measured in one run; `ladder` where an explanation was asked for."""
 
     baseline: Baseline
     artifacts: tuple[Measurement, ...]
     notes: tuple[str, ...] = ()
+    ladder: tuple[Rung, ...] | None = None
+
+    @property
+    def first_divergence(self) -> Rung | None:
+        """The first rung of the ladder that something is wrong with."""
+        return next((rung for rung in self.ladder or () if rung.problem is not None), None)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the JSON form of `compare --json`."""
@@ -253,6 +301,8 @@ class Comparison:
             "baseline": self.baseline.to_dict(),
             "artifacts": [measurement.to_dict() for measurement in self.artifacts],
             "notes": list(self.notes),
+            "ladder": [rung.to_dict() for rung in self.ladder] if self.ladder is not None else None,
+            "first_divergence": self.first_divergence.name if self.first_divergence else None,
         }
 
 
@@ -262,8 +312,74 @@ def finite(value: float) -> float | None:
 
 
 @dataclass(frozen=True)
+class OpTime:
+    """One op of a file: its kind, its name where the runtime tells one, and its time in µs."""
+
+    op: str
+    name: str
+    us: float
+
+
+@dataclass(frozen=True)
+class OpTimes:
+    """The time of each op of a file under the runtime's profiler, in the order in which they run.
+
+    `whole_us` is that of a profiled run as the runtime itself sees it, `latency_us` the p50 of a run without profiler.
+    A profiler costs time of its own, and its clock may count whole microseconds only.
+    """
+
+    ops: tuple[OpTime, ...]
+    runs: int
+    whole_us: float
+    latency_us: float
+
+    @property
+    def sum_us(self) -> float:
+        """What the ops sum to, in µs."""
+        return sum(op.us for op in self.ops)
+
+    @property
+    def scale(self) -> float:
+        """What brings the ops' times down to a run without profiler: 1, or less where they sum to more than its p50."""
+        return min(1.0, self.latency_us / self.sum_us) if self.sum_us else 1.0
+
+    @property
+    def outside_us(self) -> float:
+        """What of a run without profiler is in no op: calls, copies, the runtime itself. In µs."""
+        return max(0.0, self.latency_us - self.sum_us)
+
+    def by_op(self) -> dict[str, tuple[int, float]]:
+        """Returns count and summed time in µs of each kind of op, the longest first."""
+        found: dict[str, tuple[int, float]] = {}
+        for op in self.ops:
+            count, us = found.get(op.op, (0, 0.0))
+            found[op.op] = (count + 1, us + op.us)
+        return dict(sorted(found.items(), key=lambda item: -item[1][1]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the JSON form of `profile --ops`."""
+        total = self.sum_us or 1.0
+        return {
+            "runs": self.runs,
+            "sum_us": self.sum_us,
+            "profiled_run_us": self.whole_us,
+            "latency_us": self.latency_us,
+            "scale": self.scale,
+            "outside_us": self.outside_us,
+            "by_op": [
+                {"op": op, "count": count, "us": us, "scaled_us": us * self.scale, "share": us / total}
+                for op, (count, us) in self.by_op().items()
+            ],
+            "ops": [asdict(op) for op in self.ops],
+        }
+
+
+@dataclass(frozen=True)
 class Profile:
-    """One file's speed and memory on one device; on an emulated one only `instructions`, see Measurement."""
+    """One file's speed and memory on one device; on an emulated one only `instructions`, see Measurement.
+
+    `ops` is None where per-op times were not asked for, or where the runtime gives none, which `notes` tell.
+    """
 
     artifact: Artifact
     runtime: str
@@ -274,6 +390,8 @@ class Profile:
     peak_rss_bytes: int | None
     timing: Literal["measured", "emulated"] = "measured"
     instructions: int | None = None
+    ops: OpTimes | None = None
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the JSON form of `profile --json`."""
@@ -290,6 +408,8 @@ class Profile:
             "load_ms": self.load_ms,
             "first_ms": self.first_ms,
             "peak_rss_bytes": self.peak_rss_bytes,
+            "ops": self.ops.to_dict() if self.ops else None,
+            "notes": list(self.notes),
         }
 
 

@@ -428,9 +428,10 @@ def check_devices(device: str, baseline: str) -> None:
 
 
 @contextmanager
-def opened(device: str, baseline: str = "cpu") -> Iterator[Device]:
+def opened(device: str, baseline: str = "cpu", timeout: float | None = None) -> Iterator[Device]:
     """Yields the device at a URI, connected once for all jobs, and cleans it up.
 
+    `timeout` is how many seconds a job may go without progress, the device's own limit by default.
     Raises EdgeKitError for a device that does not answer, or a baseline device that torch cannot use.
     """
     from edgekit.runtimes import open_device
@@ -445,6 +446,8 @@ def opened(device: str, baseline: str = "cpu") -> Iterator[Device]:
     there = open_device(device)
     try:
         there.probe()
+        if timeout is not None:
+            there.stall_s = timeout
         yield there
     finally:
         there.cleanup()

@@ -113,14 +113,18 @@ def build(code: UserCode) -> torch.nn.Module:
     )
 
 
-def fit(code: UserCode, weights: dict[str, torch.Tensor], what: str) -> tuple[torch.nn.Module, list[str]]:
-    """The module of `code` with the weights loaded, and notes.
+def fit(
+    code: UserCode, weights: dict[str, torch.Tensor], what: str, pruned: bool = False
+) -> tuple[torch.nn.Module, list[str]]:
+    """The module of `code` with the weights loaded, and notes. For `pruned` weights its layers lose channels first.
 
     Without a name in `code`, the class whose parameter names and shapes are those of the weights is taken; functions
     called like a factory (`build_…`, `…_model`) are tried where no class fits.
     """
     if code.name is not None:
         module = build(code)
+        if pruned:
+            _narrow(module, weights)
         return module, fill(module, weights, what, code.name)
     tried: dict[str, torch.nn.Module] = {}
     needy: list[str] = []
@@ -130,6 +134,8 @@ def fit(code: UserCode, weights: dict[str, torch.Tensor], what: str) -> tuple[to
                 needy.append(f"{name} (needs {', '.join(_required(maker))})")
                 continue
             tried[name] = _construct(code, name, maker)
+            if pruned:
+                _narrow(tried[name], weights)
         fitting = [name for name, module in tried.items() if _fits(module, weights)]
         if len(fitting) == 1:
             return tried[fitting[0]], fill(tried[fitting[0]], weights, what, fitting[0])
@@ -213,6 +219,12 @@ def _strip(module: torch.nn.Module, weights: dict[str, Any]) -> tuple[dict[str, 
     prefix = max(sorted(filter(plausible, prefixes), key=lambda p: (len(p), p)), key=found)
     inside = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
     return inside, prefix, [k for k in weights if not k.startswith(prefix)]
+
+
+def _narrow(module: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    from edgekit.quant.surgery import narrow
+
+    narrow(module, weights)
 
 
 def _fits(module: torch.nn.Module, weights: dict[str, torch.Tensor]) -> bool:

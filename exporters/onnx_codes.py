@@ -25,6 +25,7 @@ def for_onnxruntime(proto: onnx.ModelProto) -> onnx.ModelProto:
     move_codes(model)
     shift_activations(model)
     pad_codes(model)
+    clip_codes(model)
     pool_codes(model)
     hard_swishes_to_products(model)
     pad_channels(model)
@@ -97,6 +98,48 @@ def pad_codes(model: ir.Model) -> None:
         for use in list(node.outputs[0].uses()):
             use.node.outputs[0].replace_all_uses_with(pad.outputs[0])
     sweep(model)
+
+
+def clip_codes(model: ir.Model) -> None:
+    """Clips the codes of a layer's output instead of the output, where the quantized range does not imply the clip.
+
+    ONNX Runtime runs a layer in int8 only with a Quantize right behind it. Rounding is monotonic, so Q(clip(x)) is
+    Q(x) clipped at the codes of the bounds.
+    """
+    for node in list(model.graph):
+        if node.op_type not in ("Relu", "Clip"):
+            continue
+        layer, readers = node.inputs[0].producer(), [use.node for use in node.outputs[0].uses()]
+        if layer is None or producer(layer, "DequantizeLinear") is None or len(list(node.inputs[0].uses())) > 1:
+            continue
+        if not readers or node.outputs[0].is_graph_output() or any(r.op_type != "QuantizeLinear" for r in readers):
+            continue
+        if len({qparams(reader) for reader in readers}) > 1 or any(r.outputs[0].is_graph_output() for r in readers):
+            continue
+        scale, zero_point = readers[0].inputs[1:3]
+        step, zero = float(constant(scale)), int(constant(zero_point))
+        ends = [zero, 255] if node.op_type == "Relu" else [_code(node, index, step, zero) for index in (1, 2)]
+        if None in ends:
+            continue
+        quantize = ir.node("QuantizeLinear", [node.inputs[0], scale, zero_point])
+        bounds = [
+            initializer(model, f"{node.outputs[0].name}_{end}", np.array(code, np.uint8))
+            for end, code in zip(("low", "high"), ends, strict=True)
+        ]
+        clip = ir.node("Clip", [quantize.outputs[0], *bounds])
+        for value in (quantize.outputs[0], clip.outputs[0]):
+            value.shape, value.type = node.outputs[0].shape, ir.TensorType(ir.DataType.UINT8)
+        model.graph.insert_before(node, [quantize, clip])
+        for reader in readers:
+            reader.outputs[0].replace_all_uses_with(clip.outputs[0])
+    sweep(model)
+
+
+def _code(clip: ir.Node, index: int, scale: float, zero_point: int) -> int | None:
+    """Returns the uint8 code of a Clip's bound; None where it is no constant."""
+    bound = clip.inputs[index] if len(clip.inputs) > index else None
+    tensor = ir.convenience.get_const_tensor(bound) if bound is not None else None
+    return None if tensor is None else int(np.clip(np.rint(float(tensor.numpy()) / scale) + zero_point, 0, 255))
 
 
 def pool_codes(model: ir.Model) -> None:

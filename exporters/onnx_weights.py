@@ -108,25 +108,26 @@ def _moved(value: ir.Value | None) -> tuple[np.ndarray, np.ndarray] | None:
         codes, scale = constant(node.inputs[0]), _broadcastable_scale(node)
         return codes, np.broadcast_to(scale, codes.shape)
     if node.op_type == "Concat":
-        parts = [_moved(part) for part in node.inputs]
-        if any(part is None for part in parts):
+        parts = [part for value in node.inputs if (part := _moved(value)) is not None]
+        if len(parts) < len(node.inputs):
             return None
         axis = node.attributes.get_int("axis")
-        return tuple(np.concatenate([part[i] for part in parts], axis) for i in (0, 1))
+        return np.concatenate([codes for codes, _ in parts], axis), np.concatenate([scale for _, scale in parts], axis)
     if node.op_type not in ("Slice", "Unsqueeze"):
         return None
     source = _moved(node.inputs[0])
     if source is None:
         return None
+    codes, scale = source
     given = [constant(i) for i in node.inputs[1:]]
     if node.op_type == "Unsqueeze":
-        return tuple(np.expand_dims(array, tuple(given[0])) for array in source)
-    starts, ends, axes = given[:3]
-    steps = given[3] if len(given) > 3 else np.ones_like(starts)
-    parts = [slice(None)] * source[0].ndim
-    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
-        parts[axis] = slice(start, end, step)
-    return tuple(array[tuple(parts)] for array in source)
+        axes = tuple(int(axis) for axis in given[0])
+        return np.expand_dims(codes, axes), np.expand_dims(scale, axes)
+    steps = given[3] if len(given) > 3 else np.ones_like(given[0])
+    window = [slice(None)] * codes.ndim
+    for start, end, axis, step in zip(*given[:3], steps, strict=True):
+        window[axis] = slice(start, end, step)
+    return codes[tuple(window)], scale[tuple(window)]
 
 
 def integer_layers(model: ir.Model) -> None:

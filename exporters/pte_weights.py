@@ -53,7 +53,7 @@ def prepare_weights(program: ExportedProgram) -> tuple[ExportedProgram, tuple[st
     program.graph.eliminate_dead_code()
     program.graph_module.recompile()
     program._state_dict = state
-    notes = ()
+    notes: tuple[str, ...] = ()
     if float_layers:
         count = float_layers.total()
         layers = f"{count} convolution{'s' if count > 1 else ''}"

@@ -69,6 +69,7 @@ def weight_scales(model: GraphModule, node: Node) -> dict[Node, tuple[int | None
 
     The two directions of an LSTM or GRU share scales: ONNX stores them as one tensor.
     """
+    found: list[tuple[Node, int | None]]
     if node.target in RECURRENT:
         found = [(parameter, 0) for parameter in node.args[2] if parameter.meta["val"].ndim == 2]
     elif node.target == EMBEDDING:

@@ -15,21 +15,26 @@ STEP_TIMEOUT_S = 900.0
 LINES = 3
 
 
+def root() -> Path:
+    """The user's cache of EdgeKit, which may not exist yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgekit"
+
+
 def cached(name: str, make: Callable[[Path], None]) -> Path:
     """The folder `name` in the user's cache, which `make` fills the first time. What fails leaves nothing behind.
 
     Two processes may make it at once: the first to finish wins. Raises EdgeKitError when the cache cannot be written.
     """
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgekit"
-    done = root / name
+    top = root()
+    done = top / name
     if done.is_dir():
         return done
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        making = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=root))
+        top.mkdir(parents=True, exist_ok=True)
+        making = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=top))
     except OSError as error:
         raise EdgeKitError(
-            f"cannot use the cache {root}: {error.strerror}", "set XDG_CACHE_HOME to a folder that can be written"
+            f"cannot use the cache {top}: {error.strerror}", "set XDG_CACHE_HOME to a folder that can be written"
         ) from error
     try:
         make(making)
@@ -40,7 +45,7 @@ def cached(name: str, make: Callable[[Path], None]) -> Path:
             if not done.is_dir():
                 raise
     except OSError as error:
-        raise EdgeKitError(f"cannot use the cache {root}: {error.strerror}", "free some space there") from error
+        raise EdgeKitError(f"cannot use the cache {top}: {error.strerror}", "free some space there") from error
     finally:
         shutil.rmtree(making, ignore_errors=True)
     return done

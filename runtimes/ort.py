@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -37,14 +38,33 @@ def load(path: str, *, threads: int, inputs: Sequence[str] = (), outputs: Sequen
     Raises ValueError for names that the file does not have, and for a dtype that numpy has no name for. What ONNX
     Runtime raises on a corrupt file passes through.
     """
+    session = onnxruntime.InferenceSession(path, _options(threads), providers=["CPUExecutionProvider"])
+    return OnnxSession(session, inputs, outputs)
+
+
+def trace(
+    path: str, into: Path, *, threads: int, inputs: Sequence[str], feeds: Sequence[Mapping[str, np.ndarray]], runs: int
+) -> None:
+    """Run the file `runs` times on `feeds` in turn, and leave ONNX Runtime's own profile (JSON) in the file `into`."""
+    options = _options(threads)
+    options.enable_profiling = True
+    options.profile_file_prefix = str(into)
+    profiled = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = OnnxSession(profiled, inputs, ())
+    for i in range(runs):
+        session.run(feeds[i % len(feeds)])
+    session.close()
+    Path(profiled.end_profiling()).replace(into)
+
+
+def _options(threads: int) -> onnxruntime.SessionOptions:
     onnxruntime.disable_telemetry_events()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = SEVERITY_ERROR
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return OnnxSession(session, inputs, outputs)
+    return options
 
 
 class OnnxSession:

@@ -49,11 +49,30 @@ def load(path: str, *, threads: int, inputs: Sequence[str] = (), outputs: Sequen
     if _C._threadpool_get_thread_count() != threads:
         _C._unsafe_reset_threadpool(threads)
     torch.set_num_threads(threads)
-    program = _C._load_program(path, program_verification=_C.Verification.InternalConsistency)
+    return ProgramSession(_program(path), inputs, outputs)
+
+
+def trace(
+    path: str, into: Path, *, threads: int, inputs: Sequence[str], feeds: Sequence[Mapping[str, np.ndarray]], runs: int
+) -> None:
+    """Run the file `runs` times on `feeds` in turn, and leave ExecuTorch's own record, an ETDump, in the file `into`.
+
+    The pool is that of the session that was loaded before.
+    """
+    program = _program(path, enable_etdump=True)
+    session = ProgramSession(program, inputs, ())
+    for i in range(runs):
+        session.run(feeds[i % len(feeds)])
+    program.write_etdump_result_to_file(str(into))
+
+
+def _program(path: str, enable_etdump: bool = False) -> _C.ExecuTorchProgram:
+    check = _C.Verification.InternalConsistency
+    program = _C._load_program(path, enable_etdump=enable_etdump, program_verification=check)
     methods = [program.get_method_name(i) for i in range(program.num_methods())]
     if METHOD not in methods:
         raise ValueError(f"the program has no method '{METHOD}', only {', '.join(methods) or 'none'}")
-    return ProgramSession(program, inputs, outputs)
+    return program
 
 
 class ProgramSession:

@@ -22,11 +22,19 @@ from . import native as native_job
 from .devices import open_device
 from .devices.device import Device, Emulator, Exit
 from .table import RUNTIMES, format_of, runtime_for
+from .worker import TRACE
 
 HERE = Path(__file__).parent
 TIMEOUT_S = 600.0
-STAGES = {"import": "while it was imported", "load": "while loading", "run": "while running", "time": "while running"}
+STAGES = {
+    "import": "while it was imported",
+    "load": "while loading",
+    "run": "while running",
+    "time": "while running",
+    "trace": "while profiling the ops of",
+}
 LOG_LINES = 3
+WATCH_ENDED = "Timeout ("  # what faulthandler writes when the worker's watch ends it
 CANNOT_START = (126, 127)  # what a shell says of a program that is not for this machine, or not there
 COUNTED = 3  # runs whose instructions are counted
 HERE_TOO = ("local:", "python:")  # devices whose paths and commands are those of this machine
@@ -50,7 +58,8 @@ class RunResult:
     `load_ms`, `first_ms` and `import_ms` are the load, the first run and the import of the runtime. `peak_rss_bytes` is
     that of the process, runtime included, or None where the system does not tell. `cpus` are the cores it was pinned
     to. Where `timing` is "emulated", all these figures are None and `latency_ms` is empty: those of an emulator say
-    nothing. `instructions` of one run are counted there instead, when timing was asked for.
+    nothing. `instructions` of one run are counted there instead, when timing was asked for. `trace` is what the
+    runtime's own profiler recorded, in its own form (see `edgekit.ops`), when that was asked for.
     """
 
     outputs: tuple[np.ndarray, ...]
@@ -69,6 +78,7 @@ class RunResult:
     output_specs: tuple[TensorSpec, ...]
     timing: Literal["measured", "emulated"] = "measured"
     instructions: int | None = None
+    trace: bytes | None = None
 
 
 def run_artifact(
@@ -81,17 +91,20 @@ def run_artifact(
     outputs: Sequence[str] = (),
     timing: Timing | None = None,
     runtime: str | None = None,
-    timeout_s: float = TIMEOUT_S,
+    trace_runs: int = 0,
+    timeout_s: float | None = None,
 ) -> RunResult:
     """Run the file at `path` once per sample, in order, in a fresh pinned process; with `timing`, then measure it.
 
     `feeds` holds one array (runs, *input shape) per input, in the order of `inputs`, or of the file without them. A
     file that has names has to have those in `inputs` and `outputs`; a .pte has none and takes them. `runtime` is a name
     in RUNTIMES, by default the one for the file's format. Latency is measured on the first 8 samples in turn.
+    With `trace_runs` the file runs so many times more under the runtime's profiler, in a session of its own.
 
     Raises EdgeKitError for a file that is corrupt or not for this runtime, feeds that do not match it, a runtime that
-    is missing, crashes or does not end within `timeout_s`, and a device that does not answer. `device` is a URI, or
-    one that `open_device` opened, which stays open. Nothing is left on the device.
+    is missing, crashes, makes no progress for the device's `stall_s` or does not end within `timeout_s` (600 s, or ten
+    times `stall_s`), and a device that does not answer. `device` is a URI, or one that `open_device` opened, which
+    stays open. Nothing is left on the device.
     """
     path = Path(path)
     kind = format_of(path)
@@ -105,6 +118,7 @@ def run_artifact(
     _check_feeds(feeds)
 
     opened = open_device(device) if isinstance(device, str) else device
+    longest = timeout_s or max(TIMEOUT_S, 10 * opened.stall_s)
     emulated = opened.timing == "emulated"
     try:
         with tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
@@ -124,11 +138,14 @@ def run_artifact(
                 # Under an emulator milliseconds say nothing: instructions are counted instead.
                 "timing": None if timing is None or emulated else vars(timing),
                 "count": COUNTED if timing is not None and emulated else 0,
+                "trace": trace_runs,
+                "stall_s": opened.stall_s,
             }
             counting = opened.counting() if isinstance(opened, Emulator) and job["count"] else nullcontext(list)
             with counting as marks:
-                result, arrays = _run_job(opened, here, path, job, feeds, timeout_s)
+                result, arrays = _run_job(opened, here, path, job, feeds, longest)
                 instructions = _per_run(marks())
+            trace = (here / TRACE).read_bytes() if trace_runs else None
     finally:
         if isinstance(device, str):
             opened.cleanup()
@@ -149,6 +166,7 @@ def run_artifact(
         output_specs=_specs(result["outputs"], arrays),
         timing=opened.timing,
         instructions=instructions,
+        trace=trace,
     )
 
 
@@ -173,7 +191,7 @@ def _run_job(
         result = native_job.result(here, job, feeds) if native else _worker_result(here, device)
         suffix = "bin" if native else "npy"
         names = [f"out_{i}.{suffix}" for i in range(len(result["outputs"]))]
-        device.pull(there, names, here)
+        device.pull(there, [*names, TRACE] if job["trace"] else names, here)
     finally:
         with suppress(EdgeKitError):  # a connection that was lost is told already
             device.remove(there)
@@ -242,6 +260,11 @@ def _crash(exit_: Exit, log: Path, job: Mapping[str, Any], device: Device, progr
             python or "the folder may forbid programs: name another one with ?dir=/path after the device",
         )
     lines = (log.read_text(errors="replace") if log.is_file() else exit_.output).splitlines()
+    if exit_.code == -signal.SIGALRM or any(line.startswith(WATCH_ENDED) for line in lines):
+        return EdgeKitError(
+            f"{job['runtime']} hangs with {job['label']}: nothing has happened for {job['stall_s']:g} s",
+            "check the file; if it is only slow on this device, give it more time with --timeout SECONDS",
+        )
     stages = [line.removeprefix("edgekit stage: ") for line in lines if line.startswith("edgekit stage: ")]
     when = STAGES[stages[-1]] if stages and stages[-1] in STAGES else "before it began"
     if exit_.code == -signal.SIGKILL:

@@ -20,7 +20,7 @@ class Runtime(NamedTuple):
 RUNTIMES: dict[str, Runtime] = {
     "executorch": Runtime("executorch", "pte", ("session",), "executorch"),
     "onnxruntime": Runtime("onnx", "ort", ("session",), "onnxruntime"),
-    "litert": Runtime("tflite", "litert", ("session", "interpreter"), "ai-edge-litert"),
+    "litert": Runtime("tflite", "litert", ("session", "interpreter", "litert_profiler"), "ai-edge-litert"),
     "tflite-runtime": Runtime("tflite", "tflite_rt", ("session", "interpreter"), "tflite-runtime==2.14.0 'numpy<2'"),
 }
 

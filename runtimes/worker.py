@@ -10,6 +10,7 @@ It runs on devices: the standard library, numpy and one runtime, Python 3.10 or 
 from __future__ import annotations
 
 import errno
+import faulthandler
 import hashlib
 import importlib
 import itertools
@@ -26,6 +27,8 @@ from typing import Any, NamedTuple
 
 PACKAGE = "edgekit_job"
 TIMED_SAMPLES = 8
+PATIENCE = 3  # how many times longer than expected a series of runs may take before it counts as hanging
+TRACE = "trace.bin"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 OLDEST_PYTHON = (3, 10)
 
@@ -85,6 +88,7 @@ def run_job(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     imported = time.perf_counter()
 
     _stage("load")
+    _watch(job["stall_s"])
     try:
         session = runtime.load(str(artifact), threads=job["threads"], inputs=job["inputs"], outputs=job["outputs"])
     except Exception as error:
@@ -93,6 +97,7 @@ def run_job(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
             "check that the file is whole and was made for this runtime's version, or export it again",
         ) from error
     loaded = time.perf_counter()
+    slowest = 0.0
 
     _stage("run")
     if len(session.inputs) != job["feeds"]:
@@ -102,10 +107,13 @@ def run_job(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     writers = [_Writer(numpy, folder / f"out_{i}.npy", samples.runs) for i in range(len(session.outputs))]
     first_ms = 0.0
     for i, feeds in enumerate(samples):
+        _watch(job["stall_s"])
         start_run = time.perf_counter()
         outputs = _run(session, feeds, job)
+        took = time.perf_counter() - start_run
+        slowest = max(slowest, took)
         if i == 0:
-            first_ms = (time.perf_counter() - start_run) * 1e3
+            first_ms = took * 1e3
         for info, writer in zip(session.outputs, writers, strict=True):
             writer.append(outputs[info.name])
     for writer in writers:
@@ -114,13 +122,20 @@ def run_job(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     latency_ms: list[float] = []
     if job["timing"] is not None:
         _stage("time")
+        _watch(job["stall_s"] + PATIENCE * measure.longest_s(slowest, **job["timing"]))
         cycle = itertools.cycle(list(itertools.islice(samples, TIMED_SAMPLES)))
         latency_ms = measure.time_runs(lambda: session.run(next(cycle)), **job["timing"])
     if job["count"]:
         first = next(iter(samples))
+        _watch(job["stall_s"] + PATIENCE * job["count"] * slowest)
         count_runs(lambda: session.run(first), job["count"])
     peak = measure.peak_rss_bytes()
     session.close()
+    if job["trace"]:
+        _stage("trace")
+        _watch(job["stall_s"] + PATIENCE * job["trace"] * slowest)
+        trace(runtime, folder, job, list(itertools.islice(samples, TIMED_SAMPLES)))
+    faulthandler.cancel_dump_traceback_later()
     return {
         "runtime": job["runtime"],
         "version": runtime.version(),
@@ -137,6 +152,18 @@ def run_job(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
         "inputs": [info._asdict() for info in session.inputs],
         "outputs": [info._asdict() for info in session.outputs],
     }
+
+
+def trace(runtime: types.ModuleType, folder: Path, job: dict[str, Any], feeds: list[dict[str, Any]]) -> None:
+    """Leave what the runtime's own profiler says of each op in trace.bin, in the runtime's own form."""
+    if not hasattr(runtime, "trace"):
+        raise Failure(f"{job['runtime']} has no profiler of ops", "use another runtime, or profile without --ops")
+    options = {"threads": job["threads"], "inputs": job["inputs"], "feeds": feeds, "runs": job["trace"]}
+    try:
+        runtime.trace(str(folder / job["artifact"]), folder / TRACE, **options)
+    except RuntimeError as error:
+        what = f"{job['runtime']} {runtime.version()} gives no per-op times of {job['label']}: {_message(error)}"
+        raise Failure(what, "profile without --ops") from error
 
 
 def count_runs(call: Callable[[], object], runs: int) -> None:
@@ -256,6 +283,14 @@ def _print_into(path: Path) -> None:
 def _stage(name: str) -> None:
     """Note in the log how far the job came, for the case that the runtime takes the process down."""
     print(f"edgekit stage: {name}", flush=True)
+
+
+def _watch(seconds: float) -> None:
+    """End this process unless it gets to the next call of this, or to its end, within `seconds`.
+
+    The watch is a thread of C: it needs neither the interpreter nor its lock, which a hanging runtime may hold.
+    """
+    faulthandler.dump_traceback_later(seconds, exit=True)
 
 
 def _message(error: Exception) -> str:

@@ -22,7 +22,7 @@ from edgekit.results import TensorSpec
 
 KEYS = {
     "schema", "model", "target", "precision", "recipe", "versions", "inputs", "outputs", "layout", "preprocessing",
-    "labels", "qparams", "artifacts", "golden", "notes",
+    "labels", "qparams", "artifacts", "golden", "notes", "made_on",
 }  # fmt: skip
 ENTRY_KEYS = {"format", "file", "size_bytes", "sha256", "parity"}
 FORMATS = {"executorch": "model.pte", "onnx": "model.onnx", "tflite": "model.tflite"}
@@ -50,6 +50,29 @@ def test_manifest_describes_the_files(precision: str, bundles: dict[str, Bundle]
     quantized = {manifest["outputs"][0]["name"]} if precision == "int8" else set()
     assert set(manifest["qparams"]["outputs"]) == quantized
     assert set(tree(bundle.path)) == bundling.FILES
+
+
+def test_the_processor_decides_how_far_outputs_may_move(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    """Recorded outputs that are two steps off: on another processor that is ONNX Runtime's rounding, and only its."""
+    folder = tmp_path / "moved"
+    shutil.copytree(bundles["int8"].path, folder)
+    manifest = json.loads((folder / "edgekit.json").read_text())
+    assert manifest["made_on"] == bundling.this_machine() and bundling.read(folder).made_here
+    [(name, q)] = manifest["qparams"]["outputs"].items()
+    with np.load(folder / "golden.npz") as stored:
+        arrays = dict(stored)
+    for format in FORMATS:
+        arrays[f"{format}/{name}"] = arrays[f"{format}/{name}"] + np.float32(2 * q["scale"])
+    np.savez(folder / "golden.npz", **arrays)
+    manifest["golden"]["sha256"] = files.sha256(folder / "golden.npz")
+    for made_on, good in ((bundling.this_machine(), set()), ("riscv64 Other", {"onnx"})):
+        manifest["made_on"] = made_on
+        (folder / "edgekit.json").write_text(json.dumps(manifest))
+        replays = edgekit.verify(folder)
+        assert {r.artifact.format for r in replays if r.problem is None} == good
+    del manifest["made_on"]  # an older bundle
+    (folder / "edgekit.json").write_text(json.dumps(manifest))
+    assert bundling.read(folder).made_here
 
 
 def test_golden_outputs_of_the_original_are_those_of_eager(bundles: dict[str, Bundle]) -> None:

@@ -11,7 +11,7 @@ from scipy import stats
 
 from edgekit import judge
 from edgekit.errors import EdgeKitError
-from edgekit.results import Accuracy, Artifact, Latency, Parity
+from edgekit.results import SUFFIXES, Accuracy, Artifact, Latency, Parity
 
 EQUAL = Parity(math.inf, 0, 0, 1, 1, 8)
 
@@ -244,6 +244,19 @@ REPRODUCED = {
 def test_reproduced(case: str) -> None:
     precision, parity, step, good = REPRODUCED[case]
     assert (judge.reproduced(precision, parity, step) is None) == good
+
+
+@pytest.mark.parametrize(
+    ("format", "same_machine", "steps"),
+    [(f, same, 3 if f == "onnx" and not same else 1) for f in SUFFIXES for same in (False, True)],
+)
+def test_only_onnx_runtime_may_round_otherwise_elsewhere(format: str, same_machine: bool, steps: int) -> None:
+    allowed = judge.steps_allowed(format, same_machine)
+    assert allowed == steps
+    for moved in range(1, 5):
+        problem = judge.reproduced("int8", near(max_rel=moved * 0.05), 0.05, allowed)
+        assert (problem is None) == (moved <= steps)
+        assert problem is None or f"(limit {steps})" in problem
 
 
 def test_the_median_of_medians_ignores_one_disturbed_process(tmp_path: Path) -> None:

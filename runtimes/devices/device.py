@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
+STALL_S = 20.0
+
 
 class Exit(NamedTuple):
     """How a command ended: its exit code (negative: minus the signal that killed it), and what it printed."""
@@ -26,6 +28,8 @@ class Device(Protocol):
     """The Python interpreter there."""
     timing: Literal["measured", "emulated"]
     """Whether a millisecond there is one of the machine's, or of an emulator's, which says nothing."""
+    stall_s: float
+    """How long a job there may go without any progress, in seconds, before it counts as hanging."""
     runner: str | None
     """The machine (`uname -m`) whose C++ runner takes .pte files there; None where Python's executorch does."""
 

@@ -16,7 +16,7 @@ from typing import Literal
 from edgekit.errors import EdgeKitError
 
 from . import facts
-from .device import Device, Exit
+from .device import STALL_S, Device, Exit
 
 PROBE_TIMEOUT_S = 30
 
@@ -32,6 +32,7 @@ class LocalDevice:
     """Processes of one Python interpreter on this machine."""
 
     timing: Literal["measured", "emulated"] = "measured"
+    stall_s = STALL_S
     runner: str | None = None
 
     def __init__(self, uri: str, python: str) -> None:

@@ -81,6 +81,7 @@ class QemuDevice(LocalDevice):
     """Processes of the emulated system on this machine."""
 
     timing: Literal["measured", "emulated"] = "emulated"
+    stall_s = 600.0  # an emulator is hundreds of times slower
     runner: str | None = "aarch64"
 
     def __init__(self, uri: str, program: str, cpu: str, root: Path) -> None:

@@ -29,7 +29,7 @@ from urllib.parse import parse_qsl
 from edgekit.errors import EdgeKitError
 
 from . import facts
-from .device import Exit
+from .device import STALL_S, Exit
 
 CONNECT_TIMEOUT_S = 25.0
 ANSWER_TIMEOUT_S = 25.0
@@ -98,6 +98,7 @@ class ShellDevice:
     """A machine behind a Link."""
 
     timing: Literal["measured", "emulated"] = "measured"
+    stall_s = STALL_S
 
     def __init__(self, uri: str, link: Link, python: str, folder: str) -> None:
         """Connects, and makes a private folder in the folder `folder` there. Raises EdgeKitError where it cannot."""

@@ -20,7 +20,7 @@ from edgekit.runtimes.cache import cached, step
 SOURCE = Path(__file__).with_name("runner.cpp")
 FLAGS = ("-O2", "-std=c++17", "-DC10_USING_CUSTOM_GENERATED_MACROS")
 LIBRARIES = ("executorch", "executorch_kernels_optimized", "executorch_kernels_quantized",
-             "executorch_backend_xnnpack", "executorch_threadpool")  # fmt: skip
+             "executorch_backend_xnnpack", "executorch_threadpool", "executorch_etdump")  # fmt: skip
 # The headers include c10's by their own name.
 C10 = "executorch/runtime/core/portable_type/c10"
 RUNNER = "runner"

@@ -8,6 +8,8 @@
 //   runs R             how many samples there are
 //   inputs K           followed, for each input, by: DTYPE RANK d1 … dRANK
 //   count N            how many runs to mark, by getppid before and after, for an emulator that counts instructions
+//   trace N            how many runs to record for trace.bin, an ETDump with the time of each op
+//   stall SECONDS      how long the job may go without progress: then SIGALRM ends it
 //   timing 0 | timing 1 WARMUP_RUNS SECONDS MIN_RUNS MAX_RUNS
 //
 // It leaves out_<i>.bin in the same form, log.txt with what ExecuTorch printed, and last of all result.json. Clock,
@@ -34,6 +36,7 @@
 #include <utility>
 #include <vector>
 
+#include <executorch/devtools/etdump/etdump_flatcc.h>
 #include <executorch/extension/module/module.h>
 #include <executorch/extension/tensor/tensor_ptr_maker.h>
 #include <executorch/runtime/platform/runtime.h>
@@ -51,6 +54,7 @@ ThreadPool* get_threadpool();
 namespace {
 
 using executorch::aten::ScalarType;
+using executorch::etdump::ETDumpGen;
 using executorch::extension::from_blob;
 using executorch::extension::Module;
 using executorch::extension::TensorPtr;
@@ -94,6 +98,8 @@ struct Job {
   size_t runs = 0;
   std::vector<std::pair<std::string, std::vector<int32_t>>> inputs;
   int count = 0;
+  int trace = 0;
+  double stall_s = 0;
   bool timed = false;
   int64_t warmup_runs = 0, min_runs = 0, max_runs = 0;
   double seconds = 0;
@@ -175,6 +181,10 @@ Job read_job(const std::string& path) {
       }
     } else if (key == "count") {
       job.count = word<int>(in);
+    } else if (key == "trace") {
+      job.trace = word<int>(in);
+    } else if (key == "stall") {
+      job.stall_s = word<double>(in);
     } else if (key == "timing") {
       job.timed = word<int>(in) != 0;
       if (job.timed) {
@@ -283,6 +293,10 @@ Sample read_sample(std::vector<std::ifstream>& files, const std::vector<Info>& i
   return sample;
 }
 
+double since(Clock::time_point start) {
+  return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
+}
+
 std::vector<EValue> run(Module& module, const Sample& sample) {
   auto result = module.execute(METHOD, sample.values);
   check(result.error(), "run");
@@ -297,6 +311,13 @@ Info append(std::ofstream& file, const EValue& value) {
   if (!file.write(static_cast<const char*>(tensor.const_data_ptr()), static_cast<std::streamsize>(tensor.nbytes())))
     throw Failure{"write", std::strerror(errno ? errno : EIO)};
   return info_of(tensor.scalar_type(), tensor.sizes());
+}
+
+// Ends this process with SIGALRM unless it gets to the next call of this within the time that the job may stall, and
+// three times the seconds that are expected.
+void watch(const Job& job, double expected_s = 0) {
+  const double seconds = job.stall_s + 3 * expected_s;
+  alarm(job.stall_s > 0 ? static_cast<unsigned>(std::min(seconds, 1e6)) + 1 : 0);
 }
 
 std::vector<double> time_runs(Module& module, const std::vector<Sample>& samples, const Job& job) {
@@ -320,8 +341,21 @@ std::vector<double> time_runs(Module& module, const std::vector<Sample>& samples
   return milliseconds;
 }
 
-double since(Clock::time_point start) {
-  return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
+// Runs the model with ExecuTorch's own profiler, in a program of its own, and leaves what that says in trace.bin.
+void record(const std::string& folder, const std::vector<Sample>& samples, int runs) {
+  auto tracer = std::make_unique<ETDumpGen>();
+  ETDumpGen* dump = tracer.get();
+  Module module(folder + "/model.pte", Module::LoadMode::Mmap, std::move(tracer));
+  check(module.load_method(METHOD), "load");
+  for (int done = 0; done < runs; ++done) run(module, samples[static_cast<size_t>(done) % samples.size()]);
+  const auto result = dump->get_etdump_data();
+  if (result.buf == nullptr) throw Failure{"run", "its profiler recorded nothing"};
+  errno = 0;
+  std::ofstream file(folder + "/trace.bin", std::ios::binary);
+  file.write(static_cast<const char*>(result.buf), static_cast<std::streamsize>(result.size));
+  file.close();
+  std::free(result.buf);
+  if (!file) throw Failure{"write", std::strerror(errno ? errno : EIO)};
 }
 
 std::string run_job(const std::string& folder) {
@@ -329,6 +363,7 @@ std::string run_job(const std::string& folder) {
   const std::vector<int> cpus = pin(job);
 
   stage("load");
+  watch(job);
   auto* pool = executorch::extension::threadpool::get_threadpool();
   if (pool != nullptr && pool->get_thread_count() != static_cast<size_t>(job.threads))
     pool->_unsafe_reset_threadpool(static_cast<uint32_t>(job.threads));
@@ -356,11 +391,13 @@ std::string run_job(const std::string& folder) {
   for (size_t i = 0; i < outputs.size(); ++i)
     files.emplace_back(folder + "/out_" + std::to_string(i) + ".bin", std::ios::binary);
   std::vector<Info> given;
-  double first_ms = 0;
+  double first_ms = 0, slowest_s = 0;
   for (size_t index = 0; index < job.runs; ++index) {
     const Sample sample = read_sample(feeds, inputs, index);
+    watch(job);
     start = Clock::now();
     const std::vector<EValue> results = run(module, sample);
+    slowest_s = std::max(slowest_s, since(start) / 1e3);
     if (index == 0) first_ms = since(start);
     if (results.size() != outputs.size()) throw Failure{"run", "it gives another number of outputs than it declares"};
     for (size_t i = 0; i < results.size(); ++i) {
@@ -378,6 +415,8 @@ std::string run_job(const std::string& folder) {
   std::vector<double> latency_ms;
   if (job.timed) {
     stage("time");
+    watch(job, job.seconds + static_cast<double>(job.warmup_runs) * WARMUP_RUN_CAP_NS * 1e-9 +
+                   static_cast<double>(job.min_runs + WARMUP_RUNS_AT_LEAST + 2) * slowest_s);
     std::vector<Sample> samples;
     for (size_t index = 0; index < std::min<size_t>(job.runs, TIMED_SAMPLES); ++index)
       samples.push_back(read_sample(feeds, inputs, index));
@@ -385,12 +424,21 @@ std::string run_job(const std::string& folder) {
   }
   if (job.count > 0) {
     const Sample sample = read_sample(feeds, inputs, 0);
+    watch(job, job.count * slowest_s);
     run(module, sample);
     for (int done = 0; done < job.count; ++done) {
       getppid();
       run(module, sample);
       getppid();
     }
+  }
+  if (job.trace > 0) {
+    stage("trace");
+    watch(job, job.trace * slowest_s);
+    std::vector<Sample> samples;
+    for (size_t index = 0; index < std::min<size_t>(job.runs, TIMED_SAMPLES); ++index)
+      samples.push_back(read_sample(feeds, inputs, index));
+    record(folder, samples, job.trace);
   }
   utsname system;
   uname(&system);

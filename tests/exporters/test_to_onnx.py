@@ -35,6 +35,7 @@ FUSED: dict[str, tuple[dict[str, int], set[str]]] = {
         {"Clip"},
     ),
     "residual": ({"QLinearConv": 3, "QLinearAdd": 1}, set()),
+    "concat": ({"QLinearConv": 3, "QLinearConcat": 1, "Clip": 1}, {"Clip"}),
     "dense": ({"QLinearConv": 3, "QLinearConcat": 2}, set()),
     "mul_constant": ({"QLinearConv": 2, "QLinearMul": 1}, set()),
     "squeeze_excite": ({"QLinearConv": 4, "QLinearSigmoid": 1, "QLinearMul": 1}, set()),

@@ -108,17 +108,20 @@ def test_outputs_on_arm64(precision: str, bundles: dict[str, Bundle]) -> None:
         skip(reason)
     bundle = bundles[precision]
     golden = read_golden(bundle)
-    device = open_device("qemu:arm64")
     assert {file.format for file in bundle.artifacts} == set(STEPS)
-    for file in bundle.artifacts:
-        feeds = [golden[f"input/{spec.name}"] for spec in file.inputs]
-        names = {"inputs": [spec.name for spec in file.inputs], "outputs": [spec.name for spec in file.outputs]}
-        got = run_artifact(file.path, feeds, device=device, **names)
-        for spec, output in zip(file.outputs, got.outputs, strict=True):
-            recorded = golden[f"{file.format}/{spec.name}"]
-            qparams = bundle.manifest["qparams"].get("outputs", {}).get(spec.name)
-            limit = STEPS[file.format] * qparams["scale"] * 1.001 if qparams else 1e-4
-            assert np.abs(output - recorded).max() <= limit, file.path.name
+    device = open_device("qemu:arm64")
+    try:
+        for file in bundle.artifacts:
+            feeds = [golden[f"input/{spec.name}"] for spec in file.inputs]
+            names = {"inputs": [spec.name for spec in file.inputs], "outputs": [spec.name for spec in file.outputs]}
+            got = run_artifact(file.path, feeds, device=device, **names)
+            for spec, output in zip(file.outputs, got.outputs, strict=True):
+                recorded = golden[f"{file.format}/{spec.name}"]
+                qparams = bundle.manifest["qparams"].get("outputs", {}).get(spec.name)
+                limit = STEPS[file.format] * qparams["scale"] * 1.001 if qparams else 1e-4
+                assert np.abs(output - recorded).max() <= limit, file.path.name
+    finally:
+        device.cleanup()
 
 
 def test_adb_device_vanishes(adb_server: Adbd, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from conformance import INPUTS, OUTPUTS
 from jobs import SPOILED, Spoil, artifact, endless_onnx, processes_of, stacked
 from servers import Sshd, missing_sshd, mounted, skip
 
+from edgekit import ops
 from edgekit.errors import EdgeKitError
 from edgekit.runtimes import RUNTIMES, Timing, open_device, pte_runner, run_artifact
 from edgekit.runtimes.devices import shell, ssh
@@ -87,6 +88,16 @@ def test_talkative_login_shell(sshd: Sshd, files: Path) -> None:
     device = open_device(uri(sshd))
     assert device.probe()["machine"] == os.uname().machine
     device.cleanup()
+
+
+def test_times_ops(sshd: Sshd, files: Path) -> None:
+    """By the runtimes' own profilers there; ExecuTorch's is that of the runner without Python."""
+    for runtime in HERE:
+        path = artifact(files, "cnn", runtime)
+        result = run_artifact(path, stacked(files, "cnn", 1), device=uri(sshd), trace_runs=10)
+        runs = ops.read(runtime, result.trace or b"")
+        assert len(runs) == 10 and all(run.us > 0 for run in runs)
+        assert sum("conv" in event.op.lower() for event in runs[-1].events) == 2
 
 
 def test_tells_what_the_machine_is(sshd: Sshd) -> None:
@@ -195,6 +206,17 @@ def test_hang(sshd: Sshd, tmp_path: Path) -> None:
     assert not processes_of(sshd.home)
 
 
+def test_a_runtime_without_progress_is_ended(sshd: Sshd, tmp_path: Path) -> None:
+    endless_onnx(tmp_path / "endless.onnx")
+    device = open_device(uri(sshd))
+    device.stall_s = 2.0
+    feeds = [np.zeros((1, 1), "float32")]
+    said = r"onnxruntime hangs with endless\.onnx: nothing has happened for 2 s"
+    fails(said, lambda: run_artifact(tmp_path / "endless.onnx", feeds, device=device))
+    device.cleanup()
+    assert not processes_of(sshd.home)
+
+
 def test_device_vanishes(sshd: Sshd, tmp_path: Path) -> None:
     """The server and all its sessions die while a job runs."""
 
@@ -215,7 +237,9 @@ def test_edgekit_is_killed(sshd: Sshd, tmp_path: Path) -> None:
         "import numpy; from edgekit.runtimes import run_artifact; "
         f"run_artifact({str(tmp_path / 'endless.onnx')!r}, [numpy.zeros((1, 1), 'float32')], device={uri(sshd)!r})"
     )
-    process = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parents[2])
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=Path(__file__).parents[2], env={**os.environ, "TMPDIR": str(tmp_path)}
+    )
     deadline = time.monotonic() + 20
     while not processes_of(sshd.home, "worker.py"):
         assert process.poll() is None and time.monotonic() < deadline

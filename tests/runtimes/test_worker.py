@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,9 +22,10 @@ from ai_edge_litert import schema_py_generated as schema
 from conformance import INPUTS, OUTPUTS
 from jobs import SPOILED, Spoil, artifact, endless_onnx, stacked
 
-from edgekit import measure
+from edgekit import measure, ops
 from edgekit.errors import EdgeKitError
-from edgekit.runtimes import RUNTIMES, Timing, run_artifact, table
+from edgekit.runtimes import RUNTIMES, Timing, open_device, pte_runner, run_artifact, table
+from edgekit.runtimes.devices import device as device_module
 
 QUICK = Timing(warmup_runs=2, seconds=0.0, min_runs=5, max_runs=5)
 HERE = tuple(name for name in RUNTIMES if name != "tflite-runtime")
@@ -141,8 +144,55 @@ def test_hang(tmp_path: Path) -> None:
     endless_onnx(tmp_path / "endless.onnx")
     with pytest.raises(EdgeKitError, match=r"onnxruntime did not finish endless\.onnx within 3 s"):
         run_artifact(tmp_path / "endless.onnx", [np.zeros((1, 1), "float32")], timeout_s=3)
-    processes = Path("/proc").glob("[0-9]*/cmdline")
-    assert not [path for path in processes if str(tmp_path) in _read(path)]
+    assert not _running(tmp_path)
+
+
+def test_a_runtime_without_progress_is_ended(tmp_path: Path) -> None:
+    """By the worker itself, long before the time limit of the whole job."""
+    endless_onnx(tmp_path / "endless.onnx")
+    device = open_device("local:")
+    device.stall_s = 2.0
+    start = time.monotonic()
+    with pytest.raises(EdgeKitError, match=r"hangs with endless\.onnx: nothing has happened for 2 s") as caught:
+        run_artifact(tmp_path / "endless.onnx", [np.zeros((1, 1), "float32")], device=device)
+    assert time.monotonic() - start < 30 and "--timeout" in (caught.value.help or "")
+    device.cleanup()
+    assert not _running(tmp_path)
+
+
+def test_a_hang_ends_within_half_a_minute_by_default() -> None:
+    assert all(open_device(uri).stall_s <= 20 for uri in ("local:", f"python:{sys.executable}"))
+    assert device_module.STALL_S <= 20
+
+
+def test_the_runner_without_python_profiles_too(files: Path) -> None:
+    device = open_device("local:")
+    device.runner = platform.machine()
+    if device.runner not in pte_runner.TARGETS or not shutil.which("g++"):
+        pytest.skip("there is no runner for this machine, or no compiler to build it with")
+    feeds = stacked(files, "cnn", 2)
+    there = run_artifact(files / "cnn.pte", feeds, device=device, trace_runs=12, timing=QUICK)
+    device.cleanup()
+    here = run_artifact(files / "cnn.pte", feeds, trace_runs=12)
+    np.testing.assert_array_equal(there.outputs[0], here.outputs[0])
+    runs = [ops.read("executorch", result.trace or b"") for result in (there, here)]
+    kinds = [[event.op for event in run[-1].events] for run in runs]
+    assert kinds[0] == kinds[1] and sum("Convolution" in kind for kind in kinds[0]) == 2
+    assert [len(run) for run in runs] == [12, 12]
+
+
+def test_progress_is_no_hang(files: Path) -> None:
+    """Samples and timing that take longer than the limit together, but each of them less."""
+    device = open_device("local:")
+    device.stall_s = 3.0
+    timing = Timing(warmup_runs=5, seconds=4.0, min_runs=5, max_runs=1_000_000)
+    result = run_artifact(files / "cnn.onnx", stacked(files, "cnn", 3), device=device, timing=timing)
+    assert sum(result.latency_ms) > 3_000
+    device.cleanup()
+
+
+def _running(folder: Path) -> list[Path]:
+    return [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(folder) in _read(path)]
 
 
 def _read(path: Path) -> str:
@@ -259,6 +309,8 @@ def test_worker_leaves_a_result_file_and_a_log(files: Path, tmp_path: Path) -> N
                 "feeds": 1,
                 "timing": None,
                 "count": 0,
+                "trace": 0,
+                "stall_s": 20.0,
             }
         )
     )

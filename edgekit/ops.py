@@ -1,0 +1,175 @@
+"""Per-op times: what each runtime's own profiler recorded, read into one form, and written as a Chrome trace."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
+
+from edgekit import files
+from edgekit.errors import EdgeKitError
+from edgekit.read_pte import Table
+from edgekit.results import OpTime, OpTimes
+
+TRACE_RUNS = 100
+TRACE_SECONDS = 5.0  # fewer runs of a slow model: medians of ten tell enough
+TRACE_RUNS_AT_LEAST = 10
+WARMUP = 0.2  # the share of the first runs that is left out
+
+# The fields of an ETDump's tables in the order of executorch/devtools/etdump/etdump_schema_flatcc.fbs.
+ETDUMP = "version run_data"
+RUN_DATA = "name bundled_input_index allocators events"
+ETDUMP_EVENT = "profile_event allocation_event debug_event"
+PROFILE_EVENT = (
+    "name chain_index instruction_id delegate_debug_id_int delegate_debug_id_str delegate_debug_metadata start_time "
+    "end_time"
+)
+EXECUTE, DELEGATE_CALL, OPERATOR_CALL = "Method::execute", "DELEGATE_CALL", "OPERATOR_CALL"
+# What a reader stumbles over in a record that is not whole; StopIteration in a generator is a RuntimeError.
+DAMAGE = (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, struct.error)
+NUMBER = re.compile(r" #\d+$")  # XNNPACK counts the ops of one kind
+# TFLite's Profiler::EventType.
+STAGE, INVOKE_OP, DELEGATE_OPS = 1, 2, (4, 8)
+INVOKE = "Invoke"
+KERNEL = "_kernel_time"
+
+
+class Event(NamedTuple):
+    """One op of one run: its kind, its name in the file where it has one, its start and duration in µs."""
+
+    op: str
+    name: str
+    start_us: float
+    us: float
+
+
+class Run(NamedTuple):
+    """One run under the profiler: its start and duration in µs, and its ops in order."""
+
+    start_us: float
+    us: float
+    events: tuple[Event, ...]
+
+
+def runs_for(latency_ms: float) -> int:
+    """Returns how many runs to profile of a model that takes `latency_ms`."""
+    return max(TRACE_RUNS_AT_LEAST, min(TRACE_RUNS, int(TRACE_SECONDS * 1e3 / max(latency_ms, 1e-3))))
+
+
+def read(runtime: str, record: bytes) -> tuple[Run, ...]:
+    """Reads what the profiler of `runtime` recorded. Raises EdgeKitError where it holds no run, or is not whole."""
+    try:
+        runs = tuple(READERS[runtime](record))
+    except DAMAGE as error:
+        raise EdgeKitError(f"the profile of {runtime} cannot be read: {error}", "profile without --ops") from error
+    if not any(run.events for run in runs):
+        raise EdgeKitError(f"the profiler of {runtime} recorded no op", "profile without --ops")
+    return runs
+
+
+def summarize(runs: Sequence[Run], latency_us: float) -> OpTimes:
+    """Returns each op's mean time over the middle half of the runs after warm-up, in the order in which the ops run.
+
+    A disturbed run is not in the middle half; a median of each op would make 0 µs of those that take less than one
+    tick of the profiler's clock. `latency_us` is the p50 of runs without a profiler. Runs whose ops are not those of
+    most runs are left out.
+    """
+    warm = runs[int(len(runs) * WARMUP) :]
+    common, _ = Counter(tuple((e.op, e.name) for e in run.events) for run in warm).most_common(1)[0]
+    alike = sorted((run for run in warm if tuple((e.op, e.name) for e in run.events) == common), key=lambda r: r.us)
+    kept = alike[len(alike) // 4 : len(alike) - len(alike) // 4]
+    times = zip(*([event.us for event in run.events] for run in kept), strict=True)
+    ops = tuple(OpTime(op, name, fmean(us)) for (op, name), us in zip(common, times, strict=True))
+    return OpTimes(ops, len(kept), fmean(run.us for run in kept), latency_us)
+
+
+def write_trace(path: Path, runs: Sequence[Run], about: str) -> None:
+    """Writes every run as a Chrome trace, which chrome://tracing and Perfetto open. `about` names file and device."""
+    first = runs[0].start_us
+    events = []
+    for number, run in enumerate(runs):
+        args = {"run": number}
+        begin = {"pid": 1, "tid": 1, "ph": "X", "args": args}
+        events.append({"name": "run", "cat": "run", "ts": run.start_us - first, "dur": run.us, **begin})
+        for event in run.events:
+            where = {"name": event.name or event.op, "cat": event.op, "ts": event.start_us - first, "dur": event.us}
+            events.append({**where, **begin})
+    process = {"name": "process_name", "ph": "M", "pid": 1, "args": {"name": about}}
+    files.write(path, json.dumps({"traceEvents": [process, *events], "displayTimeUnit": "ms"}).encode())
+
+
+def _onnxruntime(record: bytes) -> Iterator[Run]:
+    """ONNX Runtime's own trace: a `model_run` for each run, and in its time a `<node>_kernel_time` for each node."""
+    entries = json.loads(record)
+    kernels = sorted(
+        (entry for entry in entries if entry.get("cat") == "Node" and entry["name"].endswith(KERNEL)),
+        key=lambda entry: entry["ts"],
+    )
+    place = 0
+    for run in sorted((e for e in entries if e["name"] == "model_run"), key=lambda e: e["ts"]):
+        events = []
+        while place < len(kernels) and kernels[place]["ts"] < run["ts"] + run["dur"]:
+            entry = kernels[place]
+            place += 1
+            name = entry["name"].removesuffix(KERNEL)
+            events.append(Event(entry["args"]["op_name"], name, float(entry["ts"]), float(entry["dur"])))
+        yield Run(float(run["ts"]), float(run["dur"]), tuple(events))
+
+
+def _executorch(record: bytes) -> Iterator[Run]:
+    """An ETDump, in nanoseconds: the kernels, and in place of a delegate's call the ops that it tells of."""
+    start = 4 if record[8:12] == b"ED00" else 0  # a size in front of the flatbuffer
+    data = record[start:]
+    for block in Table(data, struct.unpack_from("<I", data, 0)[0], ETDUMP).tables("run_data", RUN_DATA):
+        found = []
+        for event in block.tables("events", ETDUMP_EVENT):
+            timed = event.table("profile_event", PROFILE_EVENT)
+            if timed is not None:
+                times = [timed.number(field, "<Q") / 1e3 for field in ("start_time", "end_time")]
+                name = timed.text("delegate_debug_id_str") or timed.text("name")
+                found.append((name, bool(timed.text("delegate_debug_id_str")), *times))
+        whole = next((event for event in found if event[0] == EXECUTE), None)
+        if whole is not None:
+            yield Run(whole[2], whole[3] - whole[2], tuple(_executed(found)))
+
+
+def _executed(found: Sequence[tuple[str, bool, float, float]]) -> Iterator[Event]:
+    """The ops among ETDump's events; what a delegate tells of comes before the end of its call."""
+    inside = False
+    for name, delegated, start, end in found:
+        if delegated:
+            inside = True
+            yield Event(NUMBER.sub("", name), name, start, end - start)
+        elif name == DELEGATE_CALL:
+            if not inside:
+                yield Event(name, "", start, end - start)
+            inside = False
+        elif name not in (EXECUTE, OPERATOR_CALL):
+            yield Event(name.removeprefix("native_call_"), "", start, end - start)
+
+
+def _litert(record: bytes) -> Iterator[Run]:
+    """The events of LiteRT's profiler: ops of a delegate have no start, and are laid end to end."""
+    for entries in json.loads(record)["runs"]:
+        whole = next((start, us) for tag, kind, start, us in entries if kind == STAGE and tag == INVOKE)
+        end = float(whole[0])
+        events = []
+        for tag, kind, start, us in entries:
+            if kind == INVOKE_OP:
+                end = float(start)
+            if kind == INVOKE_OP or kind in DELEGATE_OPS:
+                events.append(Event(tag, "", end, float(us)))
+                end += us
+        yield Run(float(whole[0]), float(whole[1]), tuple(events))
+
+
+READERS: dict[str, Callable[[bytes], Iterator[Run]]] = {
+    "onnxruntime": _onnxruntime,
+    "executorch": _executorch,
+    "litert": _litert,
+}
