@@ -141,7 +141,7 @@ def _culprit(
             exported = dict(stages.emit(original, program, [artifact.format], half, progress, layouts, source))
             twin = Path(folder, f"twin{artifact.path.suffix}")
             files.write(twin, exported[artifact.format].data)
-            pair = []
+            pair: list[Any] = []
             for path in (artifact.path, twin):
                 into = Path(folder, f"tapped-{len(pair)}{path.suffix}")
                 found = taps.tapped(path, artifact.format, into)

@@ -126,13 +126,13 @@ def _executorch(record: bytes) -> Iterator[Run]:
     start = 4 if record[8:12] == b"ED00" else 0  # a size in front of the flatbuffer
     data = record[start:]
     for block in Table(data, struct.unpack_from("<I", data, 0)[0], ETDUMP).tables("run_data", RUN_DATA):
-        found = []
+        found: list[tuple[str, bool, float, float]] = []
         for event in block.tables("events", ETDUMP_EVENT):
             timed = event.table("profile_event", PROFILE_EVENT)
             if timed is not None:
-                times = [timed.number(field, "<Q") / 1e3 for field in ("start_time", "end_time")]
+                start_us, end_us = (timed.number(field, "<Q") / 1e3 for field in ("start_time", "end_time"))
                 name = timed.text("delegate_debug_id_str") or timed.text("name")
-                found.append((name, bool(timed.text("delegate_debug_id_str")), *times))
+                found.append((name, bool(timed.text("delegate_debug_id_str")), start_us, end_us))
         whole = next((event for event in found if event[0] == EXECUTE), None)
         if whole is not None:
             yield Run(whole[2], whole[3] - whole[2], tuple(_executed(found)))

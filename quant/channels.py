@@ -201,7 +201,7 @@ def _check_kinds(layers: Mapping[str, nn.Module], names: Sequence[str]) -> None:
     for name, layer in layers.items():
         if isinstance(layer, NORMALIZES_TOGETHER):
             raise _Refused(f"{name} ({type(layer).__name__}) normalizes its channels together")
-        if isinstance(layer, RECURRENT) and getattr(layer, "proj_size", 0):
+        if isinstance(layer, RECURRENT) and layer.proj_size:
             raise _Refused(f"{name} projects its state")
         if not isinstance(layer, (*COMPUTING, *BATCH_NORMS, nn.Embedding, nn.PReLU)):
             raise _Refused(f"it shares its width with {name} ({type(layer).__name__})")

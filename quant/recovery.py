@@ -70,8 +70,15 @@ class Recovered:
 class Samples(Protocol):
     """Training samples: `epoch` gives shuffled batches of inputs and labels; `held_out` is never trained on."""
 
-    steps: int
-    held_out: Sequence[Tensors]
+    @property
+    def steps(self) -> int:
+        """How many batches an epoch has."""
+        ...
+
+    @property
+    def held_out(self) -> Sequence[Tensors]:
+        """Batches that are never trained on."""
+        ...
 
     def epoch(self, generator: torch.Generator) -> Iterator[tuple[Tensors, torch.Tensor | None]]:
         """Yields the batches of one epoch."""
@@ -307,8 +314,8 @@ def _features(student: nn.Module, teacher: nn.Module, inputs: Tensors, stack: Ex
         for name, (a, b) in taps.items()
         if isinstance(a.value, torch.Tensor) and isinstance(b.value, torch.Tensor) and a.value.shape == b.value.shape
     }
-    smallest = {next((parent for parent in _parents(name) if parent in alike), None) for name in changed} - {None}
-    return [taps[name] for name in sorted(smallest, key=str)]
+    parents = (next((parent for parent in _parents(name) if parent in alike), None) for name in changed)
+    return [taps[name] for name in sorted({parent for parent in parents if parent is not None})]
 
 
 def _parents(name: str) -> list[str]:
