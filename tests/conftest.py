@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from kit import NET, network, samples
 
 import edgekit
 from edgekit.bundle import Bundle
+
+# Here and in what tests start: threads that wait for each other spin, and each process has a core of its own.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
