@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator
@@ -33,7 +34,9 @@ def new_folder(path: Path, ours: Collection[str]) -> Iterator[Path]:
             _check_ours(path, ours)
             made = [p for p in path.parents if not p.exists()]
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+            # Named before it is made: an interruption in between would leave it behind.
+            temporary = path.parent / f".{path.name}-{secrets.token_hex(8)}"
+            temporary.mkdir(mode=0o700)
         yield temporary
         with writing(path):
             temporary.chmod(0o755)
