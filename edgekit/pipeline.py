@@ -184,27 +184,30 @@ def compare(
     """
     progress = progress or Silent()
     judge.check_metric(metric)
-    stages.check_devices(device, baseline_device)
-    found = expand(artifacts)
-    with progress.step("Loading"):
-        original, source = stages.load(
-            model, data=data, inputs=inputs, code=code, mean=mean, std=std, like=found[0].inputs
-        )
-        if source is None:
-            raise EdgeKitError("a comparison needs data", "give --data: real samples, with labels to measure accuracy")
-        given = [stages.fitted(artifact, original) for artifact in found]
-        evaluation = stages.evaluation_set(source, original)
-    if max_drop is not None and evaluation.target is None:
-        raise EdgeKitError("a largest drop cannot be proven: the data has no labels", "add labels, or drop --max-drop")
-    with progress.step("Running the original"):
-        outcome = stages.run_module(original.module, evaluation.feeds, baseline_device, threads)
-        reference = evaluation.cut(outcome)
-        right = None if evaluation.target is None else judge.correct(metric, reference[0], evaluation.target)
-    outputs = {}
-    same_machine = device.startswith(SAME_MACHINE)
     with ExitStack() as stack:
-        journal = stack.enter_context(Journal(resume))
         there = stack.enter_context(stages.opened(device, baseline_device, timeout))
+        found = expand(artifacts)
+        with progress.step("Loading"):
+            original, source = stages.load(
+                model, data=data, inputs=inputs, code=code, mean=mean, std=std, like=found[0].inputs
+            )
+            if source is None:
+                raise EdgeKitError(
+                    "a comparison needs data", "give --data: real samples, with labels to measure accuracy"
+                )
+            given = [stages.fitted(artifact, original) for artifact in found]
+            evaluation = stages.evaluation_set(source, original)
+        if max_drop is not None and evaluation.target is None:
+            raise EdgeKitError(
+                "a largest drop cannot be proven: the data has no labels", "add labels, or drop --max-drop"
+            )
+        with progress.step("Running the original"):
+            outcome = stages.run_module(original.module, evaluation.feeds, baseline_device, threads)
+            reference = evaluation.cut(outcome)
+            right = None if evaluation.target is None else judge.correct(metric, reference[0], evaluation.target)
+        outputs = {}
+        same_machine = device.startswith(SAME_MACHINE)
+        journal = stack.enter_context(Journal(resume))
         for artifact in given:
             with progress.step(f"Running {artifact.path.name} ({artifact.precision})"):
                 run = journal.run(artifact, evaluation.feeds, device=there, threads=threads)

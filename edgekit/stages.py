@@ -421,12 +421,6 @@ def time_module(
                 os.sched_setaffinity(0, cores)
 
 
-def check_devices(device: str, baseline: str) -> None:
-    """Raises EdgeKitError as `opened` does."""
-    with opened(device, baseline):
-        pass
-
-
 @contextmanager
 def opened(device: str, baseline: str = "cpu", timeout: float | None = None) -> Iterator[Device]:
     """Yields the device at a URI, connected once for all jobs, and cleans it up.

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import islice
 
 import torch
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
 from edgekit.quant.passes import add_attribute, argument, aten, attribute, is_layer, is_zero_pad
+from edgekit.quant.watch import watch
 
 BATCHES = 32  # calibration batches that are looked at
 ALPHAS = (0.25, 0.5, 0.75, 1.0)
@@ -38,7 +38,7 @@ class Group:
 
 @dataclass
 class Seen:
-    """Of each channel of a tensor, the largest magnitude and the mean square."""
+    """Of each channel (axis 1) of a tensor, the largest magnitude and the largest mean square of a batch."""
 
     largest: torch.Tensor
     square: torch.Tensor
@@ -56,11 +56,17 @@ def equalize(
     groups = [g for g in groups if keep_float.isdisjoint(node.name for node in (*g.writers, *g.readers))]
     if not groups:
         return ()
-    collector = _Collector(model, {node for group in groups for node in group.tensors})
-    with torch.inference_mode():
-        for batch in islice(batches, BATCHES):
-            collector.run(*batch)
-    chosen = [(group, s) for group in groups if (s := best_factors(model, group, collector.seen)) is not None]
+    seen: dict[Node, Seen] = {}
+
+    def see(node: Node, result: torch.Tensor) -> None:
+        x = result.transpose(0, 1).flatten(1)
+        now = Seen(x.abs().amax(dim=1), x.square().mean(dim=1))
+        before = seen.setdefault(node, now)
+        before.largest = torch.maximum(before.largest, now.largest)
+        before.square = torch.maximum(before.square, now.square)
+
+    watch(model, {node for group in groups for node in group.tensors}, batches, BATCHES, see)
+    chosen = [(group, s) for group in groups if (s := best_factors(model, group, seen)) is not None]
     for group, s in chosen:
         apply(model, group, s)
     model.graph.eliminate_dead_code()
@@ -141,26 +147,6 @@ def _passes_channels(node: Node) -> bool:
     if is_zero_pad(node):
         return len(node.args[1]) <= 4
     return node.target in HOMOGENEOUS
-
-
-class _Collector(Interpreter):
-    """Runs the float graph and keeps what was seen of the watched tensors' channels (axis 1)."""
-
-    def __init__(self, model: GraphModule, watched: set[Node]) -> None:
-        super().__init__(model)
-        self.watched = watched
-        self.seen: dict[Node, Seen] = {}
-
-    def run_node(self, n: Node) -> object:
-        result = super().run_node(n)
-        if n in self.watched:
-            assert isinstance(result, torch.Tensor)
-            x = result.transpose(0, 1).flatten(1)
-            now = Seen(x.abs().amax(dim=1), x.square().mean(dim=1))
-            before = self.seen.setdefault(n, now)
-            before.largest = torch.maximum(before.largest, now.largest)
-            before.square = torch.maximum(before.square, now.square)
-        return result
 
 
 def best_factors(model: GraphModule, group: Group, seen: dict[Node, Seen]) -> torch.Tensor | None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from itertools import islice
 
 import torch
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
 from edgekit.quant.passes import aten
 from edgekit.quant.quantizer import MOVES
 from edgekit.quant.sensitivity import module_path
+from edgekit.quant.watch import watch
 
 MOST_APART = 32.0  # of ranges under one scale: the narrowest part still has 8 of the 256 steps
 BATCHES = 16  # that ranges are measured on
@@ -48,13 +48,18 @@ def uneven_heads(model: GraphModule, batches: Iterable[tuple[torch.Tensor, ...]]
     if not heads:
         return {}
     watched = {part for head in heads for part in head.args[0]}
-    ranges = _Ranges(model, watched)
-    with torch.inference_mode():
-        for batch in islice(batches, BATCHES):
-            ranges.run(*batch)
+    ends: dict[Node, tuple[float, float]] = {}  # always around 0, as int8 ranges are
+
+    def see(part: Node, result: torch.Tensor) -> None:
+        if result.numel():
+            low, high = (float(v) for v in torch.aminmax(result.float()))
+            before = ends.get(part, (0.0, 0.0))
+            ends[part] = min(before[0], low), max(before[1], high)
+
+    watch(model, watched, batches, BATCHES, see)
     found: dict[str, float] = {}
     for head in heads:
-        widths = [width for part in head.args[0] if (width := ranges.width(part)) > 0]
+        widths = [high - low for low, high in (ends.get(part, (0.0, 0.0)) for part in head.args[0]) if high > low]
         factor = max(widths) / min(widths) if widths else 1.0
         if factor > MOST_APART:
             found[head.name] = factor
@@ -93,25 +98,3 @@ def _before(node: Node) -> Iterable[Node]:
             yield source
         if source.target in (*MOVES, aten.cat.default):
             pending += source.all_input_nodes
-
-
-class _Ranges(Interpreter):
-    """Runs the float network and keeps the lowest and highest value of the nodes that are watched."""
-
-    def __init__(self, model: GraphModule, watched: set[Node]) -> None:
-        super().__init__(model)
-        self.watched = watched
-        self.ends: dict[Node, tuple[float, float]] = {}
-
-    def run_node(self, n: Node) -> object:
-        result = super().run_node(n)
-        if n in self.watched and isinstance(result, torch.Tensor) and result.numel():
-            low, high = (float(v) for v in torch.aminmax(result.float()))
-            before = self.ends.get(n, (0.0, 0.0))
-            self.ends[n] = min(before[0], low), max(before[1], high)
-        return result
-
-    def width(self, node: Node) -> float:
-        """The range that int8 would cover: it always holds 0."""
-        low, high = self.ends.get(node, (0.0, 0.0))
-        return high - low

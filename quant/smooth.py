@@ -10,15 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 import torch.nn.functional as F
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
 from edgekit.quant.observers import MSEObserver
 from edgekit.quant.passes import add_attribute, argument, aten, attribute, is_attribute
 from edgekit.quant.rounding import channel_scales
+from edgekit.quant.watch import watch
 
 ALPHAS = tuple(n / 10 for n in range(1, 10))
 WORTH = 0.9  # of the error without smoothing: above, a layer stays as it is
@@ -37,23 +37,6 @@ class Group:
     rows: list[torch.Tensor]
 
 
-class _Collector(Interpreter):
-    """Runs the float graph, and keeps of each LayerNorm's output the largest magnitudes and some rows."""
-
-    def __init__(self, model: GraphModule, groups: list[Group]) -> None:
-        super().__init__(model)
-        self.groups = {group.norm: group for group in groups}
-        self.generator = torch.Generator().manual_seed(0)
-
-    def run_node(self, n: Node) -> object:
-        result = super().run_node(n)
-        if n in self.groups:
-            group, x = self.groups[n], result.reshape(-1, result.shape[-1])
-            group.largest = torch.maximum(group.largest, x.abs().amax(dim=0))
-            group.rows.append(x[torch.randperm(len(x), generator=self.generator)[:ROWS]].clone())
-        return result
-
-
 def smooth(
     model: GraphModule, batches: Iterable[tuple[torch.Tensor, ...]], keep_float: frozenset[str] = frozenset()
 ) -> tuple[str, ...]:
@@ -65,10 +48,16 @@ def smooth(
     groups = find_groups(model, keep_float)
     if not groups:
         return ()
-    collector = _Collector(model, groups)
+    by_norm = {group.norm: group for group in groups}
+    generator = torch.Generator().manual_seed(0)
+
+    def see(norm: Node, result: torch.Tensor) -> None:
+        group, x = by_norm[norm], result.reshape(-1, result.shape[-1])
+        group.largest = torch.maximum(group.largest, x.abs().amax(dim=0))
+        group.rows.append(x[torch.randperm(len(x), generator=generator)[:ROWS]].clone())
+
+    watch(model, by_norm, batches, BATCHES, see)
     with torch.inference_mode():
-        for batch in islice(batches, BATCHES):
-            collector.run(*batch)
         seen = [group for group in groups if group.rows]
         chosen = [(group, best) for group in seen if (best := strongest(model, group)) is not None]
     for group, factor in chosen:
