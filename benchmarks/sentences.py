@@ -15,17 +15,19 @@ import json
 import logging
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
+from racing import race
 from rich.console import Console
 from torch import Tensor, nn
 
 from edgekit import pipeline, report, stages
-from edgekit.results import Artifact, Latency
+from edgekit.results import Artifact
 from edgekit.runtimes import Timing
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -166,15 +168,6 @@ def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
 
 
-def race(artifacts: list[Artifact], feeds: list[np.ndarray]) -> list[Latency]:
-    """Times every file in turn, ROUNDS times."""
-    samples: list[list[tuple[float, ...]]] = [[] for _ in artifacts]
-    for _ in range(ROUNDS):
-        for kept, artifact in zip(samples, artifacts, strict=True):
-            kept.append(stages.run(artifact, [feed[:8] for feed in feeds], timing=TIMING).latency_ms)
-    return [Latency(tuple(kept), 1) for kept in samples]
-
-
 def benchmark(formats: str) -> Any:
     """Returns the table."""
     module, rows = encoder(), tokens()
@@ -192,7 +185,7 @@ def benchmark(formats: str) -> Any:
             )  # fmt: skip
             artifacts += bundle.artifacts
         artifacts.sort(key=lambda artifact: artifact.format)
-        latencies = race(artifacts, feeds)
+        latencies = race([partial(stages.run, artifact) for artifact in artifacts], feeds, ROUNDS, TIMING)
         fp32 = {
             a.format: (x.p50, a.size_bytes) for a, x in zip(artifacts, latencies, strict=True) if a.precision == "fp32"
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torchao.quantization.pt2e import ObserverBase
 
@@ -50,8 +51,11 @@ class MSEObserver(ObserverBase):
         largest = max(-low, high)
         if largest > 0:
             self._grow(largest)
-            self.counts += torch.histc(values, BINS, -self.limit, self.limit).double()
-            self.counts[BINS // 2] -= len(values) - int(torch.count_nonzero(values))  # a zero is always exact
+            # torch's histc and count_nonzero take four times as long.
+            bins = (values * (BINS / (2 * self.limit))).add_(BINS // 2).clamp_(max=BINS - 1).int()
+            self.counts += torch.bincount(bins, minlength=BINS).double()
+            nonzero = np.count_nonzero(values.numpy() != 0)
+            self.counts[BINS // 2] -= len(values) - nonzero  # a zero is always exact
         return x
 
     def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:

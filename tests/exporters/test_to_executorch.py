@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from int8_nets import CASES, Batches, build, flat, quantized, sqnr
+from torch.fx.traceback import NodeSource
 
 from edgekit.exporters.to_executorch import to_executorch
-from edgekit.quant.recipes import half_compute
+from edgekit.quant.recipes import float32, half_compute
 from edgekit.runtimes import run_artifact
 from edgekit.summary import inspect_artifact
 
@@ -66,3 +69,28 @@ def test_int8_pads_stay_int8(tmp_path: Path) -> None:
     ops = inspect_artifact(path).ops
     assert ops["StaticConstantPad"] >= 1
     assert ops["Convert"] == 2  # into int8 at the input, out of it at the output, and nowhere between
+
+
+class Upsampled(torch.nn.Module):
+    """Has what ExecuTorch looks for with models of its own: bilinear upsampling, and attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.nn.functional.interpolate(self.conv(x), scale_factor=2, mode="bilinear")
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["residual", "upsampled"])
+def test_lean_passes_make_the_same_file(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "upsampled":
+        program = float32(Upsampled().eval(), (torch.randn(1, 3, 8, 8),)).program
+    else:
+        program = quantized(name).program
+    lean_file = to_executorch(copy.deepcopy(program)).data
+    assert not hasattr(NodeSource, "__deepcopy__")
+    monkeypatch.setattr("edgekit.exporters.to_executorch.lean", lambda program: nullcontext())
+    assert to_executorch(program).data == lean_file
