@@ -17,9 +17,10 @@ _PUBLIC = {
     "profile": "pipeline",
     "verify": "pipeline",
     "prune": "pruning",
+    "Qat": "qat",
     "EdgeKitError": "errors",
 }
-__all__ = ["EdgeKitError", "compare", "export", "profile", "prune", "verify"]
+__all__ = ["EdgeKitError", "Qat", "compare", "export", "profile", "prune", "verify"]
 
 
 def __getattr__(name: str) -> Any:

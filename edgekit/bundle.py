@@ -47,8 +47,9 @@ class Bundle:
         """The bundle's files."""
         inputs, outputs = (_specs(self.manifest[key]) for key in ("inputs", "outputs"))
         precision = self.manifest["precision"]
+        pruned = str(self.manifest["model"].get("pruned", {}).get("fingerprint") or "") or None
         return tuple(
-            Artifact(self.path / entry["file"], entry["format"], precision, inputs, outputs, _layout(entry))
+            Artifact(self.path / entry["file"], entry["format"], precision, inputs, outputs, _layout(entry), pruned)
             for entry in self.manifest["artifacts"]
         )
 

@@ -121,13 +121,54 @@ def export(
     sensitivity: Annotated[
         bool, typer.Option("--sensitivity", help="int8: show what each layer costs when it alone is quantized.")
     ] = False,
+    prune: Annotated[
+        float | None,
+        typer.Option(
+            "--prune", metavar="SHARE", help="First take out that share of the multiply-adds and fine-tune: 0.3."
+        ),
+    ] = None,
+    qat: Annotated[
+        bool, typer.Option("--qat", help="int8: train with the rounding in the network, towards its fp32 outputs.")
+    ] = False,
+    train: Annotated[
+        str | None,
+        typer.Option("--train", metavar="DATA", help="--qat: samples to train on; else those for calibration."),
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option("--epochs", metavar="N", help="--qat: of training; else by the number of samples.")
+    ] = None,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option("--learning-rate", metavar="R", help="--qat: the highest of the one-cycle schedule (0.0003)."),
+    ] = None,
+    augment: Annotated[
+        bool, typer.Option("--augment/--no-augment", help="--qat: train on shifted, mirrored and mixed images too.")
+    ] = True,
+    patience: Annotated[
+        int | None,
+        typer.Option("--patience", min=1, metavar="N", help="--qat: stop after N epochs without progress."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="--qat: of the training (0).")] = None,
+    finetune: Annotated[
+        str | None,
+        typer.Option(
+            "--finetune", metavar="FILE.py:NAME", help="--qat: your own training, NAME(student, teacher, samples)."
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="--qat: go on from the checkpoint of a run that ended early.")
+    ] = False,
     json: JsonOption = None,
     verbose: VerboseOption = False,
 ) -> None:
     """Compress and export a model for a target, and check every file against the original."""
     with session(verbose, json) as ui:
         from edgekit import pipeline, report
+        from edgekit.qat import Qat
 
+        training = Qat(train, epochs, learning_rate, augment, patience, seed or 0, resume, finetune)
+        if not qat and (seed is not None or training != Qat()):
+            raise EdgeKitError("options of a training are given, and no --qat", "add --qat, or leave them out")
         bundle = pipeline.export(
             model,
             target=target,
@@ -142,6 +183,8 @@ def export(
             tflite_layout=tflite_layout,
             max_drop=max_drop,
             sensitivity=sensitivity,
+            qat=training if qat else None,
+            prune=prune,
             progress=ui.progress,
         )
         ui.show(report.bundle_report(bundle, layers=sensitivity), {"path": str(bundle.path), **bundle.manifest})
@@ -158,11 +201,20 @@ def compare(
     ],
     input: InputOption = None,
     code: CodeOption = None,
-    metric: Annotated[str, typer.Option("--metric", metavar="NAME", help="top1 or top5.")] = "top1",
+    metric: Annotated[
+        str,
+        typer.Option(
+            "--metric",
+            metavar="NAME|FILE.py:FUNCTION",
+            help="top1, top5, f1, miou, map, cosine, mae, rmse, or your own: (outputs, target) → scores, one a sample.",
+        ),
+    ] = "top1",
     max_drop: Annotated[
         float | None,
         typer.Option(
-            "--max-drop", metavar="POINTS", help="Gate: exit with 3 unless the drop is proven to be at most this."
+            "--max-drop",
+            metavar="POINTS",
+            help="Gate: exit with 3 unless the drop is proven to be at most this (mae, rmse: percent of the error).",
         ),
     ] = None,
     device: DeviceOption = "local:",
@@ -170,6 +222,12 @@ def compare(
         str, typer.Option("--baseline-device", metavar="cpu|cuda", help="Where the original runs.")
     ] = "cpu",
     threads: ThreadsOption = 1,
+    rounds: Annotated[
+        int | None, typer.Option("--rounds", min=1, metavar="N", help="Processes that time each file, in turn (3).")
+    ] = None,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Measure the original anew, whatever an earlier command measured of it.")
+    ] = False,
     mean: MeanOption = None,
     std: StdOption = None,
     explain: Annotated[
@@ -177,13 +235,18 @@ def compare(
     ] = False,
     timeout: TimeoutOption = None,
     resume: ResumeOption = False,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write what is shown as one HTML page, too.")
+    ] = None,
     json: JsonOption = None,
     verbose: VerboseOption = False,
 ) -> None:
     """Measure exported files against the original: accuracy, latency, memory, size."""
     with session(verbose, json) as ui:
-        from edgekit import pipeline, report
+        from edgekit import files, page, pipeline, report
 
+        if html is not None:
+            files.check_writable(html)
         comparison = pipeline.compare(
             model,
             artifacts,
@@ -195,6 +258,8 @@ def compare(
             device=device,
             baseline_device=baseline_device,
             threads=threads,
+            rounds=rounds,
+            cache=not no_cache,
             mean=numbers(mean),
             std=numbers(std),
             explain=explain,
@@ -202,9 +267,12 @@ def compare(
             resume=resume,
             progress=ui.progress,
         )
-        ui.show(report.comparison_report(comparison), comparison.to_dict())
+        shown = report.comparison_report(comparison)
+        ui.show(shown, comparison.to_dict())
+        if html is not None:
+            page.write(html, f"{model} and its exported files", shown)
         if max_drop is not None and any(not m.within(max_drop) for m in comparison.artifacts):
-            ui.fail_gate(f"a drop of at most {max_drop:g} points is not proven for every artifact")
+            ui.fail_gate(f"a drop of at most {max_drop:g}{comparison.unit} is not proven for every artifact")
 
 
 @app.command()
@@ -260,11 +328,30 @@ def verify(
 def prune(
     model: ModelArgument,
     ratio: Annotated[
-        float,
+        float | None,
         typer.Option(
             "--ratio", metavar="SHARE", help="Share of the multiply-adds to remove, between 0 and 1: 0.5 halves them."
         ),
-    ],
+    ] = None,
+    target_latency: Annotated[
+        str | None,
+        typer.Option(
+            "--target-latency", metavar="T", help="Search for the ratio: 0.6x of the original file's p50, or 5ms."
+        ),
+    ] = None,
+    target_size: Annotated[
+        str | None,
+        typer.Option("--target-size", metavar="S", help="Search for the ratio: 0.5x of the original file, or 800kB."),
+    ] = None,
+    sparsity: Annotated[
+        str | None,
+        typer.Option(
+            "--sparsity", metavar="P", help="Set weights to zero and keep all shapes: 0.8 of each layer, or 2:4."
+        ),
+    ] = None,
+    block: Annotated[
+        str | None, typer.Option("--block", metavar="OxI", help="--sparsity: zeros in blocks of outputs x inputs: 4x1.")
+    ] = None,
     data: DataOption = None,
     train: Annotated[
         str | None,
@@ -282,9 +369,19 @@ def prune(
             help="What each layer loses: uniform, global or sensitivity; sensitivity with data, else global.",
         ),
     ] = None,
+    schedule: Annotated[
+        str, typer.Option("--schedule", metavar="S", help="one-shot, or cubic: in steps with a training after each.")
+    ] = "one-shot",
+    steps: Annotated[
+        int | None, typer.Option("--steps", metavar="N", help="Of the cubic schedule; epochs are shared out (4).")
+    ] = None,
     epochs: Annotated[
         int | None,
         typer.Option("--epochs", metavar="N", help="Of fine-tuning; 0 for none; else by the number of samples."),
+    ] = None,
+    finetune: Annotated[
+        str | None,
+        typer.Option("--finetune", metavar="FILE.py:NAME", help="Your own training, NAME(student, teacher, samples)."),
     ] = None,
     learning_rate: Annotated[
         float | None, typer.Option("--learning-rate", metavar="R", help="The highest of the one-cycle schedule.")
@@ -299,12 +396,28 @@ def prune(
         ),
     ] = None,
     round_to: Annotated[
-        int, typer.Option("--round-to", metavar="N", help="Channels are kept in multiples of N, from 2 N on.")
-    ] = 8,
+        int | None,
+        typer.Option(
+            "--round-to",
+            metavar="N",
+            help="Channels are kept in multiples of N, from 2 N on; 8, and a search tries 8 and 16.",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the fine-tuning.")] = 0,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the checkpoint of a run that ended early.")
     ] = False,
+    format: Annotated[
+        str | None,
+        typer.Option("--format", metavar="F[,F]", help="Also export and time: executorch, onnx, tflite (all three)."),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option("--precision", metavar="P", help="Of the files: fp32 (default), fp16, int8, … ."),
+    ] = None,
+    device: DeviceOption = "local:",
+    threads: ThreadsOption = 1,
+    timeout: TimeoutOption = None,
     input: InputOption = None,
     code: CodeOption = None,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder that the result is written into.")] = Path(),
@@ -313,23 +426,38 @@ def prune(
     json: JsonOption = None,
     verbose: VerboseOption = False,
 ) -> None:
-    """Take out channels that hold a share of the multiply-adds, and fine-tune what is left towards the original."""
+    """Take out channels, or set weights to zero, and fine-tune what is left towards the original.
+
+    One of --ratio, --target-latency, --target-size and --sparsity says how much.
+    """
     with session(verbose, json) as ui:
-        from edgekit import pruning, report
+        from edgekit import prune_report, pruning
 
         pruned = pruning.prune(
             model,
             ratio=ratio,
+            target_latency=target_latency,
+            target_size=target_size,
+            sparsity=sparsity,
+            block=block,
             data=data,
             train=train,
             method=method,
             allocation=allocation,
+            schedule=schedule,
+            steps=steps,
             epochs=epochs,
+            finetune=finetune,
             learning_rate=learning_rate,
             augment=augment,
             patience=patience,
             round_to=round_to,
             seed=seed,
+            formats=format,
+            precision=precision,
+            device=device,
+            threads=threads,
+            timeout=timeout,
             inputs=tuple(input or ()),
             code=code,
             out=out,
@@ -338,7 +466,7 @@ def prune(
             resume=resume,
             progress=ui.progress,
         )
-        ui.show(report.pruning_report(pruned), {"path": str(pruned.path), **pruned.to_dict()})
+        ui.show(prune_report.pruning_report(pruned), {"path": str(pruned.path), **pruned.to_dict()})
 
 
 @app.command()
@@ -529,7 +657,8 @@ def session(verbose: bool, json_to: str | None) -> Iterator[Terminal]:
         ui.error(cause)
         ui.exit_code = 1
     except KeyboardInterrupt as stop:
-        ui.err.print("[bold red]interrupted:[/bold red] nothing was left behind")
+        left = "; ".join(getattr(stop, "__notes__", ())) or "nothing was left behind"
+        ui.err.print(f"[bold red]interrupted:[/bold red] {_plain(left)}", soft_wrap=True)
         ui.exit_code = 143 if isinstance(stop, _Terminated) else 130
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgekit import detection
 from edgekit.errors import EdgeKitError
 from edgekit.results import TensorSpec
 
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 CALIBRATION_SAMPLES = 512  # the most that calibration reads, so that it takes seconds
 CALIBRATION = {"calib_x", "calib_y"}
-RESERVED = {"x", "y", "calib_x", "calib_y", "mean", "std", "labels"}
+RESERVED = {"x", "y", "y_boxes", "y_labels", "calib_x", "calib_y", "mean", "std", "labels"}
+OBJECTS = ("y_boxes", "y_labels")
 HELP = "give --data an .npz with x and y, a .pt likewise, a folder of class folders, or FILE.py:function"
 
 
@@ -48,7 +50,10 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class Batch:
-    """Some samples: one array per input (batched along axis 0) and one target per sample, or None."""
+    """Some samples: one array per input (batched along axis 0) and one target per sample, or None.
+
+    Targets are numbers of any shape (N, …), or for detection objects: (N,) of `detection.Boxes`.
+    """
 
     inputs: Arrays
     target: np.ndarray | None
@@ -280,13 +285,13 @@ def _from_arrays(source: str, arrays: Mapping[str, Any], mean: Sequence[float], 
     named = {key: array for key, array in arrays.items() if key not in RESERVED or key == "x"}
     if not named:
         raise EdgeKitError(f"{source} has no inputs: it holds {', '.join(arrays) or 'nothing'}", HELP)
-    batched = {key: arrays[key] for key in (*named, "y", "calib_x", "calib_y") if key in arrays}
+    batched = {key: arrays[key] for key in (*named, "y", *OBJECTS, "calib_x", "calib_y") if key in arrays}
     for key, array in batched.items():
         if array.ndim == 0 or array.dtype.kind not in "fiub":
             raise EdgeKitError(f"array '{key}' of {source} is not a batch of numbers", HELP)
         if len(array) == 0:
             raise EdgeKitError(f"array '{key}' of {source} holds no samples", HELP)
-    target = arrays.get("y")
+    target = _target_of(source, arrays)
     for calibrates in (False, True):
         lengths = {key: len(array) for key, array in batched.items() if (key in CALIBRATION) == calibrates}
         if len(set(lengths.values())) > 1:
@@ -322,6 +327,18 @@ def _from_arrays(source: str, arrays: Mapping[str, Any], mean: Sequence[float], 
     evaluation = _Slices(inputs, target, preprocessing)
     separate = "calib_x" in arrays
     return Data(source, calibration, evaluation, preprocessing, labels, tuple(notes), separate, training)
+
+
+def _target_of(source: str, arrays: Mapping[str, np.ndarray]) -> np.ndarray | None:
+    given = [arrays[key] for key in OBJECTS if key in arrays]
+    if not given:
+        return arrays.get("y")
+    if len(given) != len(OBJECTS) or "y" in arrays:
+        raise EdgeKitError(
+            f"{source} has {' and '.join(k for k in ('y', *OBJECTS) if k in arrays)}",
+            f"objects are given by {' and '.join(OBJECTS)} together, and no y beside them",
+        )
+    return detection.objects(source, dict(zip(("boxes", "labels"), given, strict=True)))
 
 
 def _not_normalizable(source: str) -> EdgeKitError:
@@ -475,7 +492,9 @@ def _as_batch(source: str, item: Any) -> Batch:
         raise EdgeKitError(f"{source} gave a batch without inputs", HELP)
     if len({len(array) for array in arrays.values()}) > 1:
         raise EdgeKitError(f"the inputs of one batch differ in length: {[len(a) for a in arrays.values()]}", HELP)
-    target = None if target is None else _array(target)
+    if target is not None:
+        objects = detection.objects(source, target)
+        target = _array(target) if objects is None else objects
     count = len(next(iter(arrays.values())))
     if target is not None and len(target) != count:
         raise EdgeKitError(f"{source} gave {count} samples with {len(target)} labels", "give each sample one label")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekit import bundle as bundles
 from edgekit import data as sources
-from edgekit import files, judge, stages, taps
+from edgekit import files, judge, qat, stages, taps
 from edgekit.errors import EdgeKitError
 from edgekit.progress import Progress
 from edgekit.results import Artifact, Culprit, Parity, Rung
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 TAPPED_RUNS = 2  # every tensor of a network is kept
 ORIGINAL, EXPORTED = "original", "exported graph"
+TRAINED_HELP = "it was trained for int8 to give other outputs: accuracy alone tells what it is worth"
 GRAPH_HELP = "quantizing itself loses this, whatever the file: edgekit export --sensitivity shows the layers"
 
 
@@ -49,7 +50,7 @@ def explain(
 
     `feeds` are (runs, *shape) real samples; `here` says that the device is this machine. Quantized graphs are made
     from the data given, as the export made them from its own. An artifact that breaks is compared, op by op, with the
-    same file as EdgeKit exports it now.
+    same file as EdgeKit exports it now. One that was trained for int8 cannot be made again: it has no quantized graph.
     """
     feeds = [feed[: bundles.GOLDEN_SAMPLES] for feed in feeds]
     with progress.step("Explaining: the graphs"):
@@ -59,7 +60,8 @@ def explain(
         graphs["fp32"] = _graph(original, source, "fp32", feeds, reference, progress)
         near = graphs["fp32"].parity
         rungs.append(Rung(EXPORTED, ORIGINAL, near, judge.faithful("fp32", near, near)))
-    for precision in dict.fromkeys(artifact.precision for artifact in artifacts):
+    trained = {artifact for artifact in artifacts if qat.is_trained(artifact)}
+    for precision in dict.fromkeys(artifact.precision for artifact in artifacts if artifact not in trained):
         if precision.startswith("int8") and original.onnx is None:
             graph = graphs[precision] = _graph(original, source, precision, feeds, reference, progress)
             problem = GRAPH_HELP if graph.parity.sqnr_db < judge.POOR_SQNR_DB else None
@@ -68,19 +70,25 @@ def explain(
         name = f"{artifact.path.name} {artifact.precision}"
         with progress.step(f"Explaining: {name}"):
             local = stages.run(artifact, feeds).outputs
-            before = graphs.get(artifact.precision) or graphs.get("fp32")
+            before = (None if artifact in trained else graphs.get(artifact.precision)) or graphs.get("fp32")
             perfect = judge.parity(reference, reference)
             near = judge.parity(_flat(reference, original), _flat(local, original))
-            problem = judge.faithful(artifact.precision, near, before.parity if before else perfect)
             culprit = None
-            if problem is not None:
+            if artifact in trained:
+                problem = TRAINED_HELP if near.sqnr_db < judge.POOR_SQNR_DB else None
+            else:
+                problem = judge.faithful(artifact.precision, near, before.parity if before else perfect)
+            if problem is not None and artifact not in trained:
                 culprit = _culprit(original, source, artifact, before, feeds, progress)
-            rungs.append(Rung(name, _below(artifact, rungs), near, problem, culprit, artifact.path))
+            below = EXPORTED if artifact in trained else _below(artifact, rungs)
+            rungs.append(Rung(name, below, near, problem, culprit, artifact.path))
         if not here:
             with progress.step(f"Explaining: {name} on {device.uri}"):
                 there = stages.run(artifact, feeds, device=device).outputs
                 near = judge.parity(_flat(local, original), _flat(there, original))
                 step = _output_step(original, before)
+                if artifact in trained:
+                    step = _step(bundles.read(artifact.path.parent).manifest["qparams"])
                 problem = judge.reproduced(artifact.precision, near, step, judge.steps_allowed(artifact.format, here))
                 rungs.append(Rung(f"{name} on {device.uri}", f"{name} here", near, problem, path=artifact.path))
     return tuple(rungs)
@@ -112,8 +120,11 @@ def _below(artifact: Artifact, rungs: Sequence[Rung]) -> str:
 
 def _output_step(original: Model, graph: Graph | None) -> float:
     program = graph.compressed.program if graph is not None and graph.compressed is not None else None
-    found: dict[str, Any] = stages.qparams(original, program).get("outputs", {})
-    return max((q["scale"] for q in found.values()), default=0.0)
+    return _step(stages.qparams(original, program))
+
+
+def _step(qparams: Mapping[str, Any]) -> float:
+    return max((q["scale"] for q in qparams.get("outputs", {}).values()), default=0.0)
 
 
 def _culprit(

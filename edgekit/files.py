@@ -49,6 +49,19 @@ def new_folder(path: Path, ours: Collection[str]) -> Iterator[Path]:
                 parent.rmdir()
 
 
+@contextmanager
+def resumable(checkpoint: Path) -> Iterator[None]:
+    """Adds a note to an interruption of the block: which files beside `checkpoint` stay for a run that goes on."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        stem = checkpoint.name.removesuffix(checkpoint.suffix)
+        left = [path for path in checkpoint.parent.glob("*") if path.name.startswith(stem) and path.is_file()]
+        if left:
+            stop.add_note(f"the same command with --resume goes on from {', '.join(sorted(map(str, left)))}")
+        raise
+
+
 def _check_ours(path: Path, ours: Collection[str]) -> None:
     if not path.exists():
         return

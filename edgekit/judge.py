@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from edgekit import intervals, metrics
 from edgekit.errors import EdgeKitError
-from edgekit.results import Accuracy, Artifact, Culprit, Latency, Parity, Rung, Verdict
+from edgekit.results import UNITS, Accuracy, Artifact, Culprit, Latency, Parity, Rung, Verdict, drop
 
 if TYPE_CHECKING:
     import numpy as np
 
-METRICS = {"top1": 1, "top5": 5}  # name → how many of the highest scores may hold the label
+    from edgekit.metrics import Metric, Scores
+
 ANOTHER_MODEL = "name the model that the file was exported from, or export it again"
-DEFAULT_MAX_DROP = 1.0  # points
+DEFAULT_MAX_DROP = 1.0  # points, or percent of the original's error; a user's own unit has no default
 FP32_MAX_REL = 1e-4
 FP16_MIN_SQNR_DB = 30.0
 INT8_SQNR_SLACK_DB = 6.0  # an error at most twice that of the quantized graph in torch
 INT8_SQNR_ENOUGH_DB = 60.0  # asked of no int8 file, however near its graph comes
 POOR_SQNR_DB = 10.0  # below, the error has a third of the outputs' size
 ONNX_STEPS_ELSEWHERE = 3  # EfficientNet-Lite0, 50 layers deep, moves by 2 between x86-64 and ARM64, ResNet-20 by 1
-MIN_SPEEDUP = 0.97  # below, int8 is slower than fp32 beyond what timing leaves open
+MIN_SPEEDUP = 0.97  # below, int8 is slower than fp32 by more than its smaller file is worth
+PAY_IN_SPEED = ("int8", "int8-dynamic")  # weight-only int8 is for size; int8 arithmetic has to pay in speed
+MOST_ASKED = 10_000_000  # samples beyond which none are asked for
+MOST_ROUNDS = 30  # likewise
 
 
 def parity(reference: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> Parity:
@@ -64,65 +69,30 @@ def _agreement(reference: np.ndarray, output: np.ndarray) -> float | None:
     return float((reference.argmax(axis=1) == output.argmax(axis=1)).mean())
 
 
-def check_metric(metric: str) -> None:
-    """Raises EdgeKitError for a metric that EdgeKit does not know."""
-    if metric not in METRICS:
-        raise EdgeKitError(f"unknown metric '{metric}'", f"choose one of {', '.join(METRICS)}")
+def accuracy(metric: Metric, original: Scores, artifact: Scores) -> Accuracy:
+    """Compares the scores of the original and the artifact on the same samples.
 
-
-def correct(metric: str, logits: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Returns which samples are right, as booleans: `logits` (N, classes), `target` (N,) class indices.
-
-    A sample with NaN among its scores is wrong. Raises EdgeKitError where the shapes or the labels do not fit a
-    classifier.
+    The interval of the drop is Agresti and Min's where a metric is a share of right samples, and McNemar's exact test
+    tells how likely as clear a difference is by chance. For all other metrics both are measured on the same resamples
+    (a paired bootstrap). Raises EdgeKitError where a drop in percent has no measure: the original makes no error.
     """
-    import numpy as np
-    import torch
-    from torchmetrics.functional.classification import multiclass_accuracy
-
-    k = METRICS[metric]
-    if logits.ndim != 2 or len(logits) != len(target) or logits.shape[1] <= k:
+    n, unit = len(original), metric.unit_of(original)
+    before, after = metrics.value(original), metrics.value(artifact)
+    right, kept = metrics.outcomes(original), metrics.outcomes(artifact)
+    if right is not None and kept is not None:
+        lost, won = int((right & ~kept).sum()), int((kept & ~right).sum())
+        interval = intervals.agresti_min(n, lost, won)
+        p_value = intervals.mcnemar(lost, won)
+        return Accuracy(metric.name, n, after, before, interval, unit, "Agresti-Min", p_value, lost, won)
+    if unit == "percent" and not before:
         raise EdgeKitError(
-            f"{metric} needs one row of more than {k} class scores per sample, the model's first output is "
-            f"{'x'.join(map(str, logits.shape))} for {len(target)} samples",
-            "leave the labels out to compare outputs by SQNR and cosine",
+            f"the original's {metric.name} is 0, and no share of that can be told",
+            "give measured targets, or leave them out: outputs are then compared by SQNR and cosine",
         )
-    if target.ndim != 1 or not np.issubdtype(target.dtype, np.integer):
-        shape = "x".join(map(str, target.shape))
-        raise EdgeKitError(
-            f"labels must be one class index per sample, not {target.dtype} of shape {shape}", "give y as integers (N,)"
-        )
-    classes = logits.shape[1]
-    if target.min() < 0 or target.max() >= classes:
-        raise EdgeKitError(
-            f"labels run from {target.min()} to {target.max()}, but the model has {classes} classes",
-            "labels are class indices from 0",
-        )
-    hits = multiclass_accuracy(
-        torch.from_numpy(logits.astype(np.float64))[:, :, None],
-        torch.from_numpy(target.astype(np.int64))[:, None],
-        num_classes=classes,
-        top_k=k,
-        average="micro",
-        multidim_average="samplewise",
-    )
-    return (hits.numpy() == 1) & ~np.isnan(logits).any(axis=1)
-
-
-def accuracy(metric: str, original: np.ndarray, artifact: np.ndarray) -> Accuracy:
-    """Compares paired outcomes (booleans per sample) of the original and the artifact.
-
-    The interval of the drop is Agresti and Min's for matched pairs (Statistics in Medicine 24, 2005): Wald's with
-    half an observation added to each cell, which holds its 95 % down to no discordant pair at all.
-    """
-    n = len(original)
-    lost, won = float((original & ~artifact).sum()), float((artifact & ~original).sum())
-    total = n + 2
-    lost, won = lost + 0.5, won + 0.5
-    center = (lost - won) / total
-    margin = 1.959964 * math.sqrt(max(lost + won - (lost - won) ** 2 / total, 0)) / total
-    interval = (100 * (center - margin), 100 * (center + margin))
-    return Accuracy(metric, n, float(artifact.mean()), float(original.mean()), interval)
+    if unit == "points" and n >= intervals.FEWEST and original.same_as(artifact):
+        return Accuracy(metric.name, n, after, before, intervals.none_differs(n), unit, "Clopper-Pearson")
+    interval = intervals.bootstrap(lambda counts: drop(unit, original.values(counts), artifact.values(counts)), n)
+    return Accuracy(metric.name, n, after, before, interval, unit, "paired bootstrap")
 
 
 def faithful(precision: str, to_original: Parity, graph_to_original: Parity) -> str | None:
@@ -164,45 +134,87 @@ def verdict(
     max_drop: float | None,
     suspects: Sequence[str] | None = None,
     sensitive: Sequence[str] = (),
+    pruned: bool = False,
 ) -> Verdict:
     """Says whether an artifact is worth shipping: accuracy by its interval's bound, speed by the runtime's fp32.
 
     A rejection for speed names the `suspects`, what in the file does not run in int8 (None where that is not known);
-    one for accuracy the most `sensitive` layers, or how to find them.
+    one for accuracy the most `sensitive` layers, or how to find them. A `pruned` network's file is another network than
+    the original: its accuracy alone is judged.
     """
-    limit = DEFAULT_MAX_DROP if max_drop is None else max_drop
     rejects: list[str] = []
     doubts: list[str] = []
     reasons: list[str] = []
     if not math.isfinite(parity.max_abs):
         rejects.append("outputs hold NaN or infinite values")
-    elif precision == "fp32" and parity.max_rel > FP32_MAX_REL:
+    elif precision == "fp32" and not pruned and parity.max_rel > FP32_MAX_REL:
         rejects.append(f"differs from the original by {parity.max_rel:.1e} of its largest output")
-    if result is None:
-        if precision != "fp32":
-            doubts.append("no labels: accuracy was not measured")
-    else:
-        low, high = result.ci95
-        interval = f"{result.drop:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}"
-        if low > limit:
-            rejects.append(f"accuracy drop {interval} is above {limit:g}{_lossy(precision, sensitive)}")
-        elif high > limit:
-            doubts.append(
-                f"accuracy drop {interval} does not exclude more than {limit:g}; {_more_samples(result, limit)}"
-            )
-        else:
-            reasons.append(f"accuracy drop {interval}")
+    if result is not None:
+        _judge_drop(precision, result, max_drop, sensitive, rejects, doubts, reasons)
+    elif (precision != "fp32" or pruned) and not rejects:
+        doubts.append("no labels: accuracy was not measured")
     if fp32 is not None and latency is not None:
-        ratio = fp32.p50 / latency.p50
-        line = f"{ratio:.2f}x the speed of fp32 in the same runtime"
-        # Weight-only int8 is for size; int8 arithmetic has to pay in speed.
-        if ratio < MIN_SPEEDUP and precision in ("int8", "int8-dynamic"):
-            rejects.append(line + _slow(suspects))
-        else:
-            reasons.append(line)
+        _judge_speed(precision, fp32, latency, suspects, rejects, doubts, reasons)
     if rejects:
         return Verdict("reject", tuple(rejects + doubts))
     return Verdict("inconclusive", tuple(doubts + reasons)) if doubts else Verdict("ship", tuple(reasons))
+
+
+def _judge_drop(
+    precision: str,
+    result: Accuracy,
+    max_drop: float | None,
+    sensitive: Sequence[str],
+    rejects: list[str],
+    doubts: list[str],
+    reasons: list[str],
+) -> None:
+    low, high = result.ci95
+    name, unit, digits = UNITS[result.unit]
+    line = f"{name} {result.drop:+{digits}}{unit}"
+    if not math.isfinite(high):
+        more = intervals.FEWEST - result.n
+        doubts.append(f"{line} on {result.n} samples has no interval; about {more} more samples would give one")
+        return
+    line += f", 95 % interval {low:+{digits}} to {high:+{digits}}"
+    if result.p_value is not None:
+        line += f" (McNemar p = {result.p_value:.2g})"
+    if max_drop is None and result.unit == "units":
+        doubts.append(f"{line}: how much is too much is yours to say with --max-drop")
+        return
+    limit = DEFAULT_MAX_DROP if max_drop is None else max_drop
+    if low > limit:
+        rejects.append(f"{line} is above {limit:g}{_lossy(precision, sensitive)}")
+    elif high > limit:
+        doubts.append(f"{line} does not exclude more than {limit:g}; {_more_samples(result, limit)}")
+    else:
+        reasons.append(line)
+
+
+def _judge_speed(
+    precision: str,
+    fp32: Latency,
+    latency: Latency,
+    suspects: Sequence[str] | None,
+    rejects: list[str],
+    doubts: list[str],
+    reasons: list[str],
+) -> None:
+    """Holds the bounds of the speed-up against MIN_SPEEDUP, as those of the drop are held against its limit."""
+    line = f"{fp32.p50 / latency.p50:.2f}x the speed of fp32 in the same runtime"
+    interval = intervals.speedup(fp32, latency)
+    if interval is None:
+        if precision in PAY_IN_SPEED:
+            doubts.append(f"{line}, in one process each: that has no interval; add --rounds 3")
+        return
+    low, high = interval
+    line += f", 95 % interval {low:.2f} to {high:.2f}"
+    if precision not in PAY_IN_SPEED or low >= MIN_SPEEDUP:
+        reasons.append(line)
+    elif high < MIN_SPEEDUP:
+        rejects.append(f"slower than fp32: {line}{_slow(suspects)}")
+    else:
+        doubts.append(f"{line}: whether it is slower is open; {_more_rounds(interval, len(latency.processes))}")
 
 
 def explained(verdict: Verdict, artifact: Artifact, ladder: Sequence[Rung]) -> Verdict:
@@ -232,12 +244,49 @@ def _slow(suspects: Sequence[str] | None) -> str:
 
 
 def _more_samples(result: Accuracy, limit: float) -> str:
-    """Estimates how many samples would make the interval exclude `limit`, at the drop seen so far."""
-    margin = (result.ci95[1] - result.ci95[0]) / 2
-    room = limit - result.drop
-    if room <= 0:
-        return "more samples would tell"
-    return f"about {max(math.ceil(result.n * (margin / room) ** 2) - result.n, 1):,} more samples would tell"
+    """Estimates how many samples would bring the interval to one side of `limit`, at the rates seen so far."""
+    n = result.n
+    room = abs(limit - result.drop)
+    if not room:
+        return "at this drop no number of samples would tell"
+    if result.lost is not None and result.won is not None:
+        counts = n, result.lost, result.won
+        needed = _first(n, lambda more: not _spans(intervals.agresti_min(*(c * more / n for c in counts)), limit))
+    elif result.interval == "Clopper-Pearson":
+        needed = _first(n, lambda more: not _spans(intervals.none_differs(more), limit))
+    else:
+        needed = math.ceil(n * ((result.ci95[1] - result.ci95[0]) / 2 / room) ** 2)
+    if needed > MOST_ASKED:
+        return "no number of samples that could be measured would tell"
+    return f"about {max(needed - n, 1):,} more samples would tell"
+
+
+def _spans(interval: tuple[float, float], limit: float) -> bool:
+    return interval[0] <= limit < interval[1]
+
+
+def _first(start: int, done: Callable[[int], bool]) -> int:
+    """Returns the first number from `start` on with which `done` holds: it holds for all beyond; or one too large."""
+    high = start
+    while not done(high):
+        high *= 2
+        if high > MOST_ASKED:
+            return high
+    low = max(high // 2, start)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if done(middle) else (middle + 1, high)
+    return high
+
+
+def _more_rounds(interval: tuple[float, float], rounds: int) -> str:
+    """Estimates how many rounds would bring the interval to one side of MIN_SPEEDUP."""
+    low, high = map(math.log, interval)
+    room = abs((low + high) / 2 - math.log(MIN_SPEEDUP))
+    needed = math.ceil(rounds * ((high - low) / 2 / room) ** 2) if room else MOST_ASKED
+    if needed > MOST_ROUNDS:
+        return f"measure on an idle machine, or with --rounds {max(MOST_ROUNDS, rounds)}"
+    return f"--rounds {max(needed, rounds + 1)} would tell"
 
 
 def steps_allowed(format: str, same_machine: bool) -> int:

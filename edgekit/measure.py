@@ -9,6 +9,7 @@ import gc
 import os
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,22 @@ import numpy as np
 # settled after fewer, and the cap keeps a slow model from spending minutes on them.
 WARMUP_RUN_CAP_S = 0.05
 WARMUP_RUNS_AT_LEAST = 3
+SLOWER = 1.10  # the last third of the runs against the first: more than timing varies by
+THIRDS_FROM = 9  # runs: thirds of fewer are single runs
 
 
 def time_runs(
-    call: Callable[[], object], *, warmup_runs: int, seconds: float, min_runs: int, max_runs: int
+    call: Callable[[], object],
+    *,
+    warmup_runs: int,
+    seconds: float,
+    min_runs: int,
+    max_runs: int,
+    own_ms: Callable[[], float] | None = None,
 ) -> list[float]:
     """Milliseconds of each timed `call()`, in order, after warm-up and with the garbage collector off.
+
+    `own_ms` tells what the last call took where it has a clock of its own, as a GPU has.
 
     Warm-up ends after `warmup_runs` calls, or once it has taken `warmup_runs` x 50 ms and at least 3 calls. Timing ends
     when both `seconds` have passed and `min_runs` are done, and never goes beyond `max_runs`.
@@ -44,19 +55,19 @@ def time_runs(
             if done >= WARMUP_RUNS_AT_LEAST and clock() >= warmup_end:
                 break
             call()
-        samples: list[int] = []
+        samples: list[float] = []
         end = clock() + int(seconds * 1e9)
         while len(samples) < max_runs:
             start = clock()
             call()
             stop = clock()
-            samples.append(stop - start)
+            samples.append((stop - start) / 1e6 if own_ms is None else own_ms())
             if stop >= end and len(samples) >= min_runs:
                 break
     finally:
         if collecting:
             gc.enable()
-    return [sample / 1e6 for sample in samples]
+    return samples
 
 
 def longest_s(run_s: float, *, warmup_runs: int, seconds: float, min_runs: int, max_runs: int) -> float:
@@ -74,6 +85,20 @@ def percentile(samples: Sequence[float], q: float) -> float:
     if len(samples) == 0:
         raise ValueError("a percentile needs at least one sample")
     return float(np.percentile(np.asarray(samples, dtype=np.float64), q, method="linear"))
+
+
+def slowdown(samples: Sequence[float]) -> float | None:
+    """How many times slower runs became from their first third to their last, None where that is at most 1.1.
+
+    A throttled processor slows down step by step: the middle third lies in between. Few samples, one of each process,
+    have to rise each time.
+    """
+    if len(samples) < 3:
+        return None
+    parts = np.array_split(np.asarray(samples, dtype=np.float64), 3 if len(samples) >= THIRDS_FROM else len(samples))
+    medians = [float(np.median(part)) for part in parts]
+    rising = all(before < after for before, after in pairwise(medians))
+    return medians[-1] / medians[0] if rising and medians[-1] > SLOWER * medians[0] else None
 
 
 def peak_rss_bytes() -> int | None:

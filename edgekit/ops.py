@@ -16,10 +16,13 @@ from edgekit.errors import EdgeKitError
 from edgekit.read_pte import Table
 from edgekit.results import OpTime, OpTimes
 
-TRACE_RUNS = 100
+TRACE_RUNS = 200
 TRACE_SECONDS = 5.0  # fewer runs of a slow model: medians of ten tell enough
 TRACE_RUNS_AT_LEAST = 10
 WARMUP = 0.2  # the share of the first runs that is left out
+# XNNPACK (xnn_get_elapsed_time) and ONNX Runtime (TimeDiffMicroSeconds) round a duration down to whole microseconds,
+# and so lose half of one on average. TFLite subtracts two rounded times, which loses nothing on average.
+ROUNDED_DOWN_US = 0.5
 
 # The fields of an ETDump's tables in the order of executorch/devtools/etdump/etdump_schema_flatcc.fbs.
 ETDUMP = "version run_data"
@@ -40,12 +43,16 @@ KERNEL = "_kernel_time"
 
 
 class Event(NamedTuple):
-    """One op of one run: its kind, its name in the file where it has one, its start and duration in µs."""
+    """One op of one run: its kind, its name in the file where it has one, its start and duration in µs.
+
+    `lost_us` is what the clock's rounding takes from a duration on average.
+    """
 
     op: str
     name: str
     start_us: float
     us: float
+    lost_us: float = 0.0
 
 
 class Run(NamedTuple):
@@ -76,14 +83,14 @@ def summarize(runs: Sequence[Run], latency_us: float) -> OpTimes:
     """Returns each op's mean time over the middle half of the runs after warm-up, in the order in which the ops run.
 
     A disturbed run is not in the middle half; a median of each op would make 0 µs of those that take less than one
-    tick of the profiler's clock. `latency_us` is the p50 of runs without a profiler. Runs whose ops are not those of
-    most runs are left out.
+    tick of the profiler's clock. What that clock loses by rounding is added. `latency_us` is the p50 of runs without a
+    profiler. Runs whose ops are not those of most runs are left out.
     """
     warm = runs[int(len(runs) * WARMUP) :]
     common, _ = Counter(tuple((e.op, e.name) for e in run.events) for run in warm).most_common(1)[0]
     alike = sorted((run for run in warm if tuple((e.op, e.name) for e in run.events) == common), key=lambda r: r.us)
     kept = alike[len(alike) // 4 : len(alike) - len(alike) // 4]
-    times = zip(*([event.us for event in run.events] for run in kept), strict=True)
+    times = zip(*([event.us + event.lost_us for event in run.events] for run in kept), strict=True)
     ops = tuple(OpTime(op, name, fmean(us)) for (op, name), us in zip(common, times, strict=True))
     return OpTimes(ops, len(kept), fmean(run.us for run in kept), latency_us)
 
@@ -117,7 +124,8 @@ def _onnxruntime(record: bytes) -> Iterator[Run]:
             entry = kernels[place]
             place += 1
             name = entry["name"].removesuffix(KERNEL)
-            events.append(Event(entry["args"]["op_name"], name, float(entry["ts"]), float(entry["dur"])))
+            kind = entry["args"]["op_name"]
+            events.append(Event(kind, name, float(entry["ts"]), float(entry["dur"]), ROUNDED_DOWN_US))
         yield Run(float(run["ts"]), float(run["dur"]), tuple(events))
 
 
@@ -144,7 +152,7 @@ def _executed(found: Sequence[tuple[str, bool, float, float]]) -> Iterator[Event
     for name, delegated, start, end in found:
         if delegated:
             inside = True
-            yield Event(NUMBER.sub("", name), name, start, end - start)
+            yield Event(NUMBER.sub("", name), name, start, end - start, ROUNDED_DOWN_US)
         elif name == DELEGATE_CALL:
             if not inside:
                 yield Event(name, "", start, end - start)
@@ -163,7 +171,7 @@ def _litert(record: bytes) -> Iterator[Run]:
             if kind == INVOKE_OP:
                 end = float(start)
             if kind == INVOKE_OP or kind in DELEGATE_OPS:
-                events.append(Event(tag, "", end, float(us)))
+                events.append(Event(tag, "", end, float(us), 0.0 if kind == INVOKE_OP else ROUNDED_DOWN_US))
                 end += us
         yield Run(float(whole[0]), float(whole[1]), tuple(events))
 

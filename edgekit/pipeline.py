@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from math import isfinite
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from edgekit import baseline as baselines
 from edgekit import bundle as bundles
 from edgekit import explain as explaining
-from edgekit import files, judge, stages, suspects, targets, tune
+from edgekit import files, judge, metrics, pruned_files, pruning, stages, suspects, targets, throttling, tune
 from edgekit import ops as op_times
+from edgekit import qat as qats
 from edgekit.errors import EdgeKitError
 from edgekit.journal import Journal
 from edgekit.progress import Progress, Silent
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from edgekit.model import Model
+    from edgekit.qat import Qat
     from edgekit.runtimes.devices.device import Device
 
 ROUNDS = 3  # processes that time each artifact, taken in turn: machines drift
@@ -60,6 +65,8 @@ def export(
     tflite_layout: str = "nchw",
     max_drop: float | None = None,
     sensitivity: bool = False,
+    qat: Qat | None = None,
+    prune: float | None = None,
     progress: Progress | None = None,
 ) -> bundles.Bundle:
     """Exports `model` for `target`, checks every file against the original, and returns the bundle.
@@ -68,8 +75,11 @@ def export(
     takes (int8 calibrates on it; every precision is checked on it). With `tflite_layout` "nhwc" the .tflite file takes
     and gives rank-4 tensors channels-last; golden values and the manifest's shapes stay NCHW. At int8, `max_drop` keeps
     the fewest layers in float with which at most so many points of top-1 are lost on labeled data, and `sensitivity`
-    measures every layer; see `edgekit.tune`. Writes OUT/<name>-<target>/ whole or not at all. Raises EdgeKitError for
-    bad input, for a file that is not faithful to the model, and where `max_drop` cannot be reached.
+    measures every layer; see `edgekit.tune`. With `qat` the network is trained for int8 first; see `edgekit.Qat`.
+    With `prune` that share of the multiply-adds goes before all that, and what is left is fine-tuned; see
+    `edgekit.prune`, whose OUT/<name>-pruned/ is written too. Files are then checked against the pruned network.
+    Writes OUT/<name>-<target>/ whole or not at all. Raises EdgeKitError for bad input, for a file that is not faithful
+    to the model, where `max_drop` cannot be reached, and for a training that diverges.
     """
     from edgekit.quant.recipes import RECIPES
 
@@ -81,6 +91,9 @@ def export(
     recipe = RECIPES.get(precision or ("fp32" if assumed else row.precision))
     if recipe is None:
         raise EdgeKitError(f"unknown precision '{precision}'", f"choose one of {', '.join(RECIPES)}")
+    if qat is not None:
+        data = qat.train if data is None else data
+        qats.check(qat, recipe.name, sensitivity or max_drop is not None, stages.is_onnx(model), data is not None)
     if recipe.needs_data and data is None:
         raise EdgeKitError(
             f"{recipe.name} needs data to calibrate on: EdgeKit does not guess activation ranges", NO_DATA_INT8
@@ -88,13 +101,35 @@ def export(
     tune.check(recipe.name, max_drop, sensitivity)
     with progress.step("Loading"):
         original, source = stages.load(model, data=data, inputs=inputs, code=code, mean=mean, std=std)
+    about: dict[str, Any] = {"name": original.name, "form": original.form}
+    pruned_notes: tuple[str, ...] = ()
+    if prune is not None:
+        narrow = pruning.prune(
+            model,
+            ratio=prune,
+            data=data,
+            inputs=inputs,
+            code=code,
+            out=out,
+            name=name,
+            mean=mean,
+            std=std,
+            progress=progress,
+        )
+        original = replace(original, module=narrow.module)
+        about["pruned"], pruned_notes = narrow.summary, narrow.summary_notes
     folder = Path(out) / f"{name or original.name}-{target}"
+    checkpoint = folder.with_name(f"{folder.name}.checkpoint.pt")
     batch = stages.batch_of(original.inputs)
-    with files.new_folder(folder, bundles.FILES) as building:
+    with files.resumable(checkpoint), files.new_folder(folder, bundles.FILES) as building:
         tuned = None
         if source is not None and original.onnx is None and (sensitivity or max_drop is not None):
             tuned = tune.tune(original, source, progress, max_drop, sensitivity)
-        compressed = tuned.compressed if tuned else stages.compress(original, source, recipe.name, progress)
+        trained = None
+        if qat is not None and source is not None:
+            trained = qats.train(original, source, qat, checkpoint, progress, mean, std)
+        made = tuned or trained
+        compressed = made.compressed if made else stages.compress(original, source, recipe.name, progress)
         program = compressed.program if compressed is not None else None
         feeds, samples = stages.golden_feeds(original, source)
         with progress.step("Running the original"):
@@ -102,10 +137,10 @@ def export(
             graph = stages.run_module(program.module(check_guards=False), feeds) if program is not None else reference
         graph_parity = judge.parity(stages.flat(reference, batch), stages.flat(graph, batch))
         results, entries = {"original": reference}, []
-        notes = [*assumed, *original.notes]
+        notes = [*assumed, *original.notes, *pruned_notes]
         notes += source.notes if source else ("checked on random inputs: no --data was given",)
         notes += compressed.notes if compressed is not None else ()
-        notes += tuned.notes if tuned else ()
+        notes += made.notes if made else ()
         notes += judge.loss(recipe.name, graph_parity)
         for format, exported in stages.emit(original, program, chosen, recipe.half_weights, progress, layouts, source):
             path = building / bundles.file_name(format)
@@ -129,10 +164,10 @@ def export(
         bundles.write_golden(building, original.inputs, original.outputs, feeds, results)
         bundles.describe(
             building,
-            model={"name": original.name, "form": original.form},
+            model=about,
             target=target,
             precision=recipe.name,
-            recipe={"name": recipe.name, "summary": recipe.summary, **(tuned.to_dict() if tuned else {})},
+            recipe={"name": recipe.name, "summary": recipe.summary, **(made.to_dict() if made else {})},
             inputs=original.inputs,
             outputs=original.outputs,
             preprocessing=source.preprocessing.to_dict() if source and source.preprocessing else None,
@@ -141,6 +176,8 @@ def export(
             artifacts=entries,
             notes=list(dict.fromkeys(notes)),
         )
+    if trained is not None:
+        checkpoint.unlink(missing_ok=True)
     return bundles.read(folder)
 
 
@@ -166,6 +203,8 @@ def compare(
     device: str = "local:",
     baseline_device: str = "cpu",
     threads: int = 1,
+    rounds: int | None = None,
+    cache: bool = True,
     mean: Sequence[float] = (),
     std: Sequence[float] = (),
     explain: bool = False,
@@ -175,15 +214,18 @@ def compare(
 ) -> Comparison:
     """Measures files or bundles against the original `model` on labeled `data`: accuracy, latency, memory, size.
 
-    Every file runs in processes of its own on `device`; latencies are taken in turn over ROUNDS processes each,
-    pinned to `threads` cores, beside the fp32 file of the same runtime (exported here where none is given). A job
+    `metric` is one of `metrics.METRICS` or the user's own `FILE.py:function`, and `max_drop` in the unit of its drop.
+    Every file runs in processes of its own on `device`; latencies are taken in turn over `rounds` processes each (by
+    default ROUNDS), pinned to `threads` cores, beside the fp32 file of the same runtime (exported here where none is
+    given). The original is measured once on the same content, unless `cache` is off (see `edgekit.baseline`). A job
     that makes no progress for `timeout` seconds (by default 20) is ended. With `explain` the parity ladder is climbed
     too (see `edgekit.explain`), and a file that breaks on it is rejected. With `resume` runs that an earlier command
     finished before it failed are not run again. Raises EdgeKitError for bad input and for a file that its runtime
     cannot run.
     """
     progress = progress or Silent()
-    judge.check_metric(metric)
+    scale = metrics.find(metric)
+    rounds = rounds or ROUNDS
     with ExitStack() as stack:
         there = stack.enter_context(stages.opened(device, baseline_device, timeout))
         found = expand(artifacts)
@@ -195,16 +237,26 @@ def compare(
                 raise EdgeKitError(
                     "a comparison needs data", "give --data: real samples, with labels to measure accuracy"
                 )
-            given = [stages.fitted(artifact, original) for artifact in found]
+            baselines.check(original, baseline_device)
+            given = unpruned([stages.fitted(artifact, original) for artifact in found], original)
+            if explain and any(artifact.pruned for artifact in given):
+                raise EdgeKitError(
+                    "these files are of a pruned network, which differs from the original from the start",
+                    "name the pruned network in the place of the original: NAME-pruned/model.pt2",
+                )
             evaluation = stages.evaluation_set(source, original)
         if max_drop is not None and evaluation.target is None:
             raise EdgeKitError(
                 "a largest drop cannot be proven: the data has no labels", "add labels, or drop --max-drop"
             )
         with progress.step("Running the original"):
-            outcome = stages.run_module(original.module, evaluation.feeds, baseline_device, threads)
+            key = baselines.key(original, evaluation.feeds, baseline_device, threads, rounds, TIMING)
+            kept = baselines.recall(key) if cache else None
+            outcome = kept.outputs if kept is not None else None
+            if outcome is None:
+                outcome = stages.run_module(original.module, evaluation.feeds, baseline_device, threads)
             reference = evaluation.cut(outcome)
-            right = None if evaluation.target is None else judge.correct(metric, reference[0], evaluation.target)
+            scores = None if evaluation.target is None else scale.score(reference, evaluation.target)
         outputs = {}
         same_machine = device.startswith(SAME_MACHINE)
         journal = stack.enter_context(Journal(resume))
@@ -218,8 +270,16 @@ def compare(
             ladder = explaining.explain(original, source, given, evaluation.feeds, there, same_machine, progress)
         files_to_time = [*given, *(r for r in references.values() if r not in given)]
         baseline_latency, timed = race(
-            original, files_to_time, evaluation, there, baseline_device, threads, journal, progress
+            original, files_to_time, evaluation, there, baseline_device, threads, rounds, kept, journal, progress
         )
+        if kept is None:
+            baselines.keep(key, outcome, baseline_latency.processes)
+        latencies = {f"{a.path.name} {a.precision}": latency for a, (_, latency) in timed.items()}
+        if same_machine and kept is None:
+            latencies["the original"] = baseline_latency
+        notes = (*notes, *throttling.notes(latencies, there))
+    about = (baselines.note(baseline_device), baselines.CACHED if kept is not None else None)
+    notes = (*notes, *filter(None, about))
     if not same_machine:
         notes = (*notes, f"the original ran here and the files on {device}: their times are no speed-up")
     measured = []
@@ -227,14 +287,23 @@ def compare(
         last, latency = timed[artifact]
         near = judge.parity(reference, outputs[artifact])
         result = None
-        if right is not None and evaluation.target is not None:
-            result = judge.accuracy(metric, right, judge.correct(metric, outputs[artifact][0], evaluation.target))
-        fp32_file = None if artifact.precision == "fp32" else references.get(artifact.format)
+        if scores is not None and evaluation.target is not None and isfinite(near.max_abs):
+            result = judge.accuracy(scale, scores, scale.score(outputs[artifact], evaluation.target))
+        is_reference = artifact.precision == "fp32" and not artifact.pruned
+        fp32_file = None if is_reference else references.get(artifact.format)
         fp32_last, fp32 = timed[fp32_file] if fp32_file is not None else (None, None)
         structure = suspects.structure(artifact)
         blamed = structure.suspects if structure else None
         verdict = judge.verdict(
-            artifact.precision, result, latency, fp32, near, max_drop, blamed, tune.most_sensitive(artifact)
+            artifact.precision,
+            result,
+            latency,
+            fp32,
+            near,
+            max_drop,
+            blamed,
+            tune.most_sensitive(artifact),
+            artifact.pruned is not None,
         )
         verdict = judge.explained(verdict, artifact, ladder or ())
         measured.append(
@@ -257,16 +326,18 @@ def compare(
                 last.instructions,
                 fp32_last.instructions if fp32_last is not None else None,
                 same_machine,
+                kept is not None,
             )
         )
-    accuracy = None if right is None else float(right.mean())
     baseline = Baseline(
         original.name,
         baseline_device,
-        accuracy,
-        metric if right is not None else None,
+        None if scores is None else metrics.value(scores),
+        None if scores is None else metric,
         evaluation.count,
         baseline_latency,
+        "points" if scores is None else scale.unit_of(scores),
+        kept is not None,
     )
     return Comparison(baseline, tuple(measured), (*original.notes, *source.notes, *notes, *journal.notes), ladder)
 
@@ -297,15 +368,23 @@ def identify(path: Path) -> Artifact:
             if artifact.path.name == path.name:
                 bundles.check_hash(path, entry["sha256"])
                 return artifact
-    return stages.bare(path)
+    return replace(stages.bare(path), pruned=pruned_files.fingerprint_of(path.parent))
+
+
+def unpruned(artifacts: Sequence[Artifact], original: Model) -> list[Artifact]:
+    """Returns artifacts without the mark of a pruned network where `original` is that network itself."""
+    if not any(artifact.pruned for artifact in artifacts):
+        return list(artifacts)
+    own = pruning.fingerprint(original.module)
+    return [replace(artifact, pruned=None) if artifact.pruned == own else artifact for artifact in artifacts]
 
 
 def fp32_references(
     original: Model, given: Sequence[Artifact], stack: ExitStack, progress: Progress
 ) -> tuple[dict[str, Artifact], tuple[str, ...]]:
     """Returns one fp32 file per format that needs one to compare with, given or exported for the while, and notes."""
-    references = {artifact.format: artifact for artifact in given if artifact.precision == "fp32"}
-    missing = sorted({a.format for a in given if a.precision != "fp32"} - references.keys())
+    references = {a.format: a for a in given if a.precision == "fp32" and not a.pruned}
+    missing = sorted({a.format for a in given if a.precision != "fp32" or a.pruned} - references.keys())
     notes: tuple[str, ...] = ()
     if original.onnx is not None and "executorch" in missing:
         missing.remove("executorch")
@@ -329,27 +408,31 @@ def race(
     device: Device,
     baseline_device: str,
     threads: int,
+    rounds: int,
+    kept: baselines.Kept | None,
     journal: Journal,
     progress: Progress,
 ) -> tuple[Latency, dict[Artifact, tuple[Any, Latency | None]]]:
-    """Times the original and every artifact in turn, ROUNDS times; returns latencies and each one's last result.
+    """Times the original and every artifact in turn, `rounds` times; returns latencies and each one's last result.
 
-    On an emulated device each artifact runs once, for its instructions, and has no latency.
+    The original is not timed again where that is `kept` of an earlier command. On an emulated device each artifact runs
+    once, for its instructions, and has no latency.
     """
     feeds = [feed[: bundles.GOLDEN_SAMPLES] for feed in evaluation.feeds]
     eager: list[tuple[float, ...]] = []
     results: dict[Artifact, list[Any]] = {artifact: [] for artifact in artifacts}
-    with progress.step("Measuring latency", ROUNDS * (len(artifacts) + 1)) as advance:
-        for count in range(ROUNDS):
-            eager.append(stages.time_module(original.module, feeds, baseline_device, threads, TIMING))
-            advance()
+    with progress.step("Measuring latency", rounds * (len(artifacts) + (kept is None))) as advance:
+        for count in range(rounds):
+            if kept is None:
+                eager.append(stages.time_module(original.module, feeds, baseline_device, threads, TIMING))
+                advance()
             for artifact in artifacts:
                 if count == 0 or device.timing == "measured":
                     run = journal.run(artifact, feeds, device=device, number=count, threads=threads, timing=TIMING)
                     results[artifact].append(run)
                 advance()
     timed = {artifact: (runs[-1], latency_of(runs, threads)) for artifact, runs in results.items()}
-    return Latency(tuple(eager), threads), timed
+    return Latency(kept.processes if kept is not None else tuple(eager), threads), timed
 
 
 def latency_of(runs: Sequence[Any], threads: int) -> Latency | None:
@@ -396,6 +479,7 @@ def profile(
         if ops:
             with progress.step("Profiling the ops"):
                 times, notes = _op_times(subject, feeds, there, threads, latency_of(runs, threads), trace)
+        notes = (*notes, *throttling.notes({subject.path.name: latency_of(runs, threads)}, there))
     last = runs[-1]
     return Profile(
         subject,

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from edgekit.model import Model
 
+MANIFEST = "prune.json"
 PROGRAM, WEIGHTS = "model.pt2", "model.safetensors"
 FILES = (PROGRAM, WEIGHTS)
 MARK = ("edgekit", "pruned")  # in a .safetensors file: its tensors have fewer channels than the code makes
@@ -27,7 +28,7 @@ def save(original: Model, pruned: torch.nn.Module, model: Any, code: str | None,
     pruned network cannot be captured, or a file does not give its outputs.
     """
     files.write(folder / PROGRAM, program_bytes(original, pruned))
-    files.write(folder / WEIGHTS, weight_bytes(pruned))
+    files.write(folder / WEIGHTS, weight_bytes(pruned.inner))
     _check(folder / PROGRAM, original, pruned, None)
     from edgekit.openers import is_code
 
@@ -59,11 +60,11 @@ def program_bytes(original: Model, pruned: Any) -> bytes:
     return held.getvalue()
 
 
-def weight_bytes(pruned: Any) -> bytes:
-    """Returns the state_dict as .safetensors, marked so that EdgeKit narrows the code's layers to its shapes."""
+def weight_bytes(module: torch.nn.Module) -> bytes:
+    """Returns the state_dict of the user's module, marked so that EdgeKit narrows the code's layers to its shapes."""
     from safetensors.torch import save
 
-    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in pruned.inner.state_dict().items()}
+    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in module.state_dict().items()}
     return save(tensors, metadata=dict([MARK, ("format", "pt")]))
 
 
@@ -73,6 +74,17 @@ def is_pruned(path: Path) -> bool:
 
     with safe_open(path, framework="pt") as opened:
         return (opened.metadata() or {}).get(MARK[0]) == MARK[1]
+
+
+def fingerprint_of(folder: Path) -> str | None:
+    """Returns the fingerprint of the pruned network that the files in `folder` are of; None where there is none."""
+    import json
+
+    try:
+        found = json.loads((folder / MANIFEST).read_text("utf-8"))["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, str) else None
 
 
 def _check(path: Path, original: Model, pruned: torch.nn.Module, code: str | None) -> None:

@@ -292,6 +292,24 @@ class Program:
                 found |= {key or (number, i): entry for i, (key, entry) in enumerate(payload.constants())}
         return found
 
+    def constant_values(self) -> Iterator[tuple[str, tuple[int, ...], bytes]]:
+        """Dtype name, shape and bytes of each constant: those of kernels, then those of XNNPACK's parts."""
+        segment = self.root.table("constant_segment", "segment_index offsets")
+        if segment is not None:
+            held, offsets = self._segment(segment.number("segment_index")), segment.numbers("offsets", "Q")
+            for index in range(len(self.values)):
+                tensor = self.tensor(index)
+                if tensor is not None and self._constant(tensor):
+                    dtype, shape = _dtype(tensor), tensor.numbers("sizes")
+                    start = offsets[tensor.number("data_buffer_idx")]
+                    yield dtype, shape, held[start : start + stored_bytes(dtype, shape)]
+        named = {n.text("key"): n.number("segment_index") for n in self.root.tables("named_data", "key segment_index")}
+        for _, payload in self.delegates:
+            if isinstance(payload, XnnGraph):
+                for dtype, shape, key, inline in payload.constant_values():
+                    raw = self._segment(named[key]) if key else inline
+                    yield dtype, shape, raw[: stored_bytes(dtype, shape)]
+
     def _constant(self, tensor: Table) -> bool:
         return tensor.number("data_buffer_idx") > 0 and tensor.table("allocation_info", "memory_id") is None
 
@@ -321,12 +339,13 @@ class XnnGraph:
 
     def __init__(self, payload: bytes) -> None:
         """Raises ValueError where the payload is shorter than its header says."""
-        start, size = 0, len(payload)
+        start, size, self.constant_base = 0, len(payload), 0
         if payload[4:8] == b"XH00":
-            start, size = struct.unpack_from("<II", payload, 10)
+            start, size, self.constant_base = struct.unpack_from("<III", payload, 10)
             if start + size > len(payload):
                 raise ValueError("an XNNPACK part is shorter than its header says")
         data = payload[start : start + size]
+        self.payload = payload
         self.root = Table(data, struct.unpack_from("<I", data, 0)[0], GRAPH)
         self.tensors: dict[int, Table] = {}
         for value in self.root.tables("xvalues", "type value"):
@@ -369,6 +388,21 @@ class XnnGraph:
                 dtype = XNN_DTYPES[tensor.number("datatype", "<h")]
                 shape = tensor.numbers("dims", "I")
                 yield keys[index] if index < len(keys) else "", (dtype, stored_bytes(dtype, shape))
+
+    def constant_values(self) -> Iterator[tuple[str, tuple[int, ...], str, bytes]]:
+        """Dtype name, shape, key and bytes of each constant; with a key the bytes lie in the program's named data."""
+        places = self.root.tables("constant_data", "offset size named_key")
+        for tensor in self.tensors.values():
+            index = tensor.number("constant_buffer_idx")
+            if not index:
+                continue
+            key, raw = "", b""
+            if index < len(places):
+                place = places[index]
+                key = place.text("named_key")
+                start = self.constant_base + place.number("offset", "<Q")
+                raw = b"" if key else self.payload[start : start + place.number("size", "<Q")]
+            yield XNN_DTYPES[tensor.number("datatype", "<h")], tensor.numbers("dims", "I"), key, raw
 
     def _constant(self, value: int) -> bool:
         return self.tensors[value].number("constant_buffer_idx") > 0

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import isfinite
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from edgekit.bundle import Bundle
-from edgekit.results import Comparison, Culprit, Latency, Measurement, OpTimes, Profile, Replay
+from edgekit.results import (
+    UNITS,
+    Accuracy,
+    Comparison,
+    Culprit,
+    Interval,
+    Latency,
+    Measurement,
+    OpTimes,
+    Profile,
+    Replay,
+    Unit,
+)
 from edgekit.targets import TARGETS
-
-if TYPE_CHECKING:
-    from edgekit.pruning import Pruned
 
 EMULATED = "emulated: instructions of one run, not times"
 VERDICT_STYLES = {"ship": "bold green", "reject": "bold red", "inconclusive": "bold yellow"}
@@ -106,7 +115,8 @@ def comparison_report(comparison: Comparison) -> RenderableType:
     """Shows every artifact beside the original: accuracy, speed, size, memory and the verdict with its reasons."""
     base = comparison.baseline
     labeled = base.accuracy is not None
-    quality = [base.metric or "", "drop (95 %)"] if labeled else ["agreement", "cosine"]
+    drop = "rise in % (95 %)" if base.unit == "percent" else "drop (95 %)"
+    quality = [base.metric or "", drop] if labeled else ["agreement", "cosine"]
     rows = table(
         "artifact",
         *quality,
@@ -121,13 +131,13 @@ def comparison_report(comparison: Comparison) -> RenderableType:
         "memory",
         "verdict",
     )
-    first = f"{100 * base.accuracy:.2f} %" if base.accuracy is not None else ""
+    first = quantity(base.accuracy, base.unit) if base.accuracy is not None else ""
     lat = base.latency
     emulated = any(m.timing == "emulated" for m in comparison.artifacts)
     if emulated:
         rows.add_column("instructions", justify="right", header_style="dim")
     rows.add_row(
-        f"original ({base.device})",
+        f"original ({base.device}{', cached' if base.cached else ''})",
         first,
         "",
         "",
@@ -140,7 +150,8 @@ def comparison_report(comparison: Comparison) -> RenderableType:
         "",
     )
     for m in comparison.artifacts:
-        rows.add_row(*_comparison_row(m), *([instructions(m.instructions, m.fp32_instructions)] if emulated else []))
+        counted = [instructions(m.instructions, m.fp32_instructions)] if emulated else []
+        rows.add_row(*_comparison_row(m, labeled), *counted)
     reasons = [
         Text.assemble((f"{_label(m)}: ", "bold"), (m.verdict.word, VERDICT_STYLES[m.verdict.word]), f"  {reason}")
         for m in comparison.artifacts
@@ -148,7 +159,9 @@ def comparison_report(comparison: Comparison) -> RenderableType:
         if m.verdict.word != "ship"
     ]
     threads = f"{lat.threads} thread{'s' if lat.threads > 1 else ''}"
-    caption = f"{base.samples:,} samples; latency over {len(lat.processes)} interleaved processes, {threads}"
+    rounds = len(next((m.latency.processes for m in comparison.artifacts if m.latency), lat.processes))
+    caption = f"{base.samples:,} samples; latency over {rounds} interleaved processes, {threads}"
+    caption += "".join(f"; {line}" for line in _how(comparison))
     if emulated:
         caption += f"; {EMULATED}"
     ladder = ladder_report(comparison) if comparison.ladder is not None else ()
@@ -181,10 +194,45 @@ def culprit_line(culprit: Culprit | str) -> str:
     return f"the first op that differs: {culprit.op} '{culprit.node}' ({near} to what EdgeKit exports now)"
 
 
-def _comparison_row(m: Measurement) -> list[RenderableType]:
+def quantity(value: float, unit: Unit) -> str:
+    """Returns a metric: shares in percent, all else as it is."""
+    return f"{100 * value:.2f} %" if unit == "points" else f"{value:.4g}"
+
+
+def _drop(accuracy: Accuracy) -> str:
+    """Returns a drop with its interval, and below it McNemar's p-value where there is one."""
+    digits = UNITS[accuracy.unit][2]
+    drop, low, high = (f"{value:{digits}}" for value in (accuracy.drop, *accuracy.ci95))
+    shown = f"{drop} ({low} to {high})" if isfinite(accuracy.ci95[1]) else f"{drop} (no interval)"
+    return shown if accuracy.p_value is None else f"{shown}\np = {accuracy.p_value:.2g}"
+
+
+def _faster(ratio: float | None, interval: Interval | None) -> str:
+    """Returns a speed-up, and below it its interval."""
+    if ratio is None:
+        return "–"
+    return f"{ratio:.2f}x" + (f"\n{interval[0]:.2f} to {interval[1]:.2f}" if interval else "")
+
+
+def _how(comparison: Comparison) -> list[str]:
+    """Returns how the intervals in the table were found."""
+    ways = {
+        "Agresti-Min": "drops by Agresti-Min's interval, p by McNemar's exact test",
+        "paired bootstrap": "drops by a paired bootstrap",
+        "Clopper-Pearson": "drops of 0 by Clopper-Pearson's interval",
+    }
+    used = {m.accuracy.interval for m in comparison.artifacts if m.accuracy}
+    found = [words for name, words in ways.items() if name in used]
+    if any(m.speedup_fp32_ci95 for m in comparison.artifacts):
+        found.append("speed-ups with Student's 95 % interval over the rounds")
+    return found
+
+
+def _comparison_row(m: Measurement, labeled: bool) -> list[RenderableType]:
     if m.accuracy is not None:
-        low, high = m.accuracy.ci95
-        quality = [f"{100 * m.accuracy.value:.2f} %", f"{m.accuracy.drop:.2f} ({low:.2f} to {high:.2f})"]
+        quality = [quantity(m.accuracy.value, m.accuracy.unit), _drop(m.accuracy)]
+    elif labeled:
+        quality = ["–", "–"]
     else:
         agreement = m.parity.agreement
         quality = ["–" if agreement is None else f"{100 * agreement:.1f} %", f"{m.parity.cosine:.4f}"]
@@ -193,42 +241,13 @@ def _comparison_row(m: Measurement) -> list[RenderableType]:
         *quality,
         _decibel(m.parity.sqnr_db, m.parity.max_abs),
         *percentiles(m.latency),
-        f"{m.speedup_fp32:.2f}x" if m.speedup_fp32 else "–",
-        f"{m.speedup:.2f}x" if m.speedup else "–",
+        _faster(m.speedup_fp32, m.speedup_fp32_ci95),
+        _faster(m.speedup, m.speedup_ci95),
         size(m.artifact.size_bytes),
         milliseconds(m.load_ms),
         size(m.peak_rss_bytes),
         Text(m.verdict.word, style=VERDICT_STYLES[m.verdict.word]),
     ]
-
-
-def pruning_report(pruned: Pruned) -> RenderableType:
-    """Shows what each layer lost, what kept its width and why, and what that did to the whole."""
-    rows = table("layer", "kind", "weight before", "after", "multiply-adds before", "after", "")
-    for layer in pruned.layers:
-        rows.add_row(
-            Text(layer.name),
-            layer.kind,
-            "x".join(map(str, layer.before)),
-            "x".join(map(str, layer.after)) if layer.after != layer.before else "same",
-            count(layer.macs_before),
-            count(layer.macs_after) if layer.macs_after != layer.macs_before else "same",
-            Text(f"keeps its outputs: {layer.kept}", style="dim") if layer.kept else "",
-        )
-    (macs, fewer), (parameters, left) = pruned.macs, pruned.parameters
-    total = table("", "before", "after", "removed")
-    total.add_row("multiply-adds", count(macs), count(fewer), f"{100 * (1 - fewer / macs):.1f} %")
-    total.add_row("parameters", count(parameters), count(left), f"{100 * (1 - left / parameters):.1f} %")
-    if pruned.accuracy is not None and pruned.unrecovered is not None:
-        now, low_high = pruned.accuracy, pruned.accuracy.ci95
-        after = f"{100 * now.value:.2f} %"
-        drop = f"{now.drop:.2f} points ({low_high[0]:.2f} to {low_high[1]:.2f})"
-        total.add_row(now.metric, f"{100 * now.baseline:.2f} %", after, drop)
-        if pruned.recovered is not None:
-            total.add_row("  without fine-tuning", "", f"{100 * pruned.unrecovered.value:.2f} %", "")
-    hint = "  export model.pt2, or the weights with --code"
-    head = Text.assemble(("Wrote ", ""), (f"{pruned.path}/", "bold"), hint)
-    return Group(rows, Text(""), total, head, *notes(pruned.notes))
 
 
 def count(number: int) -> str:
@@ -263,21 +282,24 @@ def profile_report(profile: Profile) -> RenderableType:
 
 
 def ops_report(times: OpTimes) -> RenderableType:
-    """Shows the time of each kind of op, and what a run with and without the profiler takes."""
+    """Shows the time of each kind of op and between the ops, and what a run with and without the profiler takes."""
     inflated = times.scale < 1
     rows = table("op", "count", "µs", "share", *(["µs scaled"] if inflated else []))
     for op, (count, us) in times.by_op().items():
         scaled = [f"{us * times.scale:.1f}"] if inflated else []
-        rows.add_row(Text(op), str(count), f"{us:.1f}", f"{100 * us / (times.sum_us or 1):.1f} %", *scaled)
-    if not inflated:
-        rows.add_row(Text("outside the ops", style="dim"), "", f"{times.outside_us:.1f}", "")
-    told = (
-        f"the ops sum to {times.sum_us:.0f} µs, a run takes {times.whole_us:.0f} µs in the runtime under its profiler "
-        f"and {times.latency_us:.0f} µs (p50) without it; means of {times.runs} runs"
-    )
+        rows.add_row(Text(op), str(count), *_part(us, times.whole_us), *scaled)
+    rows.add_row(Text("runtime, between the ops", style="dim"), "", *_part(times.between_us, times.whole_us))
+    rows.add_row("a run under the profiler", "", *_part(times.whole_us, times.whole_us))
+    told = f"means of {times.runs} runs; a run without profiler takes {times.latency_us:.1f} µs (p50), call included"
     if inflated:
-        told += "; the profiler's own cost is in the times, and scaled they sum to the p50"
+        told += "; the profiler's own cost is in the times, and scaled those of the ops sum to the p50"
+    elif times.whole_us > times.latency_us:
+        told += "; the profiler's own cost is in the times, most of it between the ops"
     return Group(rows, Text(told, style="dim"))
+
+
+def _part(us: float, whole_us: float) -> tuple[str, str]:
+    return f"{us:.1f}", f"{100 * us / (whole_us or 1):.1f} %"
 
 
 def replay_report(replays: Sequence[Replay]) -> RenderableType:

@@ -11,6 +11,14 @@ from typing import Any, Literal
 SUFFIXES = {"executorch": ".pte", "onnx": ".onnx", "tflite": ".tflite"}  # format → what its files' names end in
 Layout = Literal["nchw", "nhwc"]
 LAYOUTS: tuple[Layout, ...] = ("nchw", "nhwc")  # of images in a file; EdgeKit's own arrays are always NCHW
+Unit = Literal["points", "percent", "units"]
+# Unit of a drop → what it is called, what stands behind its number, and how that is written.
+UNITS: dict[Unit, tuple[str, str, str]] = {
+    "points": ("accuracy drop", " points", ".2f"),  # of a share, higher for better: 100 · (original − file)
+    "percent": ("rise of the error", " %", ".2f"),  # of the original's error, lower for better
+    "units": ("drop of the metric", "", ".3g"),  # of a user's own scores, higher for better
+}
+Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,8 @@ def axis_order(rank: int, layout: Layout) -> tuple[int, ...]:
 class Artifact:
     """One exported file, with the names and specs of its inputs and outputs where they are known.
 
-    The shapes in the specs are NCHW; `layout` says how the file itself takes and gives rank-4 tensors.
+    The shapes in the specs are NCHW; `layout` says how the file itself takes and gives rank-4 tensors. `pruned` is the
+    fingerprint of the pruned network that it was exported from, None where it was not pruned.
     """
 
     path: Path
@@ -43,6 +52,7 @@ class Artifact:
     inputs: tuple[TensorSpec, ...] = ()
     outputs: tuple[TensorSpec, ...] = ()
     layout: Layout = "nchw"
+    pruned: str | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -91,11 +101,29 @@ class Latency:
         return percentile(self.samples, q)
 
     @property
+    def medians(self) -> tuple[float, ...]:
+        """The median of each process, in ms."""
+        from edgekit.measure import percentile
+
+        return tuple(percentile(process, 50) for process in self.processes)
+
+    @property
     def p50(self) -> float:
         """Median over the processes of each process's median, in ms: one disturbed process does not move it."""
         from edgekit.measure import percentile
 
-        return percentile([percentile(process, 50) for process in self.processes], 50)
+        return percentile(self.medians, 50)
+
+    @property
+    def slowdown(self) -> float | None:
+        """How many times slower the runs became, as a throttled processor's do, or None where they did not.
+
+        It is the most that a process slowed down (see `measure.slowdown`), or all processes one after another.
+        """
+        from edgekit.measure import slowdown
+
+        found = [ratio for part in (*self.processes, self.medians) if (ratio := slowdown(part)) is not None]
+        return max(found, default=None)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the JSON form: percentiles in ms, number of samples, threads."""
@@ -106,33 +134,56 @@ class Latency:
             "n": len(self.samples),
             "processes": len(self.processes),
             "threads": self.threads,
+            "slowdown": self.slowdown,
         }
+
+
+def drop(unit: Unit, baseline: Any, value: Any) -> Any:
+    """Returns how much worse `value` is than `baseline`, in `unit` (see UNITS): of numbers, or element by element."""
+    if unit == "percent":
+        return 100 * (value / baseline - 1)
+    return (100 if unit == "points" else 1) * (baseline - value)
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """A metric of an artifact against the original's on the same samples; `drop` and `ci95` in points."""
+    """A metric of an artifact against the original's on the same samples; the drop and its `ci95` are in `unit`.
+
+    `interval` says how `ci95` was found; it is infinite where there are too few samples. Where the metric is a share
+    of right samples, `lost` and `won` count those that one of the two gets right alone, and `p_value` is that of
+    McNemar's exact test.
+    """
 
     metric: str
     n: int
     value: float
     baseline: float
-    ci95: tuple[float, float]
+    ci95: Interval
+    unit: Unit = "points"
+    interval: str = "Agresti-Min"
+    p_value: float | None = None
+    lost: int | None = None
+    won: int | None = None
 
     @property
     def drop(self) -> float:
-        """Baseline minus value, in points (percent of samples for top-1)."""
-        return 100 * (self.baseline - self.value)
+        """How much worse the artifact is than the original, in `unit`: points (percent of samples) for top-1."""
+        return float(drop(self.unit, self.baseline, self.value))
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the JSON form."""
+        """Returns the JSON form; `drop_points` and `ci95_points` are in `unit`, null where they have no bound."""
         return {
             "metric": self.metric,
             "n": self.n,
             "value": self.value,
             "baseline": self.baseline,
             "drop_points": self.drop,
-            "ci95_points": list(self.ci95),
+            "ci95_points": [finite(bound) for bound in self.ci95],
+            "unit": self.unit,
+            "interval": self.interval,
+            "p_value": self.p_value,
+            "lost": self.lost,
+            "won": self.won,
         }
 
 
@@ -151,7 +202,8 @@ class Measurement:
     `structure` counts what in an int8 file does not run in int8 (see `suspects.Structure`; None for other files), and
     `suspects` says it in words. On an emulated device `timing` is "emulated" and every figure in ms and bytes is None:
     `instructions` of one run, and of one of the fp32 file, are counted instead. `same_machine` is False where the
-    original ran here and the file on another machine: their times are no speed-up.
+    original ran here and the file on another machine: their times are no speed-up. `baseline_cached` says that the
+    original's time is of an earlier command.
     """
 
     artifact: Artifact
@@ -172,6 +224,7 @@ class Measurement:
     instructions: int | None = None
     fp32_instructions: int | None = None
     same_machine: bool = True
+    baseline_cached: bool = False
 
     @property
     def speedup(self) -> float | None:
@@ -183,8 +236,23 @@ class Measurement:
         """How many times faster than the fp32 file in the same runtime, by p50; None for fp32 files themselves."""
         return self.fp32_latency.p50 / self.latency.p50 if self.latency and self.fp32_latency else None
 
+    @property
+    def speedup_ci95(self) -> Interval | None:
+        """The 95 % interval of `speedup`; None of one process, and where the original was not measured beside it."""
+        from edgekit.intervals import speedup
+
+        beside = self.latency is not None and self.same_machine and not self.baseline_cached
+        return speedup(self.baseline_latency, self.latency) if self.latency and beside else None
+
+    @property
+    def speedup_fp32_ci95(self) -> Interval | None:
+        """The 95 % interval of `speedup_fp32`; None of one process."""
+        from edgekit.intervals import speedup
+
+        return speedup(self.fp32_latency, self.latency) if self.latency and self.fp32_latency else None
+
     def within(self, max_drop: float) -> bool:
-        """Whether the drop is proven to be at most `max_drop` points: by the bound of its interval."""
+        """Whether the drop is proven to be at most `max_drop`, in its own unit: by the bound of its interval."""
         return self.accuracy is not None and self.accuracy.ci95[1] <= max_drop
 
     def to_dict(self) -> dict[str, Any]:
@@ -205,7 +273,9 @@ class Measurement:
             "baseline_latency_ms": self.baseline_latency.to_dict(),
             "fp32_latency_ms": self.fp32_latency.to_dict() if self.fp32_latency else None,
             "speedup": self.speedup,
+            "speedup_ci95": _listed(self.speedup_ci95),
             "speedup_fp32": self.speedup_fp32,
+            "speedup_fp32_ci95": _listed(self.speedup_fp32_ci95),
             "load_ms": self.load_ms,
             "first_ms": self.first_ms,
             "peak_rss_bytes": self.peak_rss_bytes,
@@ -218,7 +288,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Baseline:
-    """The original model as it was measured."""
+    """The original model as it was measured; `cached` where that was by an earlier command on the same data."""
 
     model: str
     device: str
@@ -226,6 +296,8 @@ class Baseline:
     metric: str | None
     samples: int
     latency: Latency
+    unit: Unit = "points"
+    cached: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the JSON form."""
@@ -236,6 +308,9 @@ class Baseline:
             "accuracy": self.accuracy,
             "n": self.samples,
             "latency_ms": self.latency.to_dict(),
+            "arithmetic": "fp32",
+            "tf32": False,
+            "cached": self.cached,
         }
 
 
@@ -291,6 +366,11 @@ class Comparison:
     ladder: tuple[Rung, ...] | None = None
 
     @property
+    def unit(self) -> str:
+        """What stands behind a drop of the metric: ` points`, ` %` or nothing."""
+        return UNITS[self.baseline.unit][1]
+
+    @property
     def first_divergence(self) -> Rung | None:
         """The first rung of the ladder that something is wrong with."""
         return next((rung for rung in self.ladder or () if rung.problem is not None), None)
@@ -311,6 +391,10 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def _listed(interval: Interval | None) -> list[float] | None:
+    return None if interval is None else list(interval)
+
+
 @dataclass(frozen=True)
 class OpTime:
     """One op of a file: its kind, its name where the runtime tells one, and its time in µs."""
@@ -325,7 +409,7 @@ class OpTimes:
     """The time of each op of a file under the runtime's profiler, in the order in which they run.
 
     `whole_us` is that of a profiled run as the runtime itself sees it, `latency_us` the p50 of a run without profiler.
-    A profiler costs time of its own, and its clock may count whole microseconds only.
+    A profiler costs time of its own, in the ops and between them.
     """
 
     ops: tuple[OpTime, ...]
@@ -344,6 +428,11 @@ class OpTimes:
         return min(1.0, self.latency_us / self.sum_us) if self.sum_us else 1.0
 
     @property
+    def between_us(self) -> float:
+        """What of a profiled run is in no op: the runtime's work, and its profiler's, between them. In µs."""
+        return max(0.0, self.whole_us - self.sum_us)
+
+    @property
     def outside_us(self) -> float:
         """What of a run without profiler is in no op: calls, copies, the runtime itself. In µs."""
         return max(0.0, self.latency_us - self.sum_us)
@@ -358,10 +447,11 @@ class OpTimes:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the JSON form of `profile --ops`."""
-        total = self.sum_us or 1.0
+        total = self.whole_us or 1.0
         return {
             "runs": self.runs,
             "sum_us": self.sum_us,
+            "between_us": self.between_us,
             "profiled_run_us": self.whole_us,
             "latency_us": self.latency_us,
             "scale": self.scale,

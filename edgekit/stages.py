@@ -121,16 +121,19 @@ def quickest_threads(original: Model) -> Iterator[None]:
 
     from edgekit import measure
 
+    def run_ms(count: int, runs: int) -> float:
+        torch.set_num_threads(count)
+        times = measure.time_runs(
+            lambda: original.module(*original.example), warmup_runs=1, seconds=0, min_runs=runs, max_runs=runs
+        )
+        return measure.percentile(times, 50)
+
     most = torch.get_num_threads()
-    medians = {}
     with torch.inference_mode():
-        for count in {1, most}:
-            torch.set_num_threads(count)
-            runs = measure.time_runs(
-                lambda: original.module(*original.example), warmup_runs=1, seconds=0, min_runs=5, max_runs=5
-            )
-            medians[count] = measure.percentile(runs, 50)
-    torch.set_num_threads(most if medians[most] < 0.8 * medians[1] else 1)
+        alone = run_ms(1, 5)
+        # A first run tells of threads that would take seconds to be measured.
+        together = most > 1 and run_ms(most, 1) < 2 * alone and run_ms(most, 5) < 0.8 * alone
+    torch.set_num_threads(most if together else 1)
     try:
         yield
     finally:
@@ -404,18 +407,25 @@ def evaluation_set(source: sources.Data, original: Model, stream: Iterable[sourc
 def time_module(
     module: torch.nn.Module, feeds: Sequence[np.ndarray], device: str, threads: int, timing: Timing
 ) -> tuple[float, ...]:
-    """Times the original in this process, on `device` with `threads` threads; returns latencies in ms."""
+    """Times the original in this process, on `device` with `threads` threads; returns latencies in ms.
+
+    On "cuda" they are those of the forward pass by CUDA events, without the copies to the GPU and back.
+    """
     import os
     from itertools import cycle
 
     from edgekit import measure
 
-    samples = cycle([{f"input_{i}": feed[run] for i, feed in enumerate(feeds)} for run in range(len(feeds[0]))])
+    samples = [{f"input_{i}": feed[run] for i, feed in enumerate(feeds)} for run in range(len(feeds[0]))]
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
     with in_process(module, device, threads) as session:
         try:
             measure.pin(threads)
-            return tuple(measure.time_runs(lambda: session.run(next(samples)), **asdict(timing)))
+            if device == "cuda":
+                call, own_ms = session.clocked(samples)
+                return tuple(measure.time_runs(call, own_ms=own_ms, **asdict(timing)))
+            turns = cycle(samples)
+            return tuple(measure.time_runs(lambda: session.run(next(turns)), **asdict(timing)))
         finally:
             if cores is not None:
                 os.sched_setaffinity(0, cores)
@@ -436,7 +446,11 @@ def opened(device: str, baseline: str = "cpu", timeout: float | None = None) -> 
         import torch
 
         if not torch.cuda.is_available():
-            raise EdgeKitError("torch finds no CUDA device here", "leave out --baseline-device")
+            why = "finds no CUDA device here" if torch.version.cuda else "is built without CUDA"
+            raise EdgeKitError(
+                f"torch {torch.__version__} {why}",
+                "leave out --baseline-device, or use a machine with an NVIDIA GPU and a CUDA build of torch",
+            )
     there = open_device(device)
     try:
         there.probe()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from edgekit import data as sources
@@ -50,7 +51,7 @@ def labeled(
     original: Sequence[TensorSpec],
     most: int | None = None,
 ) -> Iterator[tuple[Tensors, torch.Tensor | None]]:
-    """Yields batches shaped as `inputs` say, with labels where there are any: `most` samples at most.
+    """Yields batches shaped as `inputs` say, with labels where there are class indices: `most` samples at most.
 
     The last batch is smaller, or left out where `inputs` are the model's `original` ones, which it takes in full only.
     """
@@ -64,9 +65,18 @@ def labeled(
         if fixed and real < len(arrays[0]) and count:
             return
         part = len(arrays[0]) if fixed else real
-        labels = None if target is None or len(target) < part else torch.from_numpy(target[:part]).long()
+        labels = None
+        if target is not None and target.ndim == 1 and target.dtype.kind in "iu" and len(target) >= part:
+            labels = torch.from_numpy(target[:part]).long()
         yield tuple(torch.from_numpy(array[:part]) for array in arrays), labels
         count += part
+
+
+def lessons(train: Any, original: Model, mean: Sequence[float], std: Sequence[float]) -> sources.Data:
+    """Opens the source `train`, whose images are of the size that `original` takes."""
+    shape = original.inputs[0].shape
+    size = (shape[1], shape[2], shape[3]) if len(shape) == 4 else None
+    return sources.load(train, image_size=size, mean=mean, std=std)
 
 
 @dataclass(frozen=True)
@@ -93,6 +103,19 @@ class Memory:
         order = torch.randperm(len(self), generator=generator)[: self.steps * self.batch]
         for part in order.split(self.batch):
             yield tuple(tensor[part] for tensor in self.inputs), None if self.labels is None else self.labels[part]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Epochs of `steps` batches each, which are drawn from all samples of `whole`; none are held out."""
+
+    whole: Memory
+    steps: int
+    held_out: tuple[Tensors, ...] = ()
+
+    def epoch(self, generator: torch.Generator) -> Iterator[tuple[Tensors, torch.Tensor | None]]:
+        """Yields each batch of one epoch."""
+        return islice(self.whole.epoch(generator), self.steps)
 
 
 def read(stream: Iterable[sources.Batch], original: Model, seed: int) -> Memory:

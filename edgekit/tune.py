@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekit import bundle as bundles
 from edgekit import data as sources
-from edgekit import judge, stages
+from edgekit import judge, metrics, stages
 from edgekit.errors import EdgeKitError
 from edgekit.progress import Progress
 from edgekit.results import Accuracy, Artifact
@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from edgekit.metrics import Scores
     from edgekit.model import Model
     from edgekit.quant.recipes import Calibrated, Compressed
     from edgekit.quant.sensitivity import Layer, Simulation
 
 PRECISION = "int8"  # the one whose layers can be told apart: all others keep activations in float
-METRIC = "top1"
+METRIC = metrics.METRICS["top1"]
 MOST_NAMED = 3
 NO_LABELS = "give labels: y in an .npz, class folders, or targets from FILE.py:function"
 
@@ -134,7 +135,7 @@ class _Scale:
 
     evaluation: stages.Evaluation
     target: np.ndarray
-    right: np.ndarray
+    right: Scores
     samples: str
     max_drop: float
     progress: Progress
@@ -163,7 +164,7 @@ class _Scale:
                 logits.append(simulation.outputs(batch, quantized)[0].numpy())
                 advance()
         outputs = self.evaluation.cut([np.stack(logits)])
-        return judge.accuracy(METRIC, self.right, judge.correct(METRIC, outputs[0], self.target))
+        return judge.accuracy(METRIC, self.right, METRIC.score(outputs, self.target))
 
 
 def _scale(original: Model, source: sources.Data, max_drop: float, progress: Progress) -> _Scale:
@@ -180,7 +181,7 @@ def _scale(original: Model, source: sources.Data, max_drop: float, progress: Pro
         raise EdgeKitError("--max-drop needs labels to measure what int8 loses, and the data has none", NO_LABELS)
     with progress.step("Running the original"):
         outputs = found.cut(stages.run_module(original.module, found.feeds))
-    return _Scale(found, found.target, judge.correct(METRIC, outputs[0], found.target), samples, max_drop, progress)
+    return _Scale(found, found.target, METRIC.score(outputs, found.target), samples, max_drop, progress)
 
 
 def _calibrated(

@@ -77,6 +77,24 @@ class DropCopies(ExportPass):
         return super().call_operator(op, args, kwargs, meta)
 
 
+class PlainMoves(ExportPass):
+    """Spells squeeze, unsqueeze and select as views and slices, which XNNPACK takes: torch's attention has six each."""
+
+    def call_operator(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], meta: NodeMetadata) -> ProxyValue:
+        """Returns the view, and any other operator as it is."""
+        aten = exir_ops.edge.aten
+        if op == aten.select_copy.int:
+            source, dim, index = args
+            shape = source.to_tensor().shape
+            dim, index = dim % len(shape), index % shape[dim]
+            part = super().call_operator(aten.slice_copy.Tensor, (source, dim, index, index + 1), {}, meta)
+        elif op in (aten.unsqueeze_copy.default, aten.squeeze_copy.dim, aten.squeeze_copy.dims):
+            part = args[0]
+        else:
+            return super().call_operator(op, args, kwargs, meta)
+        return super().call_operator(aten.view_copy.default, (part, list(meta["val"].shape)), {}, meta)
+
+
 OWN_CONFIGS = {ConstantPadConfig: QuantizedPadConfig, LinearConfig: WeightOnlyLinearConfig}
 PARTITIONER_CONFIGS = [OWN_CONFIGS.get(row, row) for row in ALL_PARTITIONER_CONFIGS]
 
@@ -137,7 +155,7 @@ def to_executorch(program: ExportedProgram) -> Lowered:
         with lean(program):
             edge = to_edge_transform_and_lower(
                 program,
-                transform_passes=[DropCopies()],
+                transform_passes=[DropCopies(), PlainMoves()],
                 partitioner=[XnnpackPartitioner(configs=PARTITIONER_CONFIGS)],
                 compile_config=EdgeCompileConfig(_check_ir_validity=False),
             )

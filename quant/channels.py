@@ -3,7 +3,8 @@
 Torch-Pruning's dependency graph (https://arxiv.org/abs/2301.12900) finds the layers that share channels: through
 residual sums, concatenations, grouped and depthwise convolutions. What it finds is proved before it is used: a network
 with channels taken out must compute exactly what it computes with these channels set to zero. Where that does not hold
-(a forward pass with numbers built in, a reshape that was not followed) the channels stay, with the reason.
+(a forward pass with numbers built in, a reshape that was not followed) the channels stay, with the reason. Residual
+branches, which can go as a whole, are proved alike.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch_pruning
 from torch import nn
 
 from edgekit.errors import EdgeKitError
+from edgekit.quant.branches import branches
 from edgekit.quant.surgery import (
     BATCH_NORMS,
     COMPUTING,
@@ -42,7 +44,7 @@ SAME = 1e-3  # largest difference, relative to the largest output, that summing 
 
 @dataclass(frozen=True)
 class Structure:
-    """The prunable groups of a network, and the layers that keep their width: name → why."""
+    """What can go from a network, groups of channels and then whole branches, and what keeps its width: name → why."""
 
     groups: tuple[Group, ...]
     kept: Mapping[str, str]
@@ -77,6 +79,7 @@ def structure(module: nn.Module, example: Tensors) -> Structure:
             kept |= dict.fromkeys(makers or [name], str(why))
     proved, failed = _proved(module, example, groups)
     kept |= failed
+    proved += [group for group in branches(module, example) if _objection(module, example, [group]) is None]
     if not proved:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(kept.items())[:3])
         raise EdgeKitError(
@@ -245,10 +248,11 @@ def _proved(module: nn.Module, example: Tensors, groups: Sequence[Group]) -> tup
 
 
 def _objection(module: nn.Module, example: Tensors, groups: Sequence[Group]) -> str | None:
-    """Why the network without every other unit of `groups` is not the one with these units zeroed; None if it is."""
+    """Why the network without half the units of `groups` is not the one with these units zeroed; None if it is."""
     pruned, zeroed = copy.deepcopy(module), copy.deepcopy(module)
     generator = torch.Generator().manual_seed(0)
-    gone = {group: torch.randperm(group.size, generator=generator)[: group.size // 2].tolist() for group in groups}
+    orders = {group: torch.randperm(group.size, generator=generator).tolist() for group in groups}
+    gone = {group: order[: 1 if group.branch else group.size // 2] for group, order in orders.items()}
     remove(pruned, gone)
     zero(zeroed, gone)
     try:

@@ -16,6 +16,8 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 from torch.fx import GraphModule, Node
 
+from edgekit.quant.branches import drop_zero_branches
+
 aten = torch.ops.aten
 q = torch.ops.quantized_decomposed
 
@@ -140,6 +142,53 @@ def global_pools_to_mean(model: GraphModule) -> None:
             if kernel != tuple(source.shape[2:]) or any(padding) or divisor not in (None, math.prod(kernel)):
                 continue
         _respell(node, aten.mean.dim, node.args[0], [2, 3], True)
+
+
+def means_keep_dimensions(model: GraphModule) -> None:
+    """Spells an average over the whole image without keepdim as one with it and a view, which delegates take."""
+    for node in _calls(model):
+        if node.target != aten.mean.dim or node.kwargs or argument(node, 2, "keepdim", False):
+            continue
+        source = node.args[0]
+        if source.meta["val"].ndim != 4 or sorted(dim % 4 for dim in node.args[1] or ()) != [2, 3]:
+            continue
+        with model.graph.inserting_before(node):
+            kept = _insert(model, aten.mean.dim, source, [2, 3], True)
+        _respell(node, aten.view.default, kept, list(node.meta["val"].shape))
+
+
+def attention_to_products(model: GraphModule) -> None:
+    """Spells scaled_dot_product_attention as two matrix products around a softmax.
+
+    Exporters would spell it with a guard for rows that a mask hides whole: ten small ops that no delegate takes. That
+    guard does nothing without a mask, and with a causal one, which hides no row whole; any other mask is left alone.
+    """
+    for node in _calls(model):
+        if node.target != aten.scaled_dot_product_attention.default:
+            continue
+        query, key, value = node.args[:3]
+        masked = argument(node, 3, "attn_mask") is not None
+        if masked or argument(node, 4, "dropout_p", 0.0) or node.kwargs.get("enable_gqa", False):
+            continue
+        scale = node.kwargs.get("scale") or 1 / math.sqrt(query.meta["val"].shape[-1])
+        with model.graph.inserting_before(node):
+            scaled = _insert(model, aten.mul.Tensor, query, scale)
+            scores = _insert(model, aten.matmul.default, scaled, _insert(model, aten.transpose.int, key, -2, -1))
+            if argument(node, 5, "is_causal", False):
+                hidden = torch.full(scores.meta["val"].shape[-2:], -math.inf).triu(1).to(scores.meta["val"].dtype)
+                scores = _insert(model, aten.add.Tensor, scores, add_attribute(model, f"{node.name}_mask", hidden))
+            weights = _insert(model, aten.softmax.int, scores, -1)
+        _respell(node, aten.matmul.default, weights, value)
+        _views_to_reshapes(node)
+
+
+def _views_to_reshapes(node: Node) -> None:
+    """Lets what reads `node` read a tensor of other strides."""
+    for user in list(node.users):
+        if user.target == aten.view.default:
+            _respell(user, aten.reshape.default, *user.args)
+        elif user.target in (aten.transpose.int, aten.permute.default):
+            _views_to_reshapes(user)
 
 
 def fold_batch_norms(model: GraphModule) -> None:
@@ -348,16 +397,26 @@ def _is_output(node: Node) -> bool:
     return any(user.op == "output" for user in node.users)
 
 
+def _insert(model: GraphModule, target: Any, *args: Any) -> Node:
+    """Returns a new node, at the insertion point, that calls `target`."""
+    node = model.graph.call_function(target, args)
+    node.meta["val"] = target(*(arg.meta["val"] if isinstance(arg, Node) else arg for arg in args))
+    return node
+
+
 def _respell(node: Node, target: object, *args: object) -> None:
     node.target, node.args, node.kwargs = target, args, {}
 
 
 PASSES = (
     drop_no_ops,
+    drop_zero_branches,
     splits_to_slices,
     clamps_to_activations,
     named_paddings_to_amounts,
     global_pools_to_mean,
+    means_keep_dimensions,
+    attention_to_products,
     fold_batch_norms,
     hard_sigmoids_to_clips,
     fold_pads,

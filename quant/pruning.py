@@ -14,11 +14,12 @@ from torch import nn
 
 from edgekit.errors import EdgeKitError
 from edgekit.quant.channels import Structure
-from edgekit.quant.surgery import COMPUTING, CONVOLUTIONS, RECURRENT, Group, Tensors, remove, zero
+from edgekit.quant.surgery import COMPUTING, CONVOLUTIONS, RECURRENT, Absent, Group, Tensors, remove, zero
 
 ALLOCATIONS = ("uniform", "global", "sensitivity")
 ROUND_TO = 8  # channels: what the kernels of all three runtimes work in
 FEWEST = 0.1  # of a group's units stay whatever is asked
+DEPTH = 1.0  # of what has to go, up to how much goes as whole branches, where samples tell which
 TRIED_LEVELS = 6  # widths of each group that the sensitivity is measured at
 
 
@@ -98,12 +99,16 @@ class Costs:
         self._whole = {name: _weights(layer, 0, 0) for name, layer in self._layers.items()}
         self._touched: dict[Group, list[str]] = {}
         self._cuts: dict[str, list[tuple[Group, int, int]]] = {}
+        self._branches: dict[str, list[Group]] = {}
         for group in structure.groups:
+            self._touched[group] = [path for path in group.branch if path in self.before]
+            for path in group.branch:
+                self._branches.setdefault(path, []).append(group)
             for cut in group.cuts:
                 if cut.layer in self.before:
                     side = 0 if cut.side == "out" else 1
                     self._cuts.setdefault(cut.layer, []).append((group, side, len(cut.units[0])))
-                    self._touched.setdefault(group, []).append(cut.layer)
+                    self._touched[group].append(cut.layer)
 
     def macs(self, kept: Mapping[Group, int]) -> int:
         """Returns the multiply-adds of the network that keeps so many units of each group."""
@@ -115,6 +120,8 @@ class Costs:
         return sum(self._of(name, kept) - self._of(name, then) for name in set(self._touched[group]))
 
     def _of(self, name: str, kept: Mapping[Group, int]) -> int:
+        if any(kept[group] == 0 for group in self._branches.get(name, ())):
+            return 0
         gone = [0, 0]
         for group, side, each in self._cuts.get(name, ()):
             gone[side] += each * (group.size - kept[group])
@@ -122,7 +129,12 @@ class Costs:
 
 
 def levels(group: Group, round_to: int = ROUND_TO) -> tuple[int, ...]:
-    """Returns how many units a group may keep, ascending: multiples of `round_to` channels where it has two of them."""
+    """Returns how many units a group may keep, ascending: multiples of `round_to` channels where it has two of them.
+
+    A branch stays or goes.
+    """
+    if group.branch:
+        return 0, 1
     fewest = max(1, math.ceil(FEWEST * group.size))
     step = round_to // math.gcd(round_to, group.width)
     if group.size < 2 * step:
@@ -137,21 +149,24 @@ def allocate(
     how: str,
     round_to: int = ROUND_TO,
     losses: Mapping[Group, Mapping[int, float]] | None = None,
+    depth: float = DEPTH,
 ) -> dict[Group, int]:
     """Returns how many units each group keeps, so that at least `ratio` of the multiply-adds goes, and little more.
 
     `uniform` takes the same share of every group, `global` the least salient units of the whole network, and
-    `sensitivity` the cheapest steps by `losses` (see `sensitivity`). Raises EdgeKitError where `ratio` cannot be
-    reached.
+    `sensitivity` the cheapest steps by `losses` (see `sensitivity`). With losses, whole branches go first, up to
+    `depth` of what has to go. Raises EdgeKitError where `ratio` cannot be reached.
     """
-    steps = {group: levels(group, round_to) for group in scores}
     target = int((1 - ratio) * costs.total)
+    whole = _branches_left(costs, scores, losses or {}, target, depth if how == "sensitivity" else 0.0)
+    steps = {group: (whole[group],) if group.branch else levels(group, round_to) for group in scores}
     least = {group: step[0] for group, step in steps.items()}
     if costs.macs(least) > target:
         most = 100 * (1 - costs.macs(least) / costs.total)
+        channels = min((count for group, count in least.items() if not group.branch), default=0)
         raise EdgeKitError(
             f"{100 * ratio:g} % of the multiply-adds cannot be removed: {most:.0f} % go where every layer that can "
-            f"be pruned keeps its last {least[min(least, key=lambda g: least[g])]} or more channels",
+            f"be pruned keeps its last {channels} or more channels",
             f"give --ratio {max(most / 100 - 0.05, 0.01):.2f} or less",
         )
     if how == "sensitivity":
@@ -160,6 +175,27 @@ def allocate(
     else:
         kept = _by_threshold(costs, steps, scores, target, how)
     return _given_back(costs, steps, scores, kept, target)
+
+
+def _branches_left(
+    costs: Costs,
+    groups: Iterable[Group],
+    losses: Mapping[Group, Mapping[int, float]],
+    target: int,
+    depth: float,
+) -> dict[Group, int]:
+    """Which branches stay (1) and which go (0): those that lose the least for what they free, never too many."""
+    kept = {group: group.size for group in groups}
+    spent = costs.macs(kept)
+    enough = costs.total - depth * (costs.total - target)
+    while spent > enough:
+        freed = {group: costs.freed(kept, group, 0) for group in kept if group.branch and kept[group]}
+        fitting = [group for group, count in freed.items() if 0 < count <= spent - target]
+        if not fitting:
+            break
+        chosen = min(fitting, key=lambda group: losses[group][0] / freed[group])
+        kept[chosen], spent = 0, spent - freed[chosen]
+    return {group: count for group, count in kept.items() if group.branch}
 
 
 def _nearest(step: Sequence[int], count: float) -> int:
@@ -172,7 +208,7 @@ def _by_threshold(
     def at(part: float) -> dict[Group, int]:
         if how == "uniform":
             return {group: _nearest(step, (1 - part) * group.size) for group, step in steps.items()}
-        bar = float(torch.quantile(torch.cat(list(scores.values())), part))
+        bar = float(torch.quantile(torch.cat([score for group, score in scores.items() if not group.branch]), part))
         return {group: _nearest(step, int((scores[group] >= bar).sum())) for group, step in steps.items()}
 
     low, high = 0.0, 1.0  # at 1 each group keeps its fewest, or of one score all that share it
@@ -195,7 +231,8 @@ def _by_losses(
         for group, step in steps.items():
             for level in step[: step.index(kept[group])]:
                 freed = costs.freed(kept, group, level)
-                price = (_at(losses[group], level) - _at(losses[group], kept[group])) / max(freed, 1)
+                needed = max(min(freed, spent - target), 1)
+                price = (_at(losses[group], level) - _at(losses[group], kept[group])) / needed
                 if freed > 0 and (best is None or price < best[0]):
                     best = (price, group, level, spent - freed)
         assert best is not None  # `allocate` has seen that the least suffices
@@ -295,25 +332,27 @@ def prune(module: nn.Module, gone: Mapping[Group, Iterable[int]]) -> nn.Module:
 def changes(before: nn.Module, after: nn.Module, example: Tensors, kept: Mapping[str, str]) -> tuple[LayerChange, ...]:
     """Compares the computing layers of two networks of one structure; `kept` says why a layer kept its width.
 
-    `example` is of any batch; multiply-adds are those of one sample.
+    `example` is of any batch; multiply-adds are those of one sample. A layer that went with its branch has no shape.
     """
     batch = example[0].shape[0] if example[0].ndim else 1
     old, new = macs(before, example), macs(after, example)
     return tuple(
         LayerChange(
             name,
-            type(after.get_submodule(name)).__name__,
+            type(before.get_submodule(name)).__name__,
             _shape(before.get_submodule(name)),
             _shape(after.get_submodule(name)),
             old[name] // batch,
-            new[name] // batch,
-            kept.get(name),
+            new.get(name, 0) // batch,
+            kept.get(name) if name in new else None,
         )
         for name in old
     )
 
 
 def _shape(layer: Any) -> tuple[int, ...]:
+    if isinstance(layer, Absent):
+        return ()
     weight = layer.weight_ih_l0 if isinstance(layer, RECURRENT) else layer.weight
     return tuple(weight.shape)
 

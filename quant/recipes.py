@@ -88,14 +88,30 @@ def calibrate(
     module: torch.nn.Module, example: Batch, batches: Iterable[Batch], keep_float: frozenset[str] = frozenset()
 ) -> Calibrated:
     """Rounds the weights of `module` and finds the ranges of its activations; see `int8_static`."""
+    graph, original, keep_float, notes = evened(module, example, batches, keep_float)
+    prepared = prepare_pt2e(graph, EdgeQuantizer(round_weights(graph, batches, keep_float), keep_float))
+    observe(prepared, batches)
+    return Calibrated(original, prepared, example, notes)
+
+
+def evened(
+    module: torch.nn.Module, example: Batch, batches: Iterable[Batch], keep_float: frozenset[str]
+) -> tuple[GraphModule, GraphModule, frozenset[str], tuple[str, ...]]:
+    """Captures `module` and evens out its channels, which changes nothing in float.
+
+    Returns the graph, a copy of it on the same weights, the names of the nodes that stay in float, and notes.
+    """
     if iter(batches) is batches:
         raise TypeError("batches are read twice: pass a list or another iterable that starts anew, not an iterator")
     graph = capture(module, example)
     notes = (*smooth(graph, batches, keep_float), *equalize(graph, batches, keep_float))
     original = GraphModule(graph, copy.deepcopy(graph.graph))  # on the same weights: rounding adds others
     heads = uneven_heads(graph, batches)
-    keep_float |= heads.keys()
-    prepared = prepare_pt2e(graph, EdgeQuantizer(round_weights(graph, batches, keep_float), keep_float))
+    return graph, original, keep_float | heads.keys(), (*notes, *head_notes(original, heads))
+
+
+def observe(prepared: GraphModule, batches: Iterable[Batch]) -> None:
+    """Shows `batches` to the observers of a network; raises EdgeKitError where there are none."""
     count = 0
     with torch.inference_mode():
         for batch in batches:
@@ -103,7 +119,6 @@ def calibrate(
             count += 1
     if not count:
         raise EdgeKitError("int8 needs data to calibrate with, and there is none", "give some with --data")
-    return Calibrated(original, prepared, example, (*notes, *head_notes(original, heads)))
 
 
 def convert(calibrated: Calibrated) -> Compressed:

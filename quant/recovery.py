@@ -2,7 +2,8 @@
 
 The original is the teacher (https://arxiv.org/abs/1503.02531): softened classes, and the outputs of the blocks that
 were pruned inside (https://arxiv.org/abs/1412.6550). Its answers to changed inputs are known as well, so images are
-shifted, mirrored and mixed (https://arxiv.org/abs/2106.05237) whatever their labels mean.
+shifted, mirrored, blended and patched together whatever their labels mean, for many epochs: few samples then teach as
+many different ones do (https://arxiv.org/abs/2106.05237).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from edgekit.quant.surgery import BATCH_NORMS, Tensors
 
 LARGEST_GRADIENT = 5.0  # norm that longer gradients are cut to
 SMALLEST_IMAGE = 16  # pixels: smaller ones are not shifted
+BLENDED, PATCHED = 0.4, 0.4  # shares of the batches whose images are blended, or patched together, in pairs
 
 
 @dataclass(frozen=True)
@@ -34,18 +36,19 @@ class Plan:
 
     `labels`, `features` weigh cross-entropy and block outputs against the distillation of the outputs at
     `temperature`. `augment` changes images at random. With `patience`, training stops after so many epochs without a
-    lower loss on the held-out samples.
+    lower loss on the held-out samples. `half` computes in bfloat16, on weights in float32, where that is faster.
     """
 
     epochs: int
     learning_rate: float = 3e-3
     weight_decay: float = 0.01
     temperature: float = 3.0
-    features: float = 1.0
+    features: float = 30.0  # of few samples, every place of a block's output teaches more than their classes do
     labels: float = 0.0
     augment: bool = True
     patience: int | None = None
     seed: int = 0
+    half: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,11 +97,14 @@ def recover(
     checkpoint: Path | None = None,
     resume: bool = False,
     advance: Callable[[], None] = lambda: None,
+    job: str = "pruning",
+    remedy: str = "a lower --ratio",
 ) -> Recovered:
     """Fine-tunes a copy of `student` towards `teacher`; calls `advance` after each step.
 
     Runs on the GPU where there is one. After each epoch `checkpoint` holds all that `resume` needs to go on. Raises
-    EdgeKitError where the loss is no longer a number: the checkpoint then holds the last good epoch.
+    EdgeKitError where the loss is no longer a number: the checkpoint then holds the last good epoch. Messages call
+    what is done `job`, and name `remedy` beside a lower learning rate.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rng = torch.random.get_rng_state()
@@ -110,9 +116,9 @@ def recover(
         with ExitStack() as stack:
             training = _Training(module, guide, samples, plan, device, stack)
             if resume and checkpoint is not None and checkpoint.is_file():
-                training.restore(checkpoint)
+                training.restore(checkpoint, job)
             while training.goes_on():
-                training.run_epoch(advance, checkpoint)
+                training.run_epoch(advance, checkpoint, remedy)
                 if checkpoint is not None:
                     training.save(checkpoint)
             module.load_state_dict(training.best)
@@ -129,7 +135,8 @@ class _Training:
         self, module: nn.Module, guide: nn.Module, samples: Samples, plan: Plan, device: torch.device, stack: ExitStack
     ) -> None:
         self.module, self.guide, self.samples, self.plan, self.device = module, guide, samples, plan, device
-        self.pairs = _features(module, guide, _on(_first(samples, plan.seed), device), stack)
+        inputs = _on(_first(samples, plan.seed), device)
+        self.pairs = _features(module, guide, inputs, stack) if plan.features else []
         decayed = [p for p in module.parameters() if p.ndim > 1]
         rest = [p for p in module.parameters() if p.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": plan.weight_decay}, {"params": rest, "weight_decay": 0.0}]
@@ -144,13 +151,14 @@ class _Training:
         self.best: Mapping[str, torch.Tensor] = copy.deepcopy(module.state_dict())
         self.best_epoch = 0
         self.frozen_norms = samples_per_step(samples, plan.seed) < 8
+        self.half = plan.half and _multiplies_half(device)
 
     def goes_on(self) -> bool:
         since = len(self.losses) - self.best_epoch
         patient = self.plan.patience is None or not self.held_out or since < self.plan.patience
         return len(self.losses) < self.plan.epochs and patient
 
-    def run_epoch(self, advance: Callable[[], None], checkpoint: Path | None) -> None:
+    def run_epoch(self, advance: Callable[[], None], checkpoint: Path | None, remedy: str) -> None:
         self.module.train()
         for layer in self.module.modules():  # statistics of a handful of samples are worse than those that there are
             if self.frozen_norms and isinstance(layer, BATCH_NORMS):
@@ -165,7 +173,7 @@ class _Training:
             loss.backward()
             norm = nn.utils.clip_grad_norm_(self.module.parameters(), LARGEST_GRADIENT)
             if not (math.isfinite(float(loss.detach())) and math.isfinite(float(norm))):
-                raise _diverged(len(self.losses), checkpoint, self.plan)
+                raise _diverged(len(self.losses), checkpoint, self.plan, remedy)
             self.optimizer.step()
             self.schedule.step()
             total += float(loss.detach())
@@ -173,19 +181,20 @@ class _Training:
         self.module.eval()
         self.losses.append(total / max(self.samples.steps, 1))
         if self.samples.held_out:
-            with torch.no_grad():
-                parts = [_on(x, self.device) for x in self.samples.held_out]
-                moved = [float(divergence(self.module(*x), self.guide(*x))) for x in parts]
-            self.held_out.append(sum(moved) / len(moved))
+            parts = [_on(x, self.device) for x in self.samples.held_out]
+            self.held_out.append(distance(self.module, self.guide, parts))
         if not self.held_out or self.held_out[-1] <= min(self.held_out):
             self.best, self.best_epoch = copy.deepcopy(self.module.state_dict()), len(self.losses)
 
     def _loss(self, inputs: Tensors, labels: torch.Tensor | None) -> torch.Tensor:
-        with torch.no_grad():
-            wanted = self.guide(*inputs)
-        got = self.module(*inputs)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            with torch.no_grad():
+                wanted = self.guide(*inputs)
+            got = self.module(*inputs)
+        if self.half:
+            wanted, got = _float(wanted), _float(got)
         loss = soft_divergence(got, wanted, self.plan.temperature)
-        if self.pairs and self.plan.features:
+        if self.pairs:
             parts = [_relative(student.value, teacher.value) for student, teacher in self.pairs]
             loss = loss + self.plan.features * torch.stack(parts).mean()
         if labels is not None and self.plan.labels and got[0].ndim == 2:
@@ -209,7 +218,7 @@ class _Training:
         torch.save(state, partial)
         partial.replace(path)
 
-    def restore(self, path: Path) -> None:
+    def restore(self, path: Path, job: str) -> None:
         import pickle
 
         try:
@@ -218,7 +227,7 @@ class _Training:
             raise EdgeKitError(f"{path} is no checkpoint: {str(error).splitlines()[0]}", "leave --resume out") from None
         if state["key"] != self._key():
             raise EdgeKitError(
-                f"{path} is the checkpoint of another pruning",
+                f"{path} is the checkpoint of another {job}",
                 "give the options it was started with, or leave --resume out",
             )
         self.module.load_state_dict(state["module"])
@@ -234,11 +243,18 @@ class _Training:
         return hashlib.sha256(repr((asdict(self.plan), shapes, self.samples.steps)).encode()).hexdigest()
 
 
-def _diverged(epoch: int, checkpoint: Path | None, plan: Plan) -> EdgeKitError:
+def distance(module: nn.Module, reference: nn.Module, batches: Sequence[Tensors]) -> float:
+    """Returns the mean `divergence` of the outputs of `module` from those of `reference` over `batches`."""
+    with torch.no_grad():
+        moved = [float(divergence(module(*inputs), reference(*inputs))) for inputs in batches]
+    return sum(moved) / len(moved)
+
+
+def _diverged(epoch: int, checkpoint: Path | None, plan: Plan, remedy: str) -> EdgeKitError:
     kept = f"; {checkpoint} holds the weights after epoch {epoch}" if checkpoint is not None and epoch else ""
     return EdgeKitError(
         f"the training diverged in epoch {epoch + 1}: its loss is no longer a number{kept}",
-        f"give a lower --learning-rate than {plan.learning_rate:g}, or a lower --ratio",
+        f"give a lower --learning-rate than {plan.learning_rate:g}, or {remedy}",
     )
 
 
@@ -253,15 +269,29 @@ def soft_divergence(outputs: Sequence[torch.Tensor], reference: Sequence[torch.T
 
 
 def _relative(value: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    value, reference = value.float(), reference.float()
     return (value - reference).square().mean() / reference.square().mean().clamp_min(1e-12)
+
+
+def _float(tensors: Sequence[torch.Tensor]) -> Tensors:
+    return tuple(tensor.float() if tensor.is_floating_point() else tensor for tensor in tensors)
+
+
+def _multiplies_half(device: torch.device) -> bool:
+    """Whether the processor has units that multiply matrices of bfloat16: without them it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 def augment(
     inputs: Tensors, labels: torch.Tensor | None, generator: torch.Generator
 ) -> tuple[Tensors, torch.Tensor | None]:
-    """Shifts images (N, C, H, W) by up to an eighth, mirrors every other one, and mixes every other batch in pairs.
+    """Shifts images (N, C, H, W) by up to an eighth, mirrors every other one, and mixes most batches in pairs.
 
-    Inputs of any other rank, and several inputs, stay as they are. Mixed images have no labels.
+    Pairs are blended (https://arxiv.org/abs/1710.09412), or a window of one is put into the other
+    (https://arxiv.org/abs/1905.04899). Inputs of any other rank, and several inputs, stay as they are. Mixed images
+    have no labels.
     """
     images = inputs[0]
     if len(inputs) != 1 or images.ndim != 4 or min(images.shape[2:]) < SMALLEST_IMAGE or images.shape[1] > 4:
@@ -275,11 +305,25 @@ def augment(
     columns[mirrored] = columns[mirrored].flip(1)
     each = torch.arange(n)[:, None, None]
     moved = padded.movedim(1, -1)[each, rows[:, :, None], columns[:, None, :]].movedim(-1, 1).contiguous()
-    if float(torch.rand((), generator=generator)) < 0.5:
+    drawn = float(torch.rand((), generator=generator))
+    if drawn >= BLENDED + PATCHED:
         return (moved,), labels
-    share = torch.rand((n, 1, 1, 1), generator=generator).to(moved.device)
-    other = torch.randperm(n, generator=generator)
-    return (share * moved + (1 - share) * moved[other],), None
+    other = moved[torch.randperm(n, generator=generator)]
+    if drawn < BLENDED:
+        share = torch.rand((n, 1, 1, 1), generator=generator).to(moved.device)
+        return (share * moved + (1 - share) * other,), None
+    window = _windows(n, height, width, generator).to(moved.device)
+    return (torch.where(window, other, moved),), None
+
+
+def _windows(count: int, height: int, width: int, generator: torch.Generator) -> torch.Tensor:
+    """Masks (count, 1, height, width) of one window each anywhere, whose area is uniform from nothing to all."""
+    side = torch.rand((count, 1), generator=generator).sqrt() / 2
+    inside = []
+    for size in (height, width):
+        places = (torch.arange(size) + 0.5) / size
+        inside.append((places - torch.rand((count, 1), generator=generator)).abs() < side)
+    return (inside[0][:, :, None] & inside[1][:, None, :])[:, None]
 
 
 @dataclass
@@ -293,11 +337,15 @@ class _Tap:
 
 
 def _features(student: nn.Module, teacher: nn.Module, inputs: Tensors, stack: ExitStack) -> list[tuple[_Tap, _Tap]]:
-    """Taps on the smallest blocks that were pruned inside and still give out what they gave before."""
-    changed = [
-        name for name, parameter in student.named_parameters() if parameter.shape != teacher.get_parameter(name).shape
-    ]
-    blocks = {parent for name in changed for parent in _parents(name)}
+    """Taps on the smallest blocks that were pruned inside, still compute, and give out what they gave before.
+
+    Where a branch went, what is compared is the block around the one that lost it: the blocks before it make up for it.
+    """
+    left = dict(student.named_parameters())
+    gone = [name for name, _ in teacher.named_parameters() if name not in left]
+    changed = [name for name, parameter in left.items() if parameter.shape != teacher.get_parameter(name).shape]
+    computing = {parent for name in left for parent in _parents(name)}
+    blocks = {parent for name in (*changed, *gone) for parent in _parents(name)} & computing
     taps: dict[str, tuple[_Tap, _Tap]] = {}
     for name in sorted(blocks):
         pair = _Tap(), _Tap()
@@ -314,8 +362,17 @@ def _features(student: nn.Module, teacher: nn.Module, inputs: Tensors, stack: Ex
         for name, (a, b) in taps.items()
         if isinstance(a.value, torch.Tensor) and isinstance(b.value, torch.Tensor) and a.value.shape == b.value.shape
     }
-    parents = (next((parent for parent in _parents(name) if parent in alike), None) for name in changed)
-    return [taps[name] for name in sorted({parent for parent in parents if parent is not None})]
+    around = [{parent for parent in _parents(name) if parent in alike} for name in gone]
+    shorter = {max(parents, key=len) for parents in around if parents}
+    chosen = set(shorter)
+    for name in changed:
+        parents = [parent for parent in _parents(name) if parent in alike]
+        if parents and not shorter & set(parents):
+            chosen.add(parents[0])
+    once = {
+        id(taps[name][1].value): taps[name] for name in sorted(chosen)
+    }  # a stage gives out what its last block does
+    return list(once.values())
 
 
 def _parents(name: str) -> list[str]:

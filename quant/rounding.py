@@ -131,9 +131,11 @@ def gptq(weight: torch.Tensor, scale: torch.Tensor, second: torch.Tensor) -> tor
     """Rounds `weight` (groups, rows, n) to multiples of `scale` (groups, rows, 1) within ±127 steps; see the module.
 
     `second` is H, (groups, n, n), unscaled. Columns whose input is always 0 are rounded to the nearest. Errors reach
-    the columns of the same block at once and those beyond it block by block, which is the same in fewer passes.
+    the columns of the same block at once and those beyond it block by block, which is the same in fewer passes. What is
+    zero stays zero, whatever error would reach it: a pruned weight is not to come back.
     """
     work = weight.float().clone()
+    pruned = weight == 0
     upper = _inverse_factor(second)
     rounded = torch.empty_like(work)
     count = work.shape[2]
@@ -143,6 +145,7 @@ def gptq(weight: torch.Tensor, scale: torch.Tensor, second: torch.Tensor) -> tor
         for column in range(start, stop):
             values = work[:, :, column : column + 1]
             codes = torch.clamp(torch.round(values / scale), -127, 127) * scale
+            codes.masked_fill_(pruned[:, :, column : column + 1], 0.0)
             rounded[:, :, column : column + 1] = codes
             error = (values - codes) / upper[:, column : column + 1, column : column + 1]
             work[:, :, column:stop] -= error @ upper[:, column : column + 1, column:stop]

@@ -1,4 +1,4 @@
-"""SURGERY: channels taken out of the tensors of every layer that holds them, or set to zero."""
+"""SURGERY: channels and whole branches taken out of every layer that holds them, or set to zero."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+ABSENT_WIDTH = "absent_width"
 Side = Literal["out", "in"]
 Tensors = tuple[torch.Tensor, ...]
 CONVOLUTIONS = nn.modules.conv._ConvNd
 RECURRENT = (nn.LSTM, nn.GRU, nn.RNN)
 COMPUTING = (CONVOLUTIONS, nn.Linear, *RECURRENT)
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+REMOVABLE = (CONVOLUTIONS, nn.Linear, *BATCH_NORMS, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)  # with their branch
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,15 @@ class Cut:
 class Group:
     """Channels that only go together. A unit is what can be taken out alone; it holds `width` channels of `name`.
 
-    `name` is the first layer that makes the channels; units are numbered from 0 to `size` - 1.
+    `name` is the first layer that makes the channels; units are numbered from 0 to `size` - 1. Where `branch` names
+    layers, the one unit is the whole branch that they make up, beside a shortcut that stays: there are no cuts then.
     """
 
     name: str
     cuts: tuple[Cut, ...]
     size: int
     width: int
+    branch: tuple[str, ...] = ()
 
     @property
     def makers(self) -> tuple[str, ...]:
@@ -48,8 +52,56 @@ class Group:
         return tuple(cut.layer for cut in self.cuts if cut.side == "out")
 
 
+class Absent(nn.Module):
+    """Gives zeros of the shape that a layer gave: what stays of a layer whose branch was taken out.
+
+    The user's own forward still runs; `branches.drop_zero_branches` takes the zeros out of what is exported. The width
+    is a buffer too, so that a file of weights tells it: nothing else in one does.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        """Takes the place of `layer`, one of REMOVABLE."""
+        super().__init__()
+        self.width = width(layer, "out") if isinstance(layer, (CONVOLUTIONS, nn.Linear)) else None
+        if self.width is not None:
+            self.register_buffer(ABSENT_WIDTH, torch.tensor(self.width))
+        self.windows: list[tuple[bool, int, int]] | None = None
+        if isinstance(layer, CONVOLUTIONS):
+            self.windows = [_window(layer, dim) for dim in range(len(layer.kernel_size))]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the zeros."""
+        if self.width is None:
+            return torch.zeros_like(x)
+        if self.windows is None:
+            return x.new_zeros((*x.shape[:-1], self.width))
+        rank = len(self.windows)
+        sizes = [
+            (size - 1) * stride + reach if transposed else (size + reach) // stride + 1
+            for size, (transposed, reach, stride) in zip(x.shape[-rank:], self.windows, strict=True)
+        ]
+        return x.new_zeros((*x.shape[: -rank - 1], self.width, *sizes))
+
+
+def _window(layer: Any, dim: int) -> tuple[bool, int, int]:
+    """Whether a convolution is transposed, what its kernel and padding add to the size along `dim`, and the stride."""
+    span, stride = layer.dilation[dim] * (layer.kernel_size[dim] - 1), layer.stride[dim]
+    if isinstance(layer.padding, str):
+        return False, -1 if layer.padding == "same" else -span - 1, stride
+    added = 2 * layer.padding[dim] - span
+    return (True, layer.output_padding[dim] + 1 - added, stride) if layer.transposed else (False, added - 1, stride)
+
+
+def absent(module: nn.Module, paths: Iterable[str]) -> None:
+    """Puts an Absent in the place of each of these layers of `module`."""
+    for path in paths:
+        parent, _, name = path.rpartition(".")
+        setattr(module.get_submodule(parent), name, Absent(module.get_submodule(path)))
+
+
 def remove(module: nn.Module, gone: Mapping[Group, Iterable[int]]) -> None:
     """Takes units of groups out of every layer of `module`, all at once: positions are those of the whole tensors."""
+    gone = {group: tuple(units) for group, units in gone.items()}
     for path, tensors in _positions(module, gone).items():
         layer: Any = module.get_submodule(path)
         for name, dims in tensors.items():
@@ -60,11 +112,16 @@ def remove(module: nn.Module, gone: Mapping[Group, Iterable[int]]) -> None:
                 new = new.index_select(dim, stay.to(new.device))
             setattr(layer, name, nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new)
         resize(layer)
+    absent(module, {path: None for group, units in gone.items() if units for path in group.branch})
 
 
 def zero(module: nn.Module, gone: Mapping[Group, Iterable[int]]) -> None:
     """Sets units of groups to zero in every layer of `module`, which then computes as if they were taken out."""
+    gone = {group: tuple(units) for group, units in gone.items()}
     with torch.no_grad():
+        for path in {path for group, units in gone.items() if units for path in group.branch}:
+            for parameter in module.get_submodule(path).parameters():
+                parameter.zero_()
         for path, tensors in _positions(module, gone).items():
             for name, dims in tensors.items():
                 tensor = getattr(module.get_submodule(path), name)
@@ -85,7 +142,17 @@ def kept_outputs(module: nn.Module, gone: Mapping[Group, Iterable[int]]) -> dict
 
 
 def narrow(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Gives the layers of `module` the shapes of `weights`, by name, where these have fewer channels."""
+    """Gives the layers of `module` the shapes of `weights`, by name, where these have fewer channels.
+
+    Layers of which `weights` hold nothing were taken out.
+    """
+    widths = {name.rpartition(".")[0]: weights[name] for name in weights if name.endswith(f".{ABSENT_WIDTH}")}
+    held = {name.rpartition(".")[0] for name in weights} - widths.keys()
+    gone = [path for path, layer in module.named_modules() if isinstance(layer, REMOVABLE) and layer.state_dict()]
+    absent(module, [path for path in gone if path not in held])
+    for path, layer in module.named_modules():
+        if isinstance(layer, Absent) and path in widths and widths[path].numel() == 1:
+            layer.width = int(widths[path])
     for path, layer in module.named_modules():
         if not isinstance(layer, (*COMPUTING, *BATCH_NORMS, nn.Embedding, nn.PReLU)):
             continue

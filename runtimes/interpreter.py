@@ -5,7 +5,7 @@ It is pushed to devices beside the worker, so it imports the standard library an
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -46,17 +46,29 @@ class InterpreterSession:
         input_index = {info.name: index for info, index in input_table}
         output_index = {info.name: index for info, index in output_table}
         self._input_indices = [input_index[info.name] for info in self.inputs]
-        self._output_indices = [(info.name, output_index[info.name]) for info in self.outputs]
+        self._output_indices = [output_index[info.name] for info in self.outputs]
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name. Raises ValueError for a feed that does not match `inputs`."""
+        return dict(zip((info.name for info in self.outputs), self.prepared(feeds)(), strict=True))
+
+    def prepared(self, feeds: Mapping[str, np.ndarray]) -> Callable[[], list[np.ndarray]]:
+        """What runs once on `feeds`, copies in and out included: the interpreter has memory of its own for both.
+
+        Raises ValueError for a feed that does not match `inputs`.
+        """
         interpreter = self._interpreter
         if interpreter is None:
             raise ValueError("this session is closed")
-        for index, array in zip(self._input_indices, checked_feeds(self.inputs, feeds), strict=True):
-            interpreter.set_tensor(index, array)
-        interpreter.invoke()
-        return {name: interpreter.get_tensor(index) for name, index in self._output_indices}
+        given = list(zip(self._input_indices, checked_feeds(self.inputs, feeds), strict=True))
+
+        def call() -> list[np.ndarray]:
+            for index, array in given:
+                interpreter.set_tensor(index, array)
+            interpreter.invoke()
+            return [interpreter.get_tensor(index) for index in self._output_indices]
+
+        return call
 
     def close(self) -> None:
         """Let go of the model."""

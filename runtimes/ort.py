@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -80,11 +81,14 @@ class OnnxSession:
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name. Raises ValueError for a feed that does not match `inputs`."""
+        return dict(zip(self._output_names, self.prepared(feeds)(), strict=True))
+
+    def prepared(self, feeds: Mapping[str, np.ndarray]) -> Callable[[], list[np.ndarray]]:
+        """What runs once on `feeds`. Raises ValueError for a feed that does not match `inputs`."""
         if self._session is None:
             raise ValueError("this session is closed")
         arrays = checked_feeds(self.inputs, feeds)
-        results = self._session.run(self._output_names, dict(zip(self._input_names, arrays, strict=True)))
-        return dict(zip(self._output_names, results, strict=True))
+        return partial(self._session.run, self._output_names, dict(zip(self._input_names, arrays, strict=True)))
 
     def close(self) -> None:
         """Let go of the model."""

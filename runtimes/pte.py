@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -91,12 +92,19 @@ class ProgramSession:
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name. Raises ValueError for a feed that does not match `inputs`."""
+        # Uncloned outputs lie in the program's memory until the next call; numpy copies them faster than torch does.
+        results = self.prepared(feeds)()
+        return {name: result.numpy().copy() for name, result in zip(self._output_names, results, strict=True)}
+
+    def prepared(self, feeds: Mapping[str, np.ndarray]) -> Callable[[], Sequence[torch.Tensor]]:
+        """What runs once on `feeds`; its outputs hold until the next run, in the memory where the C++ runner has them.
+
+        Raises ValueError for a feed that does not match `inputs`.
+        """
         if self._method is None:
             raise ValueError("this session is closed")
         tensors = [_tensor(array) for array in checked_feeds(self.inputs, feeds)]
-        # Uncloned outputs lie in the program's memory until the next call; numpy copies them faster than torch does.
-        results = self._method.call(tensors, clone_outputs=False)
-        return {name: result.numpy().copy() for name, result in zip(self._output_names, results, strict=True)}
+        return partial(self._method.call, tensors, clone_outputs=False)
 
     def close(self) -> None:
         """Let go of the program."""

@@ -20,7 +20,7 @@ from edgekit.results import SUFFIXES, TensorSpec
 
 from . import native as native_job
 from .devices import open_device
-from .devices.device import Device, Emulator, Exit
+from .devices.device import Device, Emulator, Exit, Stalled
 from .table import RUNTIMES, format_of, runtime_for
 from .worker import TRACE
 
@@ -180,6 +180,8 @@ def _run_job(
         argv = native_job.command(device, there) if native else [device.python, f"{there}/worker.py", there]
         try:
             exit_ = device.exec(argv, timeout_s)
+        except Stalled as error:
+            raise _hang(job) from error
         except TimeoutError as error:
             raise EdgeKitError(
                 f"{job['runtime']} did not finish {job['label']} within {timeout_s:g} s",
@@ -261,10 +263,7 @@ def _crash(exit_: Exit, log: Path, job: Mapping[str, Any], device: Device, progr
         )
     lines = (log.read_text(errors="replace") if log.is_file() else exit_.output).splitlines()
     if exit_.code == -signal.SIGALRM or any(line.startswith(WATCH_ENDED) for line in lines):
-        return EdgeKitError(
-            f"{job['runtime']} hangs with {job['label']}: nothing has happened for {job['stall_s']:g} s",
-            "check the file; if it is only slow on this device, give it more time with --timeout SECONDS",
-        )
+        return _hang(job)
     stages = [line.removeprefix("edgekit stage: ") for line in lines if line.startswith("edgekit stage: ")]
     when = STAGES[stages[-1]] if stages and stages[-1] in STAGES else "before it began"
     if exit_.code == -signal.SIGKILL:
@@ -277,6 +276,13 @@ def _crash(exit_: Exit, log: Path, job: Mapping[str, Any], device: Device, progr
     help_ = "check that the file is whole and was made for this runtime's version, or export it again"
     return EdgeKitError(
         f"{job['runtime']} {how} {when} {job['label']}", help_ + (f"; it printed: {' | '.join(said)}" if said else "")
+    )
+
+
+def _hang(job: Mapping[str, Any]) -> EdgeKitError:
+    return EdgeKitError(
+        f"{job['runtime']} hangs with {job['label']}: nothing has happened for {job['stall_s']:g} s",
+        "check the file; if it is only slow on this device, give it more time with --timeout SECONDS",
     )
 
 

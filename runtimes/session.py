@@ -5,7 +5,7 @@ It is pushed to devices beside the worker, so it imports the standard library an
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -31,6 +31,13 @@ class Session(Protocol):
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name, in arrays of their own. Raises ValueError for a feed that does not match `inputs`."""
+        ...
+
+    def prepared(self, feeds: Mapping[str, np.ndarray]) -> Callable[[], object]:
+        """What runs once on `feeds`, and nothing else, for the clock: they are checked already.
+
+        Raises ValueError as `run` does.
+        """
         ...
 
     def close(self) -> None:

@@ -2,7 +2,8 @@
 
 JOBDIR holds job.json, the artifact, in_<i>.npy of shape (runs, *input shape), and beside them the modules that the
 worker loads (session.py, measure.py, and those of the runtime). It leaves out_<i>.npy of shape (runs, *output shape),
-log.txt with what the runtime printed, and last of all result.json.
+log.txt with what the runtime printed, and last of all result.json. Meanwhile it prints how long it may take until the
+next such line or the end: `edgekit allows 20.0 s`.
 
 It runs on devices: the standard library, numpy and one runtime, Python 3.10 or later.
 """
@@ -22,11 +23,14 @@ import sys
 import time
 import types
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 PACKAGE = "edgekit_job"
 TIMED_SAMPLES = 8
+START_S = 25.0  # importing a runtime may take longer than its runs are allowed to
+TELL_EVERY_S = 1.0  # runs may be short and many
 PATIENCE = 3  # how many times longer than expected a series of runs may take before it counts as hanging
 TRACE = "trace.bin"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -45,13 +49,15 @@ class Failure(Exception):
 
 def main(folder: Path) -> int:
     """Run the job in `folder`; 0 when result.json says ok, 1 when it says why not."""
+    watch = _Watch()
     _print_into(folder / "log.txt")
     _forget_script_folder()
     if sys.version_info < OLDEST_PYTHON:
         sys.exit(f"Python {platform.python_version()} is too old: EdgeKit's worker runs on 3.10 or later")
     job = json.loads((folder / "job.json").read_text())
+    watch.allow(max(job["stall_s"], START_S))
     try:
-        result = {"ok": True, **run_job(folder, job)}
+        result = {"ok": True, **run_job(folder, job, watch)}
     except Failure as failure:
         # Runtimes quote the path that they were given, which means nothing to the user.
         what = failure.what.replace(str(folder / job["artifact"]), job["label"])
@@ -70,7 +76,7 @@ def main(folder: Path) -> int:
     return 0 if result["ok"] else 1
 
 
-def run_job(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
+def run_job(folder: Path, job: dict[str, Any], watch: _Watch) -> dict[str, Any]:
     """Load the artifact, run every sample in order, then time the first few; the facts for result.json."""
     artifact = folder / job["artifact"]
     with artifact.open("rb") as file:
@@ -88,7 +94,7 @@ def run_job(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     imported = time.perf_counter()
 
     _stage("load")
-    _watch(job["stall_s"])
+    watch.allow(job["stall_s"])
     try:
         session = runtime.load(str(artifact), threads=job["threads"], inputs=job["inputs"], outputs=job["outputs"])
     except Exception as error:
@@ -107,7 +113,7 @@ def run_job(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     writers = [_Writer(numpy, folder / f"out_{i}.npy", samples.runs) for i in range(len(session.outputs))]
     first_ms = 0.0
     for i, feeds in enumerate(samples):
-        _watch(job["stall_s"])
+        watch.allow(job["stall_s"])
         start_run = time.perf_counter()
         outputs = _run(session, feeds, job)
         took = time.perf_counter() - start_run
@@ -122,20 +128,20 @@ def run_job(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     latency_ms: list[float] = []
     if job["timing"] is not None:
         _stage("time")
-        _watch(job["stall_s"] + PATIENCE * measure.longest_s(slowest, **job["timing"]))
-        cycle = itertools.cycle(list(itertools.islice(samples, TIMED_SAMPLES)))
-        latency_ms = measure.time_runs(lambda: session.run(next(cycle)), **job["timing"])
+        watch.allow(job["stall_s"] + PATIENCE * measure.longest_s(slowest, **job["timing"]))
+        cycle = itertools.cycle([session.prepared(feeds) for feeds in itertools.islice(samples, TIMED_SAMPLES)])
+        latency_ms = measure.time_runs(lambda: next(cycle)(), **job["timing"])
     if job["count"]:
-        first = next(iter(samples))
-        _watch(job["stall_s"] + PATIENCE * job["count"] * slowest)
-        count_runs(lambda: session.run(first), job["count"])
+        first = session.prepared(next(iter(samples)))
+        watch.allow(job["stall_s"] + PATIENCE * job["count"] * slowest)
+        count_runs(first, job["count"])
     peak = measure.peak_rss_bytes()
     session.close()
     if job["trace"]:
         _stage("trace")
-        _watch(job["stall_s"] + PATIENCE * job["trace"] * slowest)
+        watch.allow(job["stall_s"] + PATIENCE * job["trace"] * slowest)
         trace(runtime, folder, job, list(itertools.islice(samples, TIMED_SAMPLES)))
-    faulthandler.cancel_dump_traceback_later()
+    watch.end()
     return {
         "runtime": job["runtime"],
         "version": runtime.version(),
@@ -173,6 +179,33 @@ def count_runs(call: Callable[[], object], runs: int) -> None:
         os.getppid()
         call()
         os.getppid()
+
+
+class _Watch:
+    """Ends this process unless it gets on.
+
+    The watch is a thread of C: it needs neither the interpreter nor its lock, which a hanging runtime may hold. Who
+    started this process is told too, on its standard output, and ends one that stands still with its watch.
+    """
+
+    def __init__(self) -> None:
+        """Keeps standard output as it is now."""
+        self._channel = os.dup(1)
+        self._told = (0.0, 0.0)
+
+    def allow(self, seconds: float) -> None:
+        """End this process unless it gets to the next call of this, or to `end`, within `seconds`."""
+        faulthandler.dump_traceback_later(seconds, exit=True)
+        before, when = self._told
+        now = time.monotonic()
+        if seconds != before or now - when > TELL_EVERY_S:
+            self._told = (seconds, now)
+            with suppress(OSError):
+                os.write(self._channel, f"edgekit allows {seconds:.1f} s\n".encode())
+
+    def end(self) -> None:
+        """Nothing is left that could hang."""
+        faulthandler.cancel_dump_traceback_later()
 
 
 class _Samples:
@@ -283,14 +316,6 @@ def _print_into(path: Path) -> None:
 def _stage(name: str) -> None:
     """Note in the log how far the job came, for the case that the runtime takes the process down."""
     print(f"edgekit stage: {name}", flush=True)
-
-
-def _watch(seconds: float) -> None:
-    """End this process unless it gets to the next call of this, or to its end, within `seconds`.
-
-    The watch is a thread of C: it needs neither the interpreter nor its lock, which a hanging runtime may hold.
-    """
-    faulthandler.dump_traceback_later(seconds, exit=True)
 
 
 def _message(error: Exception) -> str:

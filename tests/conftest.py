@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,21 @@ import torch
 from kit import NET, network, samples
 
 import edgekit
+from edgekit import baseline
 from edgekit.bundle import Bundle
 
 # Here and in what tests start: threads that wait for each other spin, and each process has a core of its own.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def baselines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is kept of originals is kept for this session alone."""
+    folder = tmp_path_factory.mktemp("baselines")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(baseline, "folder", lambda: folder)
+        yield
 
 
 @pytest.fixture(scope="session")

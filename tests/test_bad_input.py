@@ -280,7 +280,9 @@ COMPARISONS: dict[str, tuple[Callable[[Path], tuple[str, ...]], tuple[str, ...],
     "an unknown format": (
         lambda place: manifest(place, lambda m: m["artifacts"][0].update(format="x")), (), "is damaged", "export"),
     "another model's file": (another_model, (), "other.onnx is not this model: it takes image.*1,1,28,28", "name the"),
-    "unknown metric": (whole, ("--metric", "f1"), "unknown metric 'f1'", "top1, top5"),
+    "unknown metric": (whole, ("--metric", "accuracy"), "unknown metric 'accuracy'", "top1, top5"),
+    "a metric for other targets": (whole, ("--metric", "miou"), "miou needs class scores", "another --metric"),
+    "a metric without its function": (whole, ("--metric", "net.py"), "no function in it", "net.py:function"),
     "unknown device": (whole, ("--device", "toaster:1"), "there is no device 'toaster:1'", "local:"),
     "no such python": (whole, ("--device", "python:/none"), "names no Python interpreter", "python:/path"),
     "unknown baseline device": (whole, ("--baseline-device", "tpu"), "unknown baseline device 'tpu'", "cpu or cuda"),
@@ -289,7 +291,7 @@ COMPARISONS: dict[str, tuple[Callable[[Path], tuple[str, ...]], tuple[str, ...],
     "--max-drop without labels": (unlabeled, ("--max-drop", "1"), "the data has no labels", "add labels"),
 }  # fmt: skip
 if not torch.cuda.is_available():
-    COMPARISONS["no CUDA"] = (whole, ("--baseline-device", "cuda"), "no CUDA device", "leave out")
+    COMPARISONS["no CUDA"] = (whole, ("--baseline-device", "cuda"), "no CUDA device|without CUDA", "leave out")
 
 
 @pytest.mark.parametrize("case", COMPARISONS)

@@ -1,4 +1,4 @@
-"""Numbers and verdicts against hand computation, scipy and simulation."""
+"""Parity by hand, and verdicts by their tables."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy import stats
 
-from edgekit import judge
+from edgekit import intervals, judge, metrics, results
 from edgekit.errors import EdgeKitError
 from edgekit.results import SUFFIXES, Accuracy, Artifact, Latency, Parity
 
@@ -64,76 +63,6 @@ def test_parity_refuses_other_shapes_and_counts(outputs: list[np.ndarray], messa
     assert caught.value.help
 
 
-@pytest.mark.parametrize(("metric", "k"), judge.METRICS.items())
-def test_metrics_match_numpy(metric: str, k: int) -> None:
-    rng = np.random.default_rng(0)
-    logits, target = rng.standard_normal((500, 12)).astype(np.float32), rng.integers(0, 12, 500)
-    expected = (np.argsort(-logits, axis=1)[:, :k] == target[:, None]).any(axis=1)
-    got = judge.correct(metric, logits, target)
-    assert got.dtype == bool
-    assert np.array_equal(got, expected)
-
-
-def test_top1_breaks_ties_like_arg_max() -> None:
-    logits = np.round(np.random.default_rng(0).standard_normal((500, 6)))  # int8 outputs tie often
-    target = np.random.default_rng(1).integers(0, 6, 500)
-    assert np.array_equal(judge.correct("top1", logits, target), logits.argmax(1) == target)
-
-
-def test_a_sample_with_nan_scores_is_wrong() -> None:
-    logits = np.array([[np.nan] * 3, [np.nan, 1, 2], [0, 1, 2]])
-    assert judge.correct("top1", logits, np.array([0, 0, 2])).tolist() == [False, False, True]
-
-
-BAD_LABELS = {
-    "a picture as output": ("top1", np.ones((2, 3, 4, 4)), np.zeros(2, int), "2x3x4x4 for 2 samples"),
-    "one class": ("top1", np.ones((2, 1)), np.zeros(2, int), "more than 1 class scores"),
-    "top 5 of five": ("top5", np.ones((2, 5)), np.zeros(2, int), "more than 5 class scores"),
-    "another number": ("top1", np.ones((2, 3)), np.zeros(3, int), "2x3 for 3 samples"),
-    "one-hot": ("top1", np.ones((2, 3)), np.eye(3, dtype=int)[:2], "int64 of shape 2x3"),
-    "floats": ("top1", np.ones((2, 3)), np.zeros(2), "float64 of shape 2"),
-    "from one": ("top1", np.ones((2, 3)), np.array([1, 3]), "labels run from 1 to 3, but the model has 3 classes"),
-    "negative": ("top1", np.ones((2, 3)), np.array([-1, 2]), "labels run from -1"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_LABELS)
-def test_labels_that_do_not_fit_are_refused(case: str) -> None:
-    metric, logits, target, message = BAD_LABELS[case]
-    with pytest.raises(EdgeKitError, match=message) as caught:
-        judge.correct(metric, logits, target)
-    assert caught.value.help
-
-
-def outcomes(both: int, lost: int, won: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
-    original = np.repeat([True, True, False, False], [both, lost, won, neither])
-    return original, np.repeat([True, False, True, False], [both, lost, won, neither])
-
-
-@pytest.mark.parametrize("counts", [(90, 4, 1, 5), (200, 0, 0, 0), (10, 0, 7, 3), (0, 30, 0, 0), (900, 60, 20, 20)])
-def test_interval_is_agresti_and_min(counts: tuple[int, int, int, int]) -> None:
-    """Wald's interval of a paired difference on the 2x2 table with 1/2 added to each cell."""
-    table = np.array(counts) + 0.5
-    n = table.sum()
-    p10, p01 = table[1] / n, table[2] / n
-    z = stats.norm.ppf(0.975)
-    margin = z * math.sqrt((p10 + p01 - (p10 - p01) ** 2) / n)
-    got = judge.accuracy("top1", *outcomes(*counts))
-    assert got.n == sum(counts)
-    assert got.drop == pytest.approx(100 * (counts[1] - counts[2]) / sum(counts))
-    assert got.ci95 == pytest.approx((100 * (p10 - p01 - margin), 100 * (p10 - p01 + margin)), abs=1e-5)
-
-
-@pytest.mark.parametrize(("n", "lost", "won"), [(100, 0.05, 0.02), (500, 0.01, 0.002), (2000, 0.02, 0.02)])
-def test_interval_covers_the_true_drop_95_times_in_100(n: int, lost: float, won: float) -> None:
-    draws = np.random.default_rng(0).multinomial(n, [0.9 - lost, lost, won, 0.1 - won], size=2000)
-    hits = []
-    for counts in draws:
-        low, high = judge.accuracy("top1", *outcomes(*counts)).ci95
-        hits.append(low <= 100 * (lost - won) <= high)
-    assert np.mean(hits) >= 0.94
-
-
 def near(sqnr_db: float = 40.0, max_rel: float = 1e-6) -> Parity:
     return Parity(sqnr_db, max_rel, max_rel, 1, 1, 8)
 
@@ -160,12 +89,21 @@ def test_faithful(case: str) -> None:
 
 
 def accuracy(low: float, high: float) -> Accuracy:
-    drop = (low + high) / 2
+    drop = (low + high) / 2 if math.isfinite(high) else 0.3
     return Accuracy("top1", 1000, 0.9 - drop / 100, 0.9, (low, high))
 
 
-def ms(value: float) -> Latency:
-    return Latency(((value,) * 5,), 1)
+def ms(value: float, spread: float = 0.01) -> Latency:
+    """Three processes, one of them slower and one faster by a share of `spread`."""
+    return Latency(tuple((value * factor,) * 5 for factor in (1, 1 + spread, 1 - spread)), 1)
+
+
+def outcomes(both: int, lost: int, won: int, neither: int) -> tuple[metrics.Scores, metrics.Scores]:
+    counts = [both, lost, won, neither]
+    return tuple(metrics.per_sample(np.repeat(right, counts)) for right in ([1, 1, 0, 0], [1, 0, 1, 0]))
+
+
+TOP1 = metrics.METRICS["top1"]
 
 
 BAD = Parity(-math.inf, math.inf, math.inf, -1, 0, 8)
@@ -176,6 +114,9 @@ VERDICTS = {
     "the same with more room": ("int8", accuracy(0.2, 1.8), 1.0, 2.0, near(), 2.0, "ship"),
     "slower than fp32": ("int8", accuracy(-0.2, 0.4), 2.0, 1.0, near(), None, "reject"),
     "slower for size": ("int8-weight-only", accuracy(-0.2, 0.4), 2.0, 1.0, near(), None, "ship"),
+    "as fast as fp32": ("int8", accuracy(-0.2, 0.4), 1.0, 1.0, near(), None, "ship"),
+    "too few for an interval": ("int8", accuracy(-math.inf, math.inf), 1.0, 2.0, near(), 90.0, "inconclusive"),
+    "NaN and no accuracy": ("int8", None, 1.0, 2.0, BAD, None, "reject"),
     "no labels": ("int8", None, 1.0, 2.0, near(), None, "inconclusive"),
     "fp32 equal": ("fp32", accuracy(-0.2, 0.2), 1.0, None, near(), None, "ship"),
     "fp32 that differs": ("fp32", accuracy(-0.2, 0.2), 1.0, None, near(max_rel=1e-3), None, "reject"),
@@ -194,9 +135,10 @@ def test_verdict(case: str) -> None:
 SLOW, WORSE = accuracy(-0.2, 0.4), accuracy(1.2, 3.0)
 BLAMED = {
     "slow": ("int8", SLOW, 1.0, ("9 Mul in float between int8 ops", "1 requantization"), (),
-             "0.50x the speed of fp32 in the same runtime: 9 Mul in float between int8 ops; 1 requantization"),
+             "0.50x the speed of fp32 in the same runtime, 95 % interval 0.50 to 0.50: 9 Mul in float between int8 "
+             "ops; 1 requantization"),
     "slow with nothing to blame": ("int8", SLOW, 1.0, (), (), "every op of it runs in int8"),
-    "slow, not looked at": ("int8-dynamic", SLOW, 1.0, None, (), "0.50x the speed of fp32 in the same runtime"),
+    "slow, not looked at": ("int8-dynamic", SLOW, 1.0, None, (), "runtime, 95 % interval 0.50 to 0.50"),
     "worse": ("int8", WORSE, 4.0, (), (), "edgekit export --sensitivity shows the layers to blame"),
     "worse by known layers": ("int8", WORSE, 4.0, (), ("head (linear) at 12.0 dB",),
                               "is above 1; the most sensitive layers: head (linear) at 12.0 dB"),
@@ -218,15 +160,81 @@ def test_every_word_of_a_verdict_is_tried() -> None:
     assert {row[-1] for row in VERDICTS.values()} == {"ship", "reject", "inconclusive"}
 
 
-def test_samples_asked_for_would_do() -> None:
+@pytest.mark.parametrize("counts", [(950, 8, 4, 38), (100, 0, 0, 0), (300, 3, 3, 20), (200, 3, 0, 7), (1000, 1, 9, 0)])
+def test_samples_asked_for_would_do(counts: tuple[int, ...]) -> None:
     """With the number of samples that a doubt names, an interval at the same rates excludes the limit."""
-    first = judge.accuracy("top1", *outcomes(950, 8, 4, 38))
-    doubt = judge.verdict("int8", first, ms(1), ms(2), near(), 1.0)
+    first = judge.accuracy(TOP1, *outcomes(*counts))
+    limit = first.drop + (0.4 if first.drop <= 0.9 else -0.4)
+    doubt = judge.verdict("int8", first, ms(1), ms(2), near(), limit)
     assert doubt.word == "inconclusive"
     more = int(doubt.reasons[0].split("about ")[1].split(" more")[0].replace(",", ""))
-    factor = (1000 + more) / 1000
-    again = judge.accuracy("top1", *outcomes(*(round(c * factor) for c in (950, 8, 4, 38))))
-    assert again.ci95[1] <= 1.02
+    for share, decided in ((1.0, True), (0.9, False)):
+        factor = (sum(counts) + share * more) / sum(counts)
+        low, high = intervals.agresti_min(*(factor * c for c in (sum(counts), counts[1], counts[2])))
+        assert (high <= limit or low > limit) == decided
+
+
+def test_a_drop_at_the_limit_is_never_told_from_it() -> None:
+    first = judge.accuracy(TOP1, *outcomes(900, 20, 10, 70))
+    doubt = judge.verdict("int8", first, ms(1), ms(2), near(), first.drop)
+    assert "no number of samples would tell" in doubt.reasons[0]
+
+
+SPEEDS = {  # fp32 and int8 medians by process → word, what is said
+    "twice as fast": ((2.0, 2.1, 1.9), (1.0, 1.02, 0.97), "ship", "2.00x"),
+    "twice as slow": ((1.0, 1.02, 0.97), (2.0, 2.1, 1.9), "reject", "slower than fp32: 0.50x"),
+    "slower by the noise": ((1.0, 1.2, 0.8), (1.05, 0.9, 1.3), "inconclusive", "whether it is slower is open"),
+    "slower in a noise that both share": ((1.0, 1.5, 2.0), (1.2, 1.8, 2.4), "reject", "slower than fp32: 0.83x"),
+    "one process each": ((1.0,), (2.0,), "inconclusive", "add --rounds 3"),
+}
+
+
+@pytest.mark.parametrize("case", SPEEDS)
+def test_slower_is_said_where_the_interval_says_it(case: str) -> None:
+    before, after, word, said = SPEEDS[case]
+    fp32, int8 = (Latency(tuple((value,) for value in values), 1) for values in (before, after))
+    got = judge.verdict("int8", accuracy(-0.2, 0.4), int8, fp32, near(), None)
+    assert got.word == word
+    assert any(said in reason for reason in got.reasons)
+    assert ("--rounds" in got.reasons[0]) == (word == "inconclusive")
+
+
+def test_rounds_asked_for_would_do() -> None:
+    rng = np.random.default_rng(0)
+    logs = rng.standard_normal(60)
+    logs = 0.05 * (logs - logs.mean()) / logs.std() + math.log(0.94)
+    few = np.array([-1.0, 0.0, 1.0]) * 0.05 + math.log(0.94)
+    fp32 = Latency(((1.0,),) * 60, 1)
+    doubt = judge.verdict("int8", accuracy(-0.2, 0.4), _at(few), fp32, near(), None)
+    assert doubt.word == "inconclusive"
+    assert int(doubt.reasons[0].split("--rounds ")[1].split()[0]) <= judge.MOST_ROUNDS
+    assert judge.verdict("int8", accuracy(-0.2, 0.4), _at(logs), fp32, near(), None).word == "reject"
+
+
+def _at(logs: np.ndarray) -> Latency:
+    """Latencies whose speed-ups over 1 ms have these logarithms."""
+    return Latency(tuple((float(np.exp(-log)),) for log in logs), 1)
+
+
+UNITS = {
+    "points": ("+0.30 points", "accuracy drop"),
+    "percent": ("+0.30 %", "rise of the error"),
+    "units": ("+0.3,", "drop of the metric"),
+}
+
+
+@pytest.mark.parametrize("unit", results.UNITS)
+def test_a_drop_is_judged_in_its_own_unit(unit: results.Unit) -> None:
+    baseline, value = {"points": (0.9, 0.897), "percent": (2.0, 2.006), "units": (2.0, 1.7)}[unit]
+    result = Accuracy("m", 900, value, baseline, (0.1, 0.5), unit, "paired bootstrap")
+    assert result.drop == pytest.approx(0.3)
+    for limit, word in ((0.05, "reject"), (0.2, "inconclusive"), (0.6, "ship")):
+        got = judge.verdict("int8", result, ms(1), ms(2), near(), limit)
+        assert got.word == word
+        assert all(part in got.reasons[0] for part in UNITS[unit])
+    default = judge.verdict("int8", result, ms(1), ms(2), near(), None)
+    assert default.word == ("inconclusive" if unit == "units" else "ship")
+    assert ("--max-drop" in default.reasons[0]) == (unit == "units")
 
 
 REPRODUCED = {

@@ -44,11 +44,12 @@ def test_every_layer_is_timed(runtime: str, precision: str, bundles: dict[str, B
     assert profile.runtime == runtime and profile.notes == () and profile.ops is not None
     for kind, count in LAYERS[runtime, precision]:
         assert sum(n for op, (n, _) in profile.ops.by_op().items() if op.startswith(kind)) == count, kind
-    # The clock counts whole microseconds, and an op may be cut short or long by one.
-    assert 0 < profile.ops.sum_us <= profile.ops.whole_us + len(profile.ops.ops)
     assert profile.ops.latency_us == profile.latency.p50 * 1e3
     values = profile.to_dict()["ops"]
-    assert sum(row["share"] for row in values["by_op"]) == pytest.approx(1)
+    shown = sum(row["us"] for row in values["by_op"]) + values["between_us"]
+    # The clock counts whole microseconds, and what it loses of an op is known on average only.
+    assert shown == pytest.approx(values["profiled_run_us"], abs=0.5 * len(profile.ops.ops))
+    assert sum(row["share"] for row in values["by_op"]) == pytest.approx(profile.ops.sum_us / profile.ops.whole_us)
     scaled = sum(row["scaled_us"] for row in values["by_op"])
     assert scaled + values["outside_us"] == pytest.approx(profile.ops.latency_us)
     events = json.loads(trace.read_text())["traceEvents"]
@@ -64,7 +65,7 @@ def test_command_line(bundles: dict[str, Bundle], capfd: pytest.CaptureFixture, 
     path = next(a.path for a in bundles["fp32"].artifacts if a.format == "onnx")
     result = tmp_path / "result.json"
     ran = invoke(capfd, "profile", path, "--ops", "--trace", tmp_path / "trace.json", "--json", result)
-    assert ran.code == 0 and "Conv" in ran.out and "share" in ran.out and "without it" in ran.out
+    assert ran.code == 0 and "Conv" in ran.out and "between the ops" in ran.out and "without profiler" in ran.out
     assert json.loads(result.read_text())["ops"]["by_op"][0]["op"] == "Conv"
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     refused = invoke(capfd, "profile", path, "--trace", tmp_path / "other.json")
@@ -93,7 +94,7 @@ def test_a_damaged_record_is_told(runtime: str, record: bytes) -> None:
         ops.read(runtime, record)
 
 
-@pytest.mark.parametrize(("ms", "runs"), [(0.0, 100), (0.1, 100), (100.0, 50), (5_000.0, 10)])
+@pytest.mark.parametrize(("ms", "runs"), [(0.0, 200), (0.1, 200), (100.0, 50), (5_000.0, 10)])
 def test_slow_models_run_less_often(ms: float, runs: int) -> None:
     assert ops.runs_for(ms) == runs
 
@@ -108,6 +109,19 @@ def test_disturbed_and_odd_runs_do_not_count() -> None:
     assert [op.name for op in times.ops] == ["a", "b"]
     assert all(op.us == pytest.approx(0.5, abs=0.2) for op in times.ops)
     assert times.outside_us == pytest.approx(4 - times.sum_us) and times.scale == 1
+
+
+def test_what_the_clock_rounds_away_is_added() -> None:
+    """Half a tick of an op on a clock that rounds down; what is in no op has a row of its own."""
+    events = (ops.Event("Conv", "a", 0.0, 3.0, ops.ROUNDED_DOWN_US), ops.Event("Add", "b", 4.0, 2.0))
+    times = ops.summarize([ops.Run(0.0, 8.0, events)] * 8, latency_us=10.0)
+    assert [op.us for op in times.ops] == [3.5, 2.0]
+    assert (times.sum_us, times.between_us, times.outside_us) == (5.5, 2.5, 4.5)
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(report.ops_report(times))
+    text = capture.get()
+    assert "between the ops" in text and "31.2 %" in text and "8.0" in text and "10.0 µs (p50)" in text
 
 
 def test_times_that_the_profiler_inflates_are_scaled_and_said_so() -> None:

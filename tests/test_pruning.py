@@ -84,6 +84,42 @@ def test_the_command_writes_files_that_everything_reads(
     assert exported.code == 0, exported.err
 
 
+RESIDUAL = """
+import torch
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(16, 16, 3, 1, 1), nn.BatchNorm2d(16), nn.Conv2d(16, 16, 3, 1, 1)
+
+    def forward(self, x):
+        y = self.b(torch.relu(self.norm(self.a(x))))
+        y += x
+        return torch.relu(y)
+
+def make():
+    torch.manual_seed(0)
+    pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1), Block(), Block(), Block(), pool, nn.Linear(16, 10)).eval()
+"""
+
+
+def test_whole_branches_go_and_both_files_know(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    (tmp_path / "net.py").write_text(RESIDUAL)
+    model, data = f"{tmp_path / 'net.py'}:make", folder / "data.npz"
+    ran = invoke(capfd, "prune", model, "--ratio", 0.5, "--data", data, "--epochs", 1, "--out", tmp_path)
+    assert ran.code == 0, ran.err
+    assert "removed" in ran.out
+    path = tmp_path / "net-pruned"
+    layers = json.loads((path / "prune.json").read_text())["layers"]
+    assert sum(layer["after"] == [] and layer["macs_after"] == 0 for layer in layers) == 2
+    x = torch.from_numpy(samples(4)["x"][:1])
+    from_graph = load(path / "model.pt2").module(x)[0]
+    from_code = load(path / "model.safetensors", code=model, example=[x.numpy()]).module(x)[0]
+    torch.testing.assert_close(from_graph, from_code)
+
+
 def test_the_report_shows_layers_and_totals(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     model = f"{folder / 'net.py'}:make"
     ran = invoke(capfd, "prune", model, "--ratio", 0.4, "--input", "1x3x16x16", "--out", tmp_path)
@@ -152,9 +188,11 @@ def test_an_interrupted_run_goes_on_to_the_same_end(tmp_path: Path, monkeypatch:
 
     with monkeypatch.context() as patch:
         patch.setattr(recovery._Training, "run_epoch", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt) as stopped:
             prune(tmp_path / "cut", name="net")
     assert tree(tmp_path / "cut") == ["net-pruned.checkpoint.pt"]
+    (note,) = stopped.value.__notes__
+    assert note == f"the same command with --resume goes on from {tmp_path / 'cut' / 'net-pruned.checkpoint.pt'}"
     done = prune(tmp_path / "cut", name="net", resume=True)
     assert tree(tmp_path / "cut") == ["net-pruned", *(f"net-pruned/{file}" for file in tree(done.path))]
     state, resumed = whole.module.state_dict(), done.module.state_dict()

@@ -1,4 +1,4 @@
-"""Make every file of the Fashion-MNIST example anew: both checkpoints and data.npz.
+"""Make every file of the Fashion-MNIST example anew: both checkpoints and data.npz; or full.npz, to train on.
 
 `python -m edgekit.examples.fashion_mnist.train --out examples/fashion_mnist`, from a checkout of the repository.
 """
@@ -223,6 +223,14 @@ def write_data(train_split: Split, test_split: Split, seed: int, out: Path) -> N
     print(f"data.npz: {len(test)} test images and {len(calibration)} calibration images")
 
 
+def write_full(split: Split, out: Path) -> None:
+    """Write full.npz: every training image, with its class and the normalization of data.npz."""
+    mean, std = statistics(split.x)
+    arrays = {"x": split.x, "y": split.y, "mean": np.array([mean]), "std": np.array([std])}
+    write(out / "full.npz", lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))
+    print(f"full.npz: {len(split.y)} training images")
+
+
 def write(path: Path, save: Callable[[IO[bytes]], None]) -> None:
     """Call `save` on a temporary file beside `path`, then rename it: `path` is whole or untouched."""
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
@@ -241,7 +249,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--idx", type=Path, default=DEBIAN_FOLDER, help="folder of the four .gz files (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path(), help="folder to write to (the current one)")
-    parser.add_argument("--only", choices=[*PLANS, "data"], help="make this one file")
+    parser.add_argument("--only", choices=[*PLANS, "data", "full"], help="make this one file")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="of training (%(default)s)")
     options = parser.parse_args()
@@ -254,6 +262,8 @@ def main() -> None:
         splits = read_split(options.idx, "train"), read_split(options.idx, "t10k")
         if options.only in (None, "data"):
             write_data(*splits, options.seed, options.out)
+        if options.only == "full":
+            write_full(splits[0], options.out)
         for name, plan in PLANS.items():
             if options.only in (None, name):
                 with tempfile.TemporaryDirectory() as scratch:

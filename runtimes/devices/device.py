@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import re
+import selectors
+import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 STALL_S = 20.0
+GRACE_S = (
+    4.0  # how long after the time that it allowed itself a job that its own watch has not ended is ended from here
+)
+ALLOWS = re.compile(rb"^edgekit allows ([\d.]+) s\r?\n", re.MULTILINE)
+ALLOWS_BYTES = 40  # of one such line, at most
+
+
+class Stalled(TimeoutError):
+    """A job went on for longer than it allowed itself, and its own watch did not end it: its process stands still."""
 
 
 class Exit(NamedTuple):
@@ -42,7 +56,11 @@ class Device(Protocol):
         ...
 
     def exec(self, argv: Sequence[str], timeout_s: float) -> Exit:
-        """Run a command and wait. Raises TimeoutError after `timeout_s`, when nothing of it runs any more."""
+        """Run a command and wait. Raises TimeoutError after `timeout_s`, when nothing of it runs any more.
+
+        A command may print lines such as `edgekit allows 20 s`: if it then neither ends nor allows itself more time
+        within so many seconds, Stalled is raised.
+        """
         ...
 
     def pull(self, job: str, names: Sequence[str], into: Path) -> None:
@@ -68,3 +86,31 @@ class Emulator(Device, Protocol):
         The list is empty where the emulator cannot count.
         """
         ...
+
+
+def listen(process: subprocess.Popen[bytes], timeout_s: float) -> tuple[bytes, bytes]:
+    """Read what a process prints until it ends: its standard output, without the times it allows itself, and errors.
+
+    Raises TimeoutError after `timeout_s`, and Stalled as `Device.exec` does; the process then still runs.
+    """
+    said = {pipe: bytearray() for pipe in (process.stdout, process.stderr) if pipe is not None}
+    end = limit = time.monotonic() + timeout_s
+    with selectors.DefaultSelector() as selector:
+        for pipe in said:
+            selector.register(pipe, selectors.EVENT_READ, said[pipe])
+        while selector.get_map():
+            now = time.monotonic()
+            if now >= min(end, limit):
+                raise (Stalled if limit < end else TimeoutError)(f"it ran longer than {timeout_s:g} s")
+            for key, _ in selector.select(min(end, limit) - now):
+                block = os.read(key.fd, 1 << 16)
+                if not block:
+                    selector.unregister(key.fileobj)
+                    continue
+                key.data.extend(block)
+                if key.fileobj is process.stdout:
+                    allowed = ALLOWS.findall(key.data[-len(block) - ALLOWS_BYTES :])
+                    limit = time.monotonic() + float(allowed[-1]) + GRACE_S if allowed else limit
+    process.wait()
+    output, errors = (bytes(said[pipe]) if pipe is not None else b"" for pipe in (process.stdout, process.stderr))
+    return ALLOWS.sub(b"", output), errors

@@ -16,7 +16,7 @@ from typing import Literal
 from edgekit.errors import EdgeKitError
 
 from . import facts
-from .device import STALL_S, Device, Exit
+from .device import STALL_S, Device, Exit, listen
 
 PROBE_TIMEOUT_S = 30
 
@@ -61,27 +61,26 @@ class LocalDevice:
         return job
 
     def exec(self, argv: Sequence[str], timeout_s: float) -> Exit:
-        """Run a command in a process group of its own. Raises TimeoutError when it was stopped after `timeout_s`."""
+        """Run a command in a process group of its own. Raises TimeoutError or Stalled when it was stopped."""
         try:
             process = subprocess.Popen(
                 argv,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
                 start_new_session=True,
             )
         except OSError as error:
             raise EdgeKitError(f"cannot start {argv[0]}: {error.strerror}") from error
         try:
-            output, _ = process.communicate(timeout=timeout_s)
-        except BaseException as error:  # Ctrl-C too: it does not reach a process group of its own
+            output, _ = listen(process, timeout_s)
+        except BaseException:  # Ctrl-C too: it does not reach a process group of its own
             _kill_group(process)
-            if isinstance(error, subprocess.TimeoutExpired):
-                raise TimeoutError(f"{argv[0]} ran longer than {timeout_s} s") from error
             raise
-        return Exit(process.returncode, output)
+        finally:
+            if process.stdout is not None:
+                process.stdout.close()
+        return Exit(process.returncode, output.decode(errors="replace"))
 
     def pull(self, job: str, names: Sequence[str], into: Path) -> None:
         """Move the files."""
@@ -101,7 +100,7 @@ class LocalDevice:
             shutil.rmtree(self._jobs.pop(), ignore_errors=True)
 
 
-def _kill_group(process: subprocess.Popen[str]) -> None:
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
     """End the process and its children."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)

@@ -29,7 +29,7 @@ from urllib.parse import parse_qsl
 from edgekit.errors import EdgeKitError
 
 from . import facts
-from .device import STALL_S, Exit
+from .device import STALL_S, Exit, listen
 
 CONNECT_TIMEOUT_S = 25.0
 ANSWER_TIMEOUT_S = 25.0
@@ -156,7 +156,7 @@ class ShellDevice:
         return job
 
     def exec(self, argv: Sequence[str], timeout_s: float) -> Exit:
-        """Run a command. Raises TimeoutError when it was killed after `timeout_s`."""
+        """Run a command. Raises TimeoutError or Stalled when it was killed."""
         command = " ".join(_quote(word) for word in argv)
         _, output, errors = self._run(RUN.replace("COMMAND", command), timeout_s, hold=True)
         # The exit code of a client may be that of a broken connection: the shell there tells its own.
@@ -175,7 +175,7 @@ class ShellDevice:
             f'if [ $# -eq 0 ]; then exit {MISSING}; fi; echo {_quote(FILES.decode().strip())}; tar -cf - "$@"'
         )
         with tempfile.TemporaryFile(dir=into) as packed:
-            code, _, errors = self._run(script, None, stdout=packed)
+            code, _, errors = self._run(script, ANSWER_TIMEOUT_S, stdout=packed)
             if code == MISSING:
                 return
             packed.seek(0)
@@ -249,14 +249,15 @@ class ShellDevice:
     def _run(
         self,
         script: str,
-        timeout_s: float | None,
+        timeout_s: float,
         stdout: IO[bytes] | None = None,
         send: Callable[[IO[bytes]], None] | None = None,
         hold: bool = False,
     ) -> tuple[int, bytes, bytes]:
         """Run a script: exit code, output and errors. `send` writes its input; `hold` leaves that open until it ends.
 
-        Raises EdgeKitError when the connection is lost, and after `timeout_s`; with `hold` that is a TimeoutError.
+        Raises EdgeKitError when the connection is lost, and after `timeout_s`, or so long without any more output into
+        the file `stdout`; with `hold` that is a TimeoutError or Stalled.
         """
         self._check_connection()
         stdin = subprocess.PIPE if send or hold else subprocess.DEVNULL
@@ -266,16 +267,16 @@ class ShellDevice:
         try:
             if sender is not None:
                 sender.start()
-            output, errors = process.communicate(timeout=timeout_s)
+            output, errors = listen(process, timeout_s) if hold else _communicate(process, timeout_s, stdout)
         except BaseException as error:
             if sender is None and pipe is not None:
                 pipe.close()
             _end(process)
-            if not isinstance(error, subprocess.TimeoutExpired):
+            if not isinstance(error, TimeoutError | subprocess.TimeoutExpired):
                 raise
             self._check_connection()
             if hold:
-                raise TimeoutError(f"it ran longer than {timeout_s:g} s") from error
+                raise
             raise EdgeKitError(
                 f"{self._link.name} did not answer within {timeout_s:g} s", "check its network or cable, and its load"
             ) from error
@@ -283,7 +284,7 @@ class ShellDevice:
             sender.join(CLOSE_TIMEOUT_S)
         elif pipe is not None:
             pipe.close()
-        return process.returncode, output or b"", errors or b""
+        return process.returncode, output, errors
 
     def _check_connection(self, wait_s: float = 0.0) -> None:
         """Raise EdgeKitError when the keeper is gone, or goes within `wait_s`: it may be the last to notice."""
@@ -382,6 +383,20 @@ def _start(
 ) -> subprocess.Popen[bytes]:
     # A session of its own: Ctrl-C is ours to handle, and no client asks for a password on the terminal.
     return subprocess.Popen(argv, stdin=stdin, stdout=stdout, stderr=stderr, start_new_session=True)
+
+
+def _communicate(process: subprocess.Popen[bytes], timeout_s: float, growing: IO[bytes] | None) -> tuple[bytes, bytes]:
+    """`process.communicate`, which waits for as long as the file `growing` grows within every `timeout_s`."""
+    size = -1
+    while True:
+        try:
+            output, errors = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            before, size = size, os.fstat(growing.fileno()).st_size if growing else size
+            if size == before:
+                raise
+        else:
+            return output or b"", errors or b""
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

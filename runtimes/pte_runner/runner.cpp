@@ -12,8 +12,9 @@
 //   stall SECONDS      how long the job may go without progress: then SIGALRM ends it
 //   timing 0 | timing 1 WARMUP_RUNS SECONDS MIN_RUNS MAX_RUNS
 //
-// It leaves out_<i>.bin in the same form, log.txt with what ExecuTorch printed, and last of all result.json. Clock,
-// warm-up and pinning follow edgekit/measure.py.
+// It leaves out_<i>.bin in the same form, log.txt with what ExecuTorch printed, and last of all result.json. Meanwhile
+// it prints how long it may take until the next such line or the end: `edgekit allows 21 s`. Clock, warm-up and
+// pinning follow edgekit/measure.py.
 
 #include <fcntl.h>
 #include <sched.h>
@@ -69,6 +70,9 @@ constexpr const char* METHOD = "forward";
 constexpr int TIMED_SAMPLES = 8;
 constexpr int64_t WARMUP_RUN_CAP_NS = 50'000'000;
 constexpr int WARMUP_RUNS_AT_LEAST = 3;
+constexpr double TELL_EVERY_MS = 1000;  // runs may be short and many
+
+int channel = -1;  // standard output as it was at the start
 
 struct Dtype {
   ScalarType type;
@@ -197,7 +201,7 @@ Job read_job(const std::string& path) {
       throw Failure{"job", "job.txt has the unknown key " + key};
     }
   }
-  if (job.runs == 0) throw Failure{"job", "job.txt is not whole"};
+  if (job.runs == 0 || job.stall_s <= 0) throw Failure{"job", "job.txt is not whole"};
   return job;
 }
 
@@ -314,10 +318,17 @@ Info append(std::ofstream& file, const EValue& value) {
 }
 
 // Ends this process with SIGALRM unless it gets to the next call of this within the time that the job may stall, and
-// three times the seconds that are expected.
+// three times the seconds that are expected. Who started it is told as well, and ends one that stands still.
 void watch(const Job& job, double expected_s = 0) {
-  const double seconds = job.stall_s + 3 * expected_s;
-  alarm(job.stall_s > 0 ? static_cast<unsigned>(std::min(seconds, 1e6)) + 1 : 0);
+  static Clock::time_point told;
+  static unsigned before = 0;
+  const unsigned seconds = static_cast<unsigned>(std::min(job.stall_s + 3 * expected_s, 1e6)) + 1;
+  alarm(seconds);
+  if (seconds != before || since(told) > TELL_EVERY_MS) {
+    dprintf(channel, "edgekit allows %u s\n", seconds);
+    before = seconds;
+    told = Clock::now();
+  }
 }
 
 std::vector<double> time_runs(Module& module, const std::vector<Sample>& samples, const Job& job) {
@@ -470,6 +481,8 @@ int main(int count, char** arguments) {
   }
   const std::string folder = arguments[1];
   std::signal(SIGXFSZ, SIG_IGN);  // a limit on file sizes is an error of write(), as a full disk is
+  std::signal(SIGPIPE, SIG_IGN);
+  channel = dup(STDOUT_FILENO);
   const int console = dup(STDERR_FILENO);
   const int log = open((folder + "/log.txt").c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
   if (log >= 0) {

@@ -94,3 +94,22 @@ def test_lean_passes_make_the_same_file(name: str, monkeypatch: pytest.MonkeyPat
     assert not hasattr(NodeSource, "__deepcopy__")
     monkeypatch.setattr("edgekit.exporters.to_executorch.lean", lambda program: nullcontext())
     assert to_executorch(program).data == lean_file
+
+
+class SelfAttention(torch.nn.Module):
+    """torch's own layer, which selects, squeezes and calls scaled_dot_product_attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+@torch.no_grad()
+def test_attention_is_one_delegate(tmp_path: Path) -> None:
+    module, x = SelfAttention().eval(), torch.randn(1, 5, 16)
+    lowered = to_executorch(float32(module, (x,)).program)
+    assert lowered.delegates == 1 and not lowered.undelegated
+    torch.testing.assert_close(run(lowered.data, (x,), tmp_path)[0], module(x), rtol=1e-5, atol=1e-5)

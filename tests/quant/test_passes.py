@@ -178,6 +178,9 @@ CASES: dict[str, Case] = {
     # pools over the whole image
     "global_pool": seq("mean", lambda: nn.AdaptiveAvgPool2d(1)),
     "global_pool_full_window": seq("mean", lambda: nn.AvgPool2d(6)),
+    "global_mean": fn(lambda m, x: x.mean((-1, 2)), "mean view"),
+    "global_mean_kept": fn(lambda m, x: x.mean((2, 3), keepdim=True), "mean"),
+    "partial_mean": fn(lambda m, x: x.mean((1, 2)), "mean"),
     "global_pool_divisor": seq("mean", lambda: nn.AvgPool2d(6, divisor_override=36)),
     "global_pool_other_divisor": seq("avg_pool2d", lambda: nn.AvgPool2d(6, divisor_override=9)),
     "global_pool_padded": seq("avg_pool2d", lambda: nn.AvgPool2d(6, 3, 2), shape=(2, 4, 4, 4)),
@@ -201,6 +204,20 @@ CASES: dict[str, Case] = {
     # others
     "flatten": seq("conv2d view linear", conv(), nn.Flatten, lambda: nn.Linear(80, 3)),
     "output_is_input": fn(lambda m, x: (x, F.relu(x)), "relu"),
+    # attention
+    "attention": fn(
+        lambda m, x: F.scaled_dot_product_attention(x, x, x + 1), "add mul transpose matmul softmax matmul"
+    ),
+    "attention_causal": fn(
+        lambda m, x: F.scaled_dot_product_attention(x, x, x, is_causal=True, scale=0.3),
+        "mul transpose matmul add softmax matmul",
+    ),
+    "attention_masked": fn(
+        lambda m, x, y: F.scaled_dot_product_attention(x, x, x, attn_mask=y),
+        "scaled_dot_product_attention",
+        IMAGE,
+        (6, 6),
+    ),
     "several_outputs": fn(lambda m, x: {"a": [F.relu(x), x.clamp(0, 1)], "b": x.mean()}, "relu hardtanh mean"),
     "shared_weight": fn(
         lambda m, x: F.relu(m.conv(x)) + m.conv(F.relu(x)), "conv2d relu relu conv2d add", conv=conv(padding=1)
@@ -247,6 +264,8 @@ def test_every_pass_has_a_case_that_it_changes(monkeypatch: pytest.MonkeyPatch) 
         "clamp",
         "padding_same",
         "global_pool",
+        "global_mean",
+        "attention",
         "bn_conv2d",
         "pad",
         "strided",

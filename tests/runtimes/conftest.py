@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import torch
 from conformance import INPUTS, OUTPUTS
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import to_edge_transform_and_lower
+from jobs import processes_of, wait_for
 from servers import Adbd, Sshd, missing_adbd, missing_sshd, skip
 
 from edgekit.exporters.tflite import convert
@@ -98,6 +100,17 @@ def ssh_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
     server = Sshd(tmp_path_factory.mktemp("ssh"))
     yield server
     server.stop()
+
+
+@pytest.fixture
+def sshd(ssh_server: Sshd, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sshd]:
+    """The server, with its client first on the path; every test checks that nothing stays there."""
+    monkeypatch.setenv("PATH", f"{ssh_server.bin}{os.pathsep}{os.environ['PATH']}")
+    ssh_server.configure()
+    yield ssh_server
+    wait_for(lambda: not ssh_server.left_behind() and not processes_of(ssh_server.home))
+    assert ssh_server.left_behind() == []
+    assert not processes_of(ssh_server.home)
 
 
 @pytest.fixture(scope="session")

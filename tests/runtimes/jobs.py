@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,6 +58,13 @@ def endless_onnx(path: Path) -> None:
         [helper.make_tensor("true", TensorProto.BOOL, [], [True])],
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    """A server notices in its own time that a connection is gone."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def processes_of(folder: Path, words: str = "") -> list[str]:

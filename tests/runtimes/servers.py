@@ -19,6 +19,7 @@ from typing import NoReturn
 import pytest
 
 START_S = 10.0
+PYTHON = f"python={sys.executable}"
 REQUIRED = "EDGEKIT_TEST_EVERY_DEVICE"
 """Set it, and a test that this machine cannot run fails instead of being skipped."""
 
@@ -139,6 +140,11 @@ class Sshd:
     def left_behind(self) -> list[str]:
         """What lies in the folder for jobs."""
         return sorted(path.name for path in self.home.iterdir())
+
+
+def uri(server: Sshd, python: str = PYTHON) -> str:
+    """The device, with this interpreter and the folder where the tests look for what stays behind."""
+    return f"{server.uri}?{python}&dir={server.home}"
 
 
 # adbd listens on every interface, so it runs in a network where there is no other than loopback.

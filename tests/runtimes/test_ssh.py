@@ -9,14 +9,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conformance import INPUTS, OUTPUTS
-from jobs import SPOILED, Spoil, artifact, endless_onnx, processes_of, stacked
-from servers import Sshd, missing_sshd, mounted, skip
+from executorch.exir import to_edge
+from jobs import SPOILED, Spoil, artifact, endless_onnx, processes_of, stacked, wait_for
+from servers import PYTHON, Sshd, missing_sshd, mounted, skip, uri
 
 from edgekit import ops
 from edgekit.errors import EdgeKitError
@@ -24,30 +26,7 @@ from edgekit.runtimes import RUNTIMES, Timing, open_device, pte_runner, run_arti
 from edgekit.runtimes.devices import shell, ssh
 
 SOON_S = 30.0
-PYTHON = f"python={sys.executable}"
 HERE = tuple(name for name in RUNTIMES if name != "tflite-runtime")
-
-
-@pytest.fixture
-def sshd(ssh_server: Sshd, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sshd]:
-    """The server, with its client first on the path; every test checks that nothing stays there."""
-    monkeypatch.setenv("PATH", f"{ssh_server.bin}{os.pathsep}{os.environ['PATH']}")
-    ssh_server.configure()
-    yield ssh_server
-    wait_for(lambda: not ssh_server.left_behind() and not processes_of(ssh_server.home))
-    assert ssh_server.left_behind() == []
-    assert not processes_of(ssh_server.home)
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    """A server notices in its own time that a connection is gone."""
-    deadline = time.monotonic() + 5
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.05)
-
-
-def uri(server: Sshd, python: str = PYTHON) -> str:
-    return f"{server.uri}?{python}&dir={server.home}"
 
 
 def fails(what: str, call: Callable[[], object]) -> EdgeKitError:
@@ -217,6 +196,19 @@ def test_a_runtime_without_progress_is_ended(sshd: Sshd, tmp_path: Path) -> None
     assert not processes_of(sshd.home)
 
 
+def test_the_runner_without_python_ends_itself(sshd: Sshd, tmp_path: Path) -> None:
+    """The one run of a network that takes many seconds, where half a second is allowed."""
+    slow = torch.nn.Conv2d(32, 32, 31, padding=15).eval()
+    program = torch.export.export(slow, (torch.zeros(1, 32, 128, 128),))
+    (tmp_path / "slow.pte").write_bytes(to_edge(program).to_executorch().buffer)
+    device = open_device(uri(sshd))
+    device.stall_s = 0.5
+    feeds = [np.zeros((1, 1, 32, 128, 128), "float32")]
+    said = r"executorch hangs with slow\.pte: nothing has happened for 0\.5 s"
+    fails(said, lambda: run_artifact(tmp_path / "slow.pte", feeds, device=device))
+    device.cleanup()
+
+
 def test_device_vanishes(sshd: Sshd, tmp_path: Path) -> None:
     """The server and all its sessions die while a job runs."""
 
@@ -345,6 +337,22 @@ def test_silent_device(sshd: Sshd, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shell, "CLOSE_TIMEOUT_S", 0.5)
     try:
         fails(r"did not answer within 0\.5 s", device.probe)
+    finally:
+        monkeypatch.undo()
+        device.cleanup()
+
+
+def test_silent_while_results_come_back(sshd: Sshd, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection stands, and not one more byte arrives."""
+    device = open_device(uri(sshd))
+    sshd.command(CUT.format(words="tar -cf", cut="exec sleep 60", ssh=sshd.client))
+    monkeypatch.setattr(shell, "ANSWER_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(shell, "CLOSE_TIMEOUT_S", 0.5)
+    try:
+        fails(
+            "did not answer within 2 s",
+            lambda: run_artifact(files / "cnn.pte", stacked(files, "cnn", 1), device=device),
+        )
     finally:
         monkeypatch.undo()
         device.cleanup()

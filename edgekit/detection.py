@@ -1,0 +1,263 @@
+"""Object detection: the objects of an image, and the mean average precision of COCO, sample by sample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from typing import TYPE_CHECKING, Any
+
+from edgekit.errors import EdgeKitError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from edgekit.metrics import Scores
+
+MOST = 100  # detections of an image that count: COCO's
+RECALLS = 101  # at which precision is taken: COCO's
+BATCH = 1 << 20  # detections of resamples that are looked at in one go
+LARGEST_AREA = 1e10  # objects of every size count
+FORMS = (
+    "give targets as {'boxes': (N, M, 4), 'labels': (N, M)} with label -1 for no object, or one dict for each sample; "
+    "boxes are x1, y1, x2, y2 in pixels"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Boxes:
+    """The objects of one image: `boxes` (M, 4), float64, as x1, y1, x2, y2; `labels` (M,), int64."""
+
+    boxes: np.ndarray
+    labels: np.ndarray
+
+
+def objects(source: str, target: Any) -> np.ndarray | None:
+    """Returns targets of detection as an array (N,) of Boxes; None where `target` has none of their forms.
+
+    It is a mapping of `boxes` (N, M, 4) and `labels` (N, M), where a negative label stands for no object, or a list
+    with such a mapping of (M, 4) and (M,) for each sample. Raises EdgeKitError where the two do not fit each other.
+    """
+    import numpy as np
+
+    if isinstance(target, Mapping):
+        rows = [_arrays(source, target)]
+        boxes, labels = rows[0]
+        if boxes.ndim != 3 or labels.shape != boxes.shape[:2]:
+            raise _misfit(source, boxes, labels)
+        pairs = list(zip(boxes, labels, strict=True))
+    elif isinstance(target, (list, tuple)) and target and isinstance(target[0], Mapping):
+        pairs = [_arrays(source, entry) for entry in target]
+    else:
+        return None
+    found = np.empty(len(pairs), object)
+    for i, (boxes, labels) in enumerate(pairs):
+        found[i] = _image(source, boxes.reshape(-1, 4) if not boxes.size else boxes, labels)
+    return found
+
+
+def _arrays(source: str, entry: Any) -> tuple[np.ndarray, np.ndarray]:
+    import numpy as np
+
+    if not isinstance(entry, Mapping) or not {"boxes", "labels"} <= entry.keys():
+        raise EdgeKitError(f"a target of {source} lacks boxes or labels", FORMS)
+    given = (entry["boxes"], entry["labels"])
+    try:
+        boxes, labels = (np.asarray(v.detach().cpu() if hasattr(v, "detach") else v) for v in given)
+    except ValueError:
+        raise EdgeKitError(f"the boxes of {source} differ in length", FORMS) from None
+    return boxes, labels
+
+
+def _image(source: str, boxes: np.ndarray, labels: np.ndarray) -> Boxes:
+    import numpy as np
+
+    if boxes.shape != (*labels.shape, 4) or labels.ndim != 1 or boxes.dtype.kind not in "fiu":
+        raise _misfit(source, boxes, labels)
+    if labels.size and labels.dtype.kind not in "iu":
+        raise EdgeKitError(f"the labels of boxes in {source} are {labels.dtype}, not integers", FORMS)
+    boxes, labels = boxes[labels >= 0].astype(np.float64), labels[labels >= 0].astype(np.int64)
+    if not np.isfinite(boxes).all() or (boxes[:, 2:] < boxes[:, :2]).any():
+        raise EdgeKitError(f"a box in {source} ends before it starts, or is not finite", FORMS)
+    return Boxes(boxes, labels)
+
+
+def _misfit(source: str, boxes: np.ndarray, labels: np.ndarray) -> EdgeKitError:
+    shapes = ("x".join(map(str, array.shape)) or "a scalar" for array in (boxes, labels))
+    return EdgeKitError("the boxes of {} are {}, their labels {}".format(source, *shapes), FORMS)
+
+
+@dataclass(frozen=True, eq=False)
+class Ranked:
+    """The detections of one class in all images, the most certain first.
+
+    `image` (D,) is where each is, `hits` the places of those that are objects at each of COCO's overlaps, and `objects`
+    (N,) how many there are to find in each image.
+    """
+
+    image: np.ndarray
+    hits: tuple[np.ndarray, ...]
+    objects: np.ndarray
+
+    def precision(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the average precision of each resample, (R,), and whether it has an object, (R,).
+
+        Image i is in a resample `counts[:, i]` times. Precision is the highest at any recall from each of RECALLS on,
+        and 0 beyond what is reached, as COCO has it: it is taken at the hits, between which it only falls.
+        """
+        import numpy as np
+
+        present = counts @ self.objects
+        weights = counts[:, self.image]
+        every = np.cumsum(weights, axis=1)
+        rows = np.arange(len(counts))[:, None]
+        # Each row of recalls is moved beyond the one before, so that one search finds the places in all of them.
+        asked = np.linspace(0, 1, RECALLS) + 2 * rows
+        total = np.zeros(len(counts))
+        for places in self.hits:
+            if not len(places):
+                continue
+            found, seen = np.cumsum(weights[:, places], axis=1), every[:, places]
+            best = np.zeros((len(counts), len(places) + 1))
+            best[:, :-1] = np.maximum.accumulate((found / np.maximum(seen, 1))[:, ::-1], axis=1)[:, ::-1]
+            recall = found / np.maximum(present, 1)[:, None] + 2 * rows
+            first = np.searchsorted(recall.ravel(), asked.ravel()).reshape(asked.shape) - len(places) * rows
+            total += np.take_along_axis(best, first, axis=1).mean(axis=1)
+        return total / len(self.hits), present > 0
+
+
+@dataclass(frozen=True, eq=False)
+class AveragePrecision:
+    """Scores of detections in `images` images: COCO's AP at overlaps of 0.50 to 0.95, the mean over classes."""
+
+    classes: tuple[Ranked, ...]
+    images: int
+
+    def __len__(self) -> int:
+        return self.images
+
+    def values(self, counts: np.ndarray) -> np.ndarray:
+        """See metrics.Scores."""
+        import numpy as np
+
+        largest = max(len(ranked.image) for ranked in self.classes)
+        rows = max(BATCH // max(largest, 1), 1)
+        found = []
+        for start in range(0, len(counts), rows):
+            part = counts[start : start + rows]
+            pairs = [ranked.precision(part) for ranked in self.classes]
+            there = sum(present.astype(float) for _, present in pairs)
+            found.append(sum(ap * present for ap, present in pairs) / np.maximum(there, 1))
+        return np.concatenate(found)
+
+    def same_as(self, other: Scores) -> bool:
+        """See metrics.Scores."""
+        import numpy as np
+
+        return isinstance(other, AveragePrecision) and all(
+            np.array_equal(mine, others)
+            for a, b in zip(self.classes, other.classes, strict=True)
+            for mine, others in zip((a.image, *a.hits), (b.image, *b.hits), strict=True)
+        )
+
+
+def score(outputs: Sequence[np.ndarray], target: np.ndarray) -> Scores:
+    """Scores detections: outputs boxes (N, D, 4), scores (N, D) and labels (N, D); a score of 0 stands for none.
+
+    The model drops overlapping boxes itself. Boxes are matched to objects by pycocotools (COCOeval), up to 100 an
+    image. Raises EdgeKitError where outputs or targets have another form.
+    """
+    import numpy as np
+
+    if target.dtype != object:
+        raise EdgeKitError(f"map needs boxes and labels as targets, not {target.dtype} values", FORMS)
+    if not any(len(image.labels) for image in target):
+        raise EdgeKitError("the targets hold no object", FORMS)
+    boxes, scores, labels = _detections(outputs, len(target))
+    evaluated = _matched(boxes, scores, labels, target)
+    classes = []
+    for images in evaluated:
+        there = {i: image for i, image in enumerate(images) if image is not None}
+        counts = np.zeros(len(target))
+        counts[list(there)] = [len(image["gtIds"]) for image in there.values()]
+        found = [np.asarray(image["dtScores"]) for image in there.values()]
+        every = np.concatenate(found)
+        order = np.argsort(-every, kind="mergesort")
+        places = np.repeat(list(there), [len(part) for part in found]).astype(np.int64)
+        hit = np.concatenate([image["dtMatches"] > 0 for image in there.values()], axis=1)
+        classes.append(Ranked(places[order], tuple(map(np.flatnonzero, hit[:, order])), counts))
+    return AveragePrecision(tuple(classes), len(target))
+
+
+def _detections(outputs: Sequence[np.ndarray], count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tells boxes, scores and labels apart: by shape, by an integer dtype, or else in this order."""
+    import numpy as np
+
+    boxes = [a for a in outputs if a.ndim == 3 and a.shape[2] == 4]
+    others = [a for a in outputs if a.ndim == 2]
+    others.sort(key=lambda array: array.dtype.kind in "iu")
+    fits = len(outputs) == 3 and len(boxes) == 1 and len(others) == 2
+    if not fits or any(array.shape != (count, boxes[0].shape[1]) for array in others):
+        given = ", ".join("x".join(map(str, array.shape)) for array in outputs)
+        raise EdgeKitError(
+            f"map needs three outputs, boxes (N, D, 4), scores (N, D) and labels (N, D); the model gives {given} for "
+            f"{count} samples",
+            "let the model end with its box decoding and suppression, or write --metric FILE.py:function",
+        )
+    scores, labels = others
+    if not all(np.isfinite(array).all() for array in outputs):
+        raise EdgeKitError("the model's outputs hold NaN or infinite values", "check its weights and --data")
+    if (labels != np.round(labels)).any():
+        raise EdgeKitError(
+            "the labels that the model gives are not whole numbers",
+            "give the outputs in the order boxes, scores, labels",
+        )
+    return boxes[0].astype(np.float64), scores.astype(np.float64), labels.astype(np.int64)
+
+
+def _matched(
+    boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, target: np.ndarray
+) -> list[list[dict[str, Any] | None]]:
+    """Returns what COCOeval finds of each class in each image."""
+    try:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+    except ImportError as error:
+        raise EdgeKitError("map needs pycocotools, which is not installed", "pip install pycocotools") from error
+    true, found = [], []
+    for i, image in enumerate(target):
+        true += [_annotation(i, *pair) for pair in zip(image.boxes, image.labels, strict=True)]
+        there = scores[i] > 0
+        rows = zip(boxes[i][there], labels[i][there], scores[i][there], strict=True)
+        found += [{**_annotation(i, box, label), "score": float(score)} for box, label, score in rows]
+    categories = sorted({entry["category_id"] for entry in true})
+    with redirect_stdout(StringIO()):  # it prints its progress
+        tables = []
+        for entries in (true, found):
+            table = COCO()
+            table.dataset = {
+                "images": [{"id": i} for i in range(len(target))],
+                "categories": [{"id": category} for category in categories],
+                "annotations": [{**entry, "id": number} for number, entry in enumerate(entries, 1)],  # 0 is no match
+            }
+            table.createIndex()
+            tables.append(table)
+        evaluation = COCOeval(*tables, "bbox")
+        evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, LARGEST_AREA]], ["all"]
+        evaluation.params.maxDets = [MOST]
+        evaluation.evaluate()
+    images = len(target)
+    return [evaluation.evalImgs[start : start + images] for start in range(0, len(categories) * images, images)]
+
+
+def _annotation(image: int, box: np.ndarray, label: int) -> dict[str, Any]:
+    x, y, right, bottom = map(float, box)
+    width, height = max(right - x, 0.0), max(bottom - y, 0.0)
+    return {
+        "image_id": image,
+        "category_id": int(label),
+        "bbox": [x, y, width, height],
+        "area": width * height,
+        "iscrowd": 0,
+    }

@@ -1,0 +1,358 @@
+"""METRICS: the one table of what accuracy can mean, and what each sample brings to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from edgekit import detection
+from edgekit.errors import EdgeKitError
+from edgekit.results import Unit
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+VOID = 255  # the label of pixels that no class is asked of
+BEYOND_SHARES = 0.05  # how far quantized probabilities may lie outside 0..1; scores further out are logits
+CHUNK = 64  # samples that a user's own function gets at once
+OTHER_METRIC = "choose another --metric, or leave the labels out to compare outputs by SQNR and cosine"
+
+
+class Scores(Protocol):
+    """What each sample brings to a metric, so that the metric can be taken of any resample."""
+
+    def __len__(self) -> int: ...
+
+    def values(self, counts: np.ndarray) -> np.ndarray:
+        """Returns the metric of each resample: counts (R, N), how often a sample is in it → (R,)."""
+        ...
+
+    def same_as(self, other: Scores) -> bool:
+        """Whether no sample differs from that of `other`."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """Scores of a metric that is a function of sums: `statistics` (N, k), and `of_sums`, (…, k) → (…)."""
+
+    statistics: np.ndarray
+    of_sums: Callable[[np.ndarray], np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.statistics)
+
+    def values(self, counts: np.ndarray) -> np.ndarray:
+        """See Scores."""
+        return self.of_sums(counts @ self.statistics)
+
+    def same_as(self, other: Scores) -> bool:
+        """See Scores."""
+        return isinstance(other, Sums) and bool((self.statistics == other.statistics).all())
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One row: its name, the unit of its drop, what it needs, and how samples are scored.
+
+    `unit` is None for a user's own function, whose scores tell it. `score` takes the model's outputs and the targets,
+    one row a sample, and raises EdgeKitError where they do not fit each other.
+    """
+
+    name: str
+    unit: Unit | None
+    needs: str
+    score: Callable[[Sequence[np.ndarray], np.ndarray], Scores]
+
+    def unit_of(self, original: Scores) -> Unit:
+        """Returns the unit of a drop from `original`: points for shares, a user's own unit for scores beyond 0..1."""
+        if self.unit is not None:
+            return self.unit
+        assert isinstance(original, Sums)
+        means = original.statistics[:, 0]
+        return "points" if means.min() >= 0 and means.max() <= 1 else "units"
+
+
+def find(name: str) -> Metric:
+    """Returns a metric by its name, or the user's own function by `FILE.py:function`, which is imported.
+
+    Raises EdgeKitError for a metric that EdgeKit does not know, and for code that fails or holds no such function.
+    """
+    from edgekit.code import import_code, is_code
+
+    if name in METRICS:
+        return METRICS[name]
+    if not is_code(name):
+        raise EdgeKitError(f"unknown metric '{name}'", f"choose one of {', '.join(METRICS)}, or FILE.py:function")
+    if name.endswith(".py"):
+        raise EdgeKitError(f"{name} names a file but no function in it", f"write --metric {name}:function")
+    code = import_code(name)
+    function = code.get()
+    if not callable(function):
+        raise EdgeKitError(f"{name} is no function", "name a function (outputs, target) → one score per sample")
+    return Metric(name, None, "a function (outputs, target)", lambda o, t: _own(name, function, code.folder, o, t))
+
+
+def value(scores: Scores) -> float:
+    """Returns the metric of all samples."""
+    import numpy as np
+
+    return float(scores.values(np.ones((1, len(scores))))[0])
+
+
+def outcomes(scores: Scores) -> np.ndarray | None:
+    """Returns which samples are right, as booleans, where a metric is their share; else None."""
+    if not isinstance(scores, Sums) or scores.of_sums is not _mean:
+        return None
+    means = scores.statistics[:, 0]
+    return means == 1 if bool(((means == 0) | (means == 1)).all()) else None
+
+
+def per_sample(scores: np.ndarray) -> Sums:
+    """Returns the mean of scores (N,) as a metric."""
+    import numpy as np
+
+    return Sums(np.stack([scores.astype(np.float64), np.ones(len(scores))], axis=1), _mean)
+
+
+def _mean(sums: np.ndarray) -> np.ndarray:
+    return sums[..., 0] / sums[..., 1]
+
+
+def _root_of_mean(sums: np.ndarray) -> np.ndarray:
+    import numpy as np
+
+    return np.sqrt(_mean(sums))
+
+
+def _mean_ratio(sums: np.ndarray) -> np.ndarray:
+    """Returns the mean over classes of (numerators, denominators), without classes that nothing was said of."""
+    import numpy as np
+
+    above, below = np.split(sums, 2, axis=-1)
+    there = below > 0
+    ratios = np.divide(above, below, out=np.zeros_like(above), where=there)
+    return ratios.sum(axis=-1) / np.maximum(there.sum(axis=-1), 1)
+
+
+def _top(k: int, outputs: Sequence[np.ndarray], target: np.ndarray) -> Scores:
+    """Scores classifiers: outputs (N, classes), target (N,) class indices; a sample with NaN scores is wrong."""
+    import numpy as np
+    import torch
+    from torchmetrics.functional.classification import multiclass_accuracy
+
+    logits = outputs[0]
+    if logits.ndim != 2 or len(logits) != len(target) or logits.shape[1] <= k:
+        raise EdgeKitError(
+            f"top{k} needs one row of more than {k} class scores per sample, the model's first output is "
+            f"{_shape(logits)} for {len(target)} samples",
+            OTHER_METRIC,
+        )
+    _check_classes(target, logits.shape[1])
+    hits = multiclass_accuracy(
+        torch.from_numpy(logits.astype(np.float64))[:, :, None],
+        torch.from_numpy(target.astype(np.int64))[:, None],
+        num_classes=logits.shape[1],
+        top_k=k,
+        average="micro",
+        multidim_average="samplewise",
+    )
+    return per_sample((hits.numpy() == 1) & ~np.isnan(logits).any(axis=1))
+
+
+def _check_classes(target: np.ndarray, classes: int) -> None:
+    import numpy as np
+
+    if target.ndim != 1 or not np.issubdtype(target.dtype, np.integer):
+        raise EdgeKitError(
+            f"labels must be one class index per sample, not {target.dtype} of shape {_shape(target)}",
+            "give y as integers (N,), or choose the --metric for such targets",
+        )
+    _check_range(target, classes)
+
+
+def _check_range(labels: np.ndarray, classes: int) -> None:
+    if labels.size and (labels.min() < 0 or labels.max() >= classes):
+        raise EdgeKitError(
+            f"labels run from {labels.min()} to {labels.max()}, but the model has {classes} classes",
+            "labels are class indices from 0",
+        )
+
+
+def _mean_iou(outputs: Sequence[np.ndarray], target: np.ndarray) -> Scores:
+    """Scores segmentation: outputs (N, classes, H, W) or labels (N, H, W), target (N, H, W) with 255 for no class.
+
+    Intersections and unions are summed over all samples, as Pascal VOC and Cityscapes do; classes that are neither
+    in the outputs nor in the targets do not count.
+    """
+    import numpy as np
+    import torch
+    from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+    first = _finite(outputs[0])
+    scored = first.ndim == 4 and np.issubdtype(first.dtype, np.floating) and first.shape[1] > 1
+    labels = first.argmax(axis=1) if scored else first
+    fits = scored or (np.issubdtype(first.dtype, np.integer) and first.ndim == 3)
+    if not fits or labels.shape != target.shape or not np.issubdtype(target.dtype, np.integer):
+        raise EdgeKitError(
+            "miou needs class scores (N, classes, H, W) or class indices (N, H, W), and integer labels (N, H, W); the "
+            f"model's first output is {first.dtype} of {_shape(first)}, the labels {target.dtype} of {_shape(target)}",
+            OTHER_METRIC,
+        )
+    asked = target[target != VOID]
+    if not asked.size:
+        raise EdgeKitError(f"every label is {VOID}, which stands for no class", "give labels from 0")
+    classes = first.shape[1] if scored else max(int(asked.max()), int(labels.max())) + 1
+    _check_range(asked, classes)
+    rows = []
+    for found, true in zip(labels, target, strict=True):
+        counts = multiclass_confusion_matrix(
+            torch.from_numpy(found.astype(np.int64)),
+            torch.from_numpy(true.astype(np.int64)),
+            num_classes=classes,
+            ignore_index=VOID,
+            validate_args=False,
+        ).numpy()
+        both = counts.diagonal()
+        rows.append(np.concatenate([both, counts.sum(axis=0) + counts.sum(axis=1) - both]))
+    return Sums(np.stack(rows).astype(np.float64), _mean_ratio)
+
+
+def _f1(outputs: Sequence[np.ndarray], target: np.ndarray) -> Scores:
+    """Scores F1, the mean over classes: target (N,) with outputs (N, classes); 0 and 1 (N, labels) with the same.
+
+    Outputs (N,) or (N, 1) are those of the one class 1. A label is found where its probability is above 0.5, or its
+    logit above 0: outputs are logits where any lies outside 0..1. Labels that are nowhere do not count.
+    """
+    import numpy as np
+    import torch
+    from torchmetrics.functional.classification import multiclass_stat_scores, multilabel_stat_scores
+
+    first = _finite(outputs[0])
+    if first.ndim == 2 and first.shape[1] > 1 and target.ndim == 1 and len(first) == len(target):
+        _check_classes(target, first.shape[1])
+        found, true = first.argmax(axis=1)[:, None], target[:, None]
+        score, classes = multiclass_stat_scores, {"num_classes": first.shape[1]}
+    else:
+        first, true = (array[:, None] if array.ndim == 1 else array for array in (first, target))
+        if first.ndim != 2 or first.shape != true.shape or not np.isin(true, (0, 1)).all():
+            raise EdgeKitError(
+                "f1 needs class scores (N, classes) and class indices (N,), or scores and 0 or 1 of the same shape "
+                f"(N, labels); the model's first output is {_shape(first)}, the labels {target.dtype} of "
+                f"{_shape(target)}",
+                OTHER_METRIC,
+            )
+        shares = first.min() >= -BEYOND_SHARES and first.max() <= 1 + BEYOND_SHARES
+        found, true = (first > (0.5 if shares else 0))[:, :, None], true[:, :, None]
+        score, classes = multilabel_stat_scores, {"num_labels": first.shape[1]}
+    counts = score(
+        torch.from_numpy(found.astype(np.int64)),
+        torch.from_numpy(true.astype(np.int64)),
+        average="none",
+        multidim_average="samplewise",
+        validate_args=False,  # they are checked above, and one label would not pass
+        **classes,
+    ).reshape(len(first), -1, 5)
+    counts = counts.numpy()
+    hits, false, missed = counts[..., 0], counts[..., 1], counts[..., 3]
+    return Sums(np.concatenate([2 * hits, 2 * hits + false + missed], axis=1).astype(np.float64), _mean_ratio)
+
+
+def _mae(outputs: Sequence[np.ndarray], target: np.ndarray) -> Scores:
+    """Scores regression by |output − target|: both of one shape (N, …)."""
+    from torchmetrics.functional.regression import mean_absolute_error
+
+    found, true = _values_across("mae", outputs[0], target)
+    return per_sample(mean_absolute_error(found, true, num_outputs=found.shape[1]).reshape(-1).numpy())
+
+
+def _rmse(outputs: Sequence[np.ndarray], target: np.ndarray) -> Scores:
+    """Scores regression by (output − target)², of whose mean the root is taken: both of one shape (N, …)."""
+    from dataclasses import replace
+
+    from torchmetrics.functional.regression import mean_squared_error
+
+    found, true = _values_across("rmse", outputs[0], target)
+    squares = mean_squared_error(found, true, num_outputs=found.shape[1]).reshape(-1).numpy()
+    return replace(per_sample(squares), of_sums=_root_of_mean)
+
+
+def _cosine(outputs: Sequence[np.ndarray], target: np.ndarray) -> Scores:
+    """Scores vectors (N, …) by the cosine of the angle to their target; one without a direction counts as 0."""
+    import numpy as np
+    from torchmetrics.functional.regression import cosine_similarity
+
+    found, true = _values_across("cosine", outputs[0], target)
+    return per_sample(np.nan_to_num(cosine_similarity(found.T, true.T, reduction="none").numpy()))
+
+
+def _values_across(name: str, output: np.ndarray, target: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns outputs and targets as float64 (values, N): the samples are columns."""
+    import numpy as np
+    import torch
+
+    if output.size != target.size or len(output) != len(target) or output.ndim < target.ndim:
+        raise EdgeKitError(
+            f"{name} needs targets of the outputs' own shape; the model's first output is {_shape(output)}, the "
+            f"targets {_shape(target)}",
+            OTHER_METRIC,
+        )
+    if target.dtype == object or not np.isfinite(target).all():
+        raise EdgeKitError(f"{name} needs finite numbers as targets", "clean the data first")
+    found, true = (a.reshape(len(a), -1).astype(np.float64).T for a in (_finite(output), target))
+    return torch.from_numpy(np.ascontiguousarray(found)), torch.from_numpy(np.ascontiguousarray(true))
+
+
+def _own(name: str, function: Any, folder: Any, outputs: Sequence[np.ndarray], target: np.ndarray) -> Scores:
+    """Scores by the user's own function: outputs (n, …), a tuple of them where the model gives several, and targets."""
+    import numpy as np
+
+    from edgekit.code import running
+
+    found = []
+    for start in range(0, len(target), CHUNK):
+        part = slice(start, start + CHUNK)
+        given = tuple(_finite(array)[part] for array in outputs)
+        with running(name, folder):
+            result = function(given[0] if len(given) == 1 else given, target[part])
+            if hasattr(result, "detach"):
+                result = result.detach().cpu()
+            scores = np.asarray(result, dtype=np.float64)
+        one_each = scores.shape == (len(target[part]),)
+        if not one_each or not np.isfinite(scores).all():
+            returned = "NaN or infinity" if one_each else f"values of shape {_shape(scores) or '()'}"
+            raise EdgeKitError(
+                f"{name} must return one finite score for each of {len(target[part])} samples, not {returned}",
+                "return an array (N,), higher for better",
+            )
+        found.append(scores)
+    return per_sample(np.concatenate(found))
+
+
+def _finite(output: np.ndarray) -> np.ndarray:
+    import numpy as np
+
+    if not np.isfinite(output).all():
+        raise EdgeKitError("the model's outputs hold NaN or infinite values", "check its weights and --data")
+    return output
+
+
+def _shape(array: np.ndarray) -> str:
+    return "x".join(map(str, array.shape))
+
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric("top1", "points", "class scores (N, classes); class indices (N,)", lambda o, t: _top(1, o, t)),
+        Metric("top5", "points", "class scores (N, classes); class indices (N,)", lambda o, t: _top(5, o, t)),
+        Metric("f1", "points", "class scores (N, classes); class indices (N,), or 0 and 1 (N, labels)", _f1),
+        Metric("miou", "points", "class scores (N, classes, H, W); class indices (N, H, W)", _mean_iou),
+        Metric("map", "points", "boxes (N, D, 4), scores and labels (N, D); boxes and labels", detection.score),
+        Metric("cosine", "points", "vectors (N, …); vectors of the same shape", _cosine),
+        Metric("mae", "percent", "numbers (N, …); numbers of the same shape", _mae),
+        Metric("rmse", "percent", "numbers (N, …); numbers of the same shape", _rmse),
+    )
+}

@@ -1,0 +1,325 @@
+"""The steps of a pruning, each on one screen: score, choose, take out or mask, reconstruct, fine-tune, measure."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgekit import data as sources
+from edgekit import finetune, judge, metrics, stages, training
+from edgekit.progress import Progress
+from edgekit.prune_options import Options
+from edgekit.results import Accuracy
+
+if TYPE_CHECKING:
+    import torch
+
+    from edgekit.finetune import Taught
+    from edgekit.metrics import Scores
+    from edgekit.model import Model
+    from edgekit.quant.channels import Structure
+    from edgekit.quant.masks import MaskedLayer
+    from edgekit.quant.pruning import Costs
+    from edgekit.quant.recovery import Plan, Recovered
+    from edgekit.quant.surgery import Group
+
+SALIENCY_SAMPLES = 512
+SENSITIVITY_SAMPLES = 128
+BATCH = 64
+SAMPLES_SEEN = 600_000  # of all epochs together, where their number is not given
+WORK = 2e13  # multiply-adds of the original on them, at most: about an hour on one core
+EPOCHS = (5, 300)  # the fewest and the most that this may come to
+TRIAL = 0.01  # of the training: how long it is tried out without each branch
+TRIAL_STEPS = 32  # of each such training at least, where the whole has as many
+METRIC = metrics.METRICS["top1"]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What a network's channels are worth: their groups, the score of each, what widths cost and what they lose."""
+
+    structure: Structure
+    scores: Mapping[Group, torch.Tensor]
+    costs: Costs
+    losses: Mapping[Group, Mapping[int, float]] | None
+
+    def most(self, round_to: int) -> float:
+        """The largest share of the multiply-adds that can go where channels stay in multiples of `round_to`."""
+        from edgekit.quant.pruning import levels
+
+        least = {g: g.size if g.branch else levels(g, round_to)[0] for g in self.scores}
+        return 1 - self.costs.macs(least) / self.costs.total
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A network after one schedule: with fewer channels or masked weights, and trained where that was asked for.
+
+    `unrecovered` is the accuracy before the last training; `masked` and `masks` are empty where channels went.
+    """
+
+    module: Any
+    structure: Structure | None
+    masked: tuple[MaskedLayer, ...]
+    masks: Mapping[str, torch.Tensor]
+    unrecovered: Accuracy | None
+    accuracy: Accuracy | None
+    recovered: Recovered | Taught | None
+
+
+class Job:
+    """One pruning: the model, its samples and options; the steps are methods in their order."""
+
+    def __init__(
+        self,
+        original: Model,
+        source: sources.Data | None,
+        lessons: sources.Data | None,
+        evaluates: bool,
+        options: Options,
+        progress: Progress,
+    ) -> None:
+        """`lessons` are training samples apart from `source`; where it `evaluates`, `source` measures accuracy."""
+        self.original, self.source, self.lessons = original, source, lessons
+        self.options, self.progress = options, progress
+        self.specs = training.widened(original, BATCH)
+        self.evaluation: stages.Evaluation | None = None
+        self._right: Scores | None = None  # what the original gets right
+        self._memory: training.Memory | None = None
+        if source is not None and evaluates:
+            found = stages.evaluation_set(source, replace(original, inputs=self.specs))
+            self.evaluation = found if found.target is not None and self._classifies() else None
+
+    def _classifies(self) -> bool:
+        return len(self.original.outputs[0].shape) == 2 and self.original.outputs[0].shape[1] > 1
+
+    def channels(self, ratio: float, checkpoint: Path, resume: bool) -> Changed:
+        """Takes channels out in the steps of the schedule, with a training after each."""
+        from edgekit.quant.masks import shares
+
+        module, whole, result = self.original.module, 0.0, None
+        structure = None
+        for number, part in enumerate(shares(self.options.steps), 1):
+            step = self.analyze(module, self.options.round_to or 1)
+            structure = structure or step.structure
+            whole = whole or step.costs.total
+            relative = 1 - (1 - part * ratio) * whole / step.costs.total
+            if relative <= 0:  # rounding took as much before
+                continue
+            kept = self.allocated(step, relative, self.options.round_to or 1)
+            result = self.narrow(module, step, kept, checkpoint, resume, number)
+            module = result.module
+        assert result is not None and structure is not None  # the first step takes something
+        return replace(result, structure=structure)
+
+    def narrow(
+        self,
+        module: torch.nn.Module,
+        analysis: Analysis,
+        kept: Mapping[Group, int],
+        checkpoint: Path,
+        resume: bool,
+        number: int = 1,
+    ) -> Changed:
+        """Takes the least salient channels of `module` out, down to the widths `kept`, and trains what is left."""
+        narrow = self._reconstructed(module, analysis, kept)
+        unrecovered = self.accuracy(narrow, "Measuring the pruned network")
+        recovered = self.recover(narrow, checkpoint, resume, number)
+        final = recovered.module if recovered is not None else narrow
+        accuracy = self.accuracy(final, "Measuring the recovered network") if recovered is not None else unrecovered
+        return Changed(final, analysis.structure, (), {}, unrecovered, accuracy, recovered)
+
+    def masks(self, checkpoint: Path, resume: bool) -> Changed:
+        """Sets weights to zero in the steps of the schedule, with a training after each that keeps them there."""
+        from edgekit.quant import masks
+
+        options = self.options
+        assert options.pattern is not None
+        module, result = self.original.module, None
+        for number, part in enumerate(masks.shares(options.steps), 1):
+            pattern = options.pattern.at(part)
+            with self.progress.step(f"Masking weights, {pattern}"):
+                batches = [inputs for inputs, _ in self.samples(SALIENCY_SAMPLES)] if options.method == "wanda" else []
+                found, kept = masks.find(module, pattern, options.method, batches)
+                sparse = copy.deepcopy(module)
+                masks.apply(sparse, found)
+            unrecovered = self.accuracy(sparse, "Measuring the masked network")
+            masks.hold(sparse, found)
+            recovered = self.recover(sparse, checkpoint, resume, number)
+            module = recovered.module if recovered is not None else sparse
+            masks.release(module, found)
+            accuracy = unrecovered
+            if recovered is not None:
+                accuracy = self.accuracy(module, "Measuring the recovered network")
+            layers = masks.describe(module, found, kept)
+            result = Changed(module, None, layers, found, unrecovered, accuracy, recovered)
+        assert result is not None
+        return result
+
+    def changed(self, module: Any) -> Model:
+        """The original with `module` in its place."""
+        return replace(self.original, module=module)
+
+    def samples(self, most: int) -> list[tuple[tuple[torch.Tensor, ...], torch.Tensor | None]]:
+        """Returns batches of calibration samples, with labels where there are any."""
+        if self.source is None:
+            return []
+        return list(training.labeled(self.source.calibration, self.specs, self.original.inputs, most))
+
+    def analyze(self, module: torch.nn.Module, round_to: int) -> Analysis:
+        """Scores every channel of `module`, and with samples measures what each width loses."""
+        from edgekit.quant import channels, pruning, saliency
+
+        options, example = self.options, self.original.example
+        with self.progress.step("Tracing the structure"):
+            structure = channels.structure(module, example)
+        with self.progress.step(f"Scoring channels ({options.method})"):
+            batches = self.samples(SALIENCY_SAMPLES) if options.method in saliency.NEED_DATA else []
+            scores = saliency.saliency(module, structure.groups, options.method, batches)
+        losses = None
+        if options.allocation == "sensitivity":
+            inputs = [tensors for tensors, _ in self.samples(SENSITIVITY_SAMPLES)]
+            with self.progress.step("Measuring sensitivities", len(scores)) as advance:
+                losses = pruning.sensitivity(module, scores, inputs, round_to, advance)
+            if self.options.epochs != 0 and self.options.finetune is None:
+                losses |= self._trials(module, [group for group in scores if group.branch], inputs)
+        return Analysis(structure, scores, pruning.Costs(module, structure, example), losses)
+
+    def _trials(
+        self, module: torch.nn.Module, branches: Sequence[Group], inputs: Sequence[tuple[torch.Tensor, ...]]
+    ) -> dict[Group, dict[int, float]]:
+        """Measures what is lost without each branch after a short training: before any it says little."""
+        from edgekit.quant import pruning, recovery
+
+        if not branches:
+            return {}
+        memory, found = self._samples_to_train(), {}
+        plan = self._plan(len(memory))
+        every = plan.epochs * memory.steps
+        steps = max(round(TRIAL * every), min(TRIAL_STEPS, every))
+        plan = replace(plan, epochs=-(-steps // memory.steps), patience=None)
+        part = training.Part(memory, min(steps, memory.steps))
+        with self.progress.step("Trying without each branch", len(branches) * plan.epochs * part.steps) as advance:
+            for group in branches:
+                student = pruning.prune(module, {group: [0]})
+                tried = recovery.recover(student, self.original.module, part, plan, advance=advance).module
+                found[group] = {1: 0.0, 0: recovery.distance(tried, self.original.module, inputs)}
+        return found
+
+    def allocated(self, analysis: Analysis, ratio: float, round_to: int) -> dict[Group, int]:
+        """Chooses how many channels each group keeps."""
+        from edgekit.quant import pruning
+
+        costs, scores = analysis.costs, analysis.scores
+        return pruning.allocate(costs, scores, ratio, self.options.allocation, round_to, analysis.losses)
+
+    def without(self, module: torch.nn.Module, analysis: Analysis, kept: Mapping[Group, int]) -> torch.nn.Module:
+        """Returns a copy of `module` without its least salient channels, down to the widths `kept`."""
+        from edgekit.quant import pruning
+
+        return pruning.prune(module, _gone(analysis, kept))
+
+    def left(self, analysis: Analysis, kept: Mapping[Group, int], module: torch.nn.Module) -> tuple[float, float]:
+        """The shares of multiply-adds and parameters that `module` has left."""
+        from edgekit.quant.pruning import parameters
+
+        macs = analysis.costs.macs(kept) / analysis.costs.total
+        return macs, parameters(module) / parameters(self.original.module)
+
+    def _reconstructed(self, module: torch.nn.Module, analysis: Analysis, kept: Mapping[Group, int]) -> torch.nn.Module:
+        """Takes the least salient channels out; with samples, the layers that read them learn to do without."""
+        from edgekit.quant import pruning, reconstruction
+
+        gone = _gone(analysis, kept)
+        narrow = pruning.prune(module, gone)
+        if self.source is not None:
+            batches = [inputs for inputs, _ in self.samples(SALIENCY_SAMPLES)]
+            steps = len(reconstruction.readers(narrow, module))
+            with self.progress.step("Reconstructing", steps) as advance:
+                reconstruction.reconstruct(narrow, module, gone, batches, advance)
+        return narrow
+
+    def accuracy(self, module: torch.nn.Module, step: str) -> Accuracy | None:
+        """Measures `module` against the original on labeled evaluation samples; None where there are none."""
+        if self.evaluation is None:
+            return None
+        with self.progress.step(step):
+            if self._right is None:
+                self._right = self._correct(self.original.module)
+            return judge.accuracy(METRIC, self._right, self._correct(module))
+
+    def _correct(self, module: torch.nn.Module) -> Scores:
+        given = self.evaluation
+        assert given is not None and given.target is not None
+        return METRIC.score(given.cut(stages.run_module(module, given.feeds)), given.target)
+
+    def recover(
+        self, narrow: torch.nn.Module, checkpoint: Path, resume: bool, number: int
+    ) -> Recovered | Taught | None:
+        """Fine-tunes after step `number`; None without samples, or with no epochs."""
+        from edgekit.quant.recovery import recover
+
+        if self.source is None or self.options.epochs == 0:
+            return None
+        memory = self._samples_to_train()
+        kept = checkpoint_of(checkpoint, number if self.options.steps > 1 else None)
+        if self.options.finetune is not None:
+            with self.progress.step(f"Fine-tuning by {self.options.finetune.text}"):
+                kept = kept.with_suffix(".safetensors")
+                seed = self.options.plan["seed"]
+                return finetune.fine_tune(self.options.finetune, narrow, self.original, memory, seed, kept)
+        plan = self._plan(len(memory))
+        with self.progress.step(f"Fine-tuning, {plan.epochs} epochs", plan.epochs * memory.steps) as advance:
+            return recover(narrow, self.original.module, memory, plan, checkpoint=kept, resume=resume, advance=advance)
+
+    def _samples_to_train(self) -> training.Memory:
+        if self._memory is None:
+            assert self.source is not None
+            if self.lessons is not None:
+                stream = self.lessons.evaluation
+            elif self.evaluation is None and not self.source.separate:
+                stream = self.source.evaluation  # nothing is measured on it
+            else:
+                stream = self.source.training or self.source.calibration
+            with self.progress.step("Reading the training samples"):
+                self._memory = training.read(stream, self.original, self.options.plan["seed"])
+        return self._memory
+
+    def _plan(self, count: int) -> Plan:
+        from edgekit.quant.pruning import macs
+        from edgekit.quant.recovery import Plan
+
+        each = sum(macs(self.original.module, self.original.example).values()) / stages.batch_of(self.original.inputs)
+        seen = min(SAMPLES_SEEN, int(WORK / max(each, 1)))
+        epochs = self.options.epochs or min(max(seen // count, EPOCHS[0]), EPOCHS[1])
+        epochs = max(epochs // self.options.steps, 1)
+        return Plan(epochs, half=True, **{key: value for key, value in self.options.plan.items() if value is not None})
+
+    def notes(self, changed: Changed) -> Sequence[str]:
+        """Returns what to know of the result."""
+        recovered, now, before = changed.recovered, changed.accuracy, changed.unrecovered
+        found = [*self.original.notes, *(self.source.notes if self.source is not None else ())]
+        if recovered is None:
+            found.append("not fine-tuned: " + ("no epochs were asked for" if self.source else "no --data was given"))
+        elif self.evaluation is not None and self.lessons is None and self.source and not self.source.separate:
+            found.append("fine-tuning saw samples that the accuracy is measured on: give --train, or calib_x in --data")
+        if recovered is not None and now is not None and before is not None and now.value < before.value:
+            found.append(
+                f"fine-tuning made it worse, {100 * before.value:.2f} % → {100 * now.value:.2f} %: train longer "
+                "(--epochs), more gently (--learning-rate) or on more samples (--train)"
+            )
+        return found
+
+
+def checkpoint_of(checkpoint: Path, number: int | None) -> Path:
+    """The checkpoint of one step of a schedule; `checkpoint` itself where there is one step."""
+    return checkpoint if number is None else checkpoint.with_name(f"{checkpoint.stem}-{number}{checkpoint.suffix}")
+
+
+def _gone(analysis: Analysis, kept: Mapping[Group, int]) -> dict[Group, list[int]]:
+    from edgekit.quant.pruning import least_salient
+
+    return {group: least_salient(analysis.scores[group], group.size - count) for group, count in kept.items()}

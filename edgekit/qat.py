@@ -1,0 +1,277 @@
+"""QAT: train a network with int8 rounding in its forward pass, towards the outputs that it has in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgekit import bundle as bundles
+from edgekit import data as sources
+from edgekit import finetune, stages, training
+from edgekit.code import running
+from edgekit.errors import EdgeKitError
+from edgekit.finetune import Samples, UserTraining
+from edgekit.progress import Progress
+from edgekit.results import Artifact
+
+if TYPE_CHECKING:
+    import torch
+
+    from edgekit.model import Model
+    from edgekit.quant.recipes import Compressed
+    from edgekit.quant.recovery import Recovered
+
+PRECISION = "int8"
+LEARNING_RATE = 3e-4
+SAMPLES_SEEN = 20_000  # of all epochs together, where their number is not given
+EPOCHS = (2, 40)  # the fewest and the most that this may come to
+MEASURED = 512  # samples of the training that its effect is measured on, where none are held out
+SUMMARY = "int8 weights, activation ranges and scales by quantization-aware training"
+
+
+@dataclass(frozen=True)
+class Qat:
+    """How `export` trains a network for int8; the fp32 network is the teacher, so labels are not needed.
+
+    `train` is any source that `edgekit.data.load` takes, all of whose samples are trained on; without it those that
+    calibration may read. `epochs` follow from the number of samples where they are not given. `learning_rate` is the
+    highest of a one-cycle schedule of AdamW; `augment` changes images at random; with `patience`, training stops after
+    so many epochs without a lower loss on held-out samples. `resume` goes on from the checkpoint of a run that ended
+    early. `finetune`, a function or FILE.py:function, trains in the place of all this: see `edgekit.finetune` for how
+    it is called; the student is the network with its rounding, to be trained in place.
+    """
+
+    train: Any = None
+    epochs: int | None = None
+    learning_rate: float | None = None
+    augment: bool = True
+    patience: int | None = None
+    seed: int = 0
+    resume: bool = False
+    finetune: Any = None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """An int8 network after its training, what that took or the name of the user's own, and what to know of it.
+
+    `distances` are those of the int8 outputs from the fp32 ones before and after (`edgekit.quant.pruning.divergence`),
+    on held-out samples where there are any, else on some of the training.
+    """
+
+    compressed: Compressed
+    recovered: Recovered | None
+    function: str | None
+    samples: int
+    distances: tuple[float, float]
+    plan: Qat
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what the manifest's recipe says of it."""
+        facts: dict[str, Any] = {"samples": self.samples, "seed": self.plan.seed, "distances": list(self.distances)}
+        if self.recovered is None:
+            facts["function"] = self.function
+        else:
+            facts |= {"learning_rate": self.plan.learning_rate or LEARNING_RATE, **self.recovered.to_dict()}
+        return {"summary": SUMMARY, "qat": facts}
+
+
+def is_trained(artifact: Artifact) -> bool:
+    """Whether the bundle around a file tells that it was trained for int8."""
+    if not (artifact.path.parent / bundles.MANIFEST).is_file():
+        return False
+    recipe = bundles.read(artifact.path.parent).manifest.get("recipe")
+    return isinstance(recipe, dict) and "qat" in recipe
+
+
+def check(plan: Qat, precision: str, tuned: bool, onnx: bool, has_data: bool) -> None:
+    """Raises EdgeKitError for options that do not go together, are out of range, or lack samples."""
+    if precision != PRECISION:
+        raise EdgeKitError(
+            f"--qat trains for int8 weights and activations, and {precision} has none",
+            f"add --precision {PRECISION}, or leave --qat out",
+        )
+    if onnx:
+        raise EdgeKitError("--qat trains a PyTorch model, and this is an ONNX file", "give the PyTorch model")
+    if not has_data:
+        raise EdgeKitError(
+            "--qat learns from samples, and none are given",
+            "add --data with some hundred real samples, and --train with more: labels are not needed",
+        )
+    if tuned:
+        raise EdgeKitError(
+            "--max-drop and --sensitivity choose layers for int8 without training, and --qat trains all of them",
+            "leave out one or the other",
+        )
+    if plan.epochs is not None and plan.epochs < 1:
+        raise EdgeKitError(f"{plan.epochs} epochs train nothing", "give 1 or more: --epochs 20, or leave --qat out")
+    if plan.learning_rate is not None and not 0 < plan.learning_rate < float("inf"):
+        raise EdgeKitError(
+            f"a learning rate of {plan.learning_rate:g} trains nothing", f"give one above 0: {LEARNING_RATE:g}"
+        )
+    given = {"--epochs": plan.epochs, "--learning-rate": plan.learning_rate, "--patience": plan.patience}
+    given |= {"--resume": plan.resume or None, "--no-augment": None if plan.augment else True}
+    asked = next((name for name, value in given.items() if value is not None), None)
+    if plan.finetune is not None and asked is not None:
+        raise EdgeKitError(
+            f"{asked} is for EdgeKit's own training, and --finetune brings its own", "leave out one or the other"
+        )
+
+
+def train(
+    original: Model,
+    source: sources.Data,
+    plan: Qat,
+    checkpoint: Path,
+    progress: Progress,
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+) -> Trained:
+    """Calibrates `original`, trains it for int8 and converts it; `checkpoint` lies on disk while that runs.
+
+    Raises EdgeKitError where there are no samples, where the training diverges, and where the user's own fails.
+    """
+    from edgekit.quant import qat
+    from edgekit.quant.recipes import convert
+
+    own = finetune.find(plan.finetune) if plan.finetune is not None else None
+    lessons, notes = _lessons(original, source, plan, mean, std)
+    with progress.step("Reading the training samples"):
+        memory = training.read(lessons, original, plan.seed)
+    with stages.quickest_threads(original):
+        with progress.step(f"Calibrating {PRECISION}"):
+            calibration = stages.Calibration(source, original.inputs)
+            prepared = qat.prepare(original.module, original.example, calibration)
+            batch = stages.batch_of(original.inputs)
+            few = tuple(tensor[: min(len(memory) // batch, 3) * batch] for tensor in memory.inputs)
+            pair = qat.pupil(prepared, original.module, few)
+        if pair is None:
+            pair = qat.Student(prepared.prepared), original.module
+            memory = _cut(memory, batch)
+            notes.append(f"QAT: the model takes batches of {batch} alone, and learned from as few at each step")
+        elif memory.batch < training.BATCHES[0]:
+            memory = _cut(memory, training.BATCHES[0])
+        student, teacher = pair
+        recovered = None
+        if own is not None:
+            learned = _finetuned(own, student, teacher, memory, plan.seed, progress)
+            done = f"trained by {own.text}"
+        else:
+            if plan.patience is not None and not memory.held_out:
+                notes.append(f"QAT: of fewer than {training.HELD_OUT_FROM:,} samples none are held out: no early stop")
+            recovered = _recovered(student, teacher, memory, plan, checkpoint, progress)
+            learned = recovered.module
+            done = f"{len(recovered.losses)} epochs"
+        with progress.step("Measuring what the training brought"):
+            before, after = (_distance(network, teacher, memory) for network in (student, learned))
+        notes.append(_told(done, len(memory), before, after))
+        with progress.step("Converting to int8"):
+            compressed = convert(qat.trained(prepared, learned))
+    function = own.text if own else None
+    return Trained(compressed, recovered, function, len(memory), (before, after), plan, tuple(notes))
+
+
+def _lessons(
+    original: Model, source: sources.Data, plan: Qat, mean: Sequence[float], std: Sequence[float]
+) -> tuple[Any, list[str]]:
+    """Returns the samples to train on, and what to know of them."""
+    if plan.train is not None:
+        return training.lessons(plan.train, original, mean, std).evaluation, []
+    if source.separate:
+        return source.training or source.calibration, []
+    note = "QAT saw samples that accuracy is measured on: give --train, or calib_x in --data"
+    return source.training or source.calibration, [note]
+
+
+def _cut(memory: training.Memory, batch: int) -> training.Memory:
+    """Returns the same samples in batches of `batch`; a part of the held-out ones that is no batch is left out."""
+    import torch
+
+    whole = [torch.cat(parts).split(batch) for parts in zip(*memory.held_out, strict=True)]
+    held_out = tuple(part for part in zip(*whole, strict=True) if len(part[0]) == batch)
+    return replace(memory, batch=batch, held_out=held_out)
+
+
+def _recovered(
+    student: torch.nn.Module,
+    teacher: torch.nn.Module,
+    memory: training.Memory,
+    plan: Qat,
+    checkpoint: Path,
+    progress: Progress,
+) -> Recovered:
+    from edgekit.quant.recovery import Plan, recover
+
+    epochs = plan.epochs or min(max(SAMPLES_SEEN // len(memory), EPOCHS[0]), EPOCHS[1])
+    how = Plan(
+        epochs,
+        plan.learning_rate or LEARNING_RATE,
+        weight_decay=0.0,
+        features=0.0,
+        augment=plan.augment,
+        patience=plan.patience,
+        seed=plan.seed,
+    )
+    with progress.step(f"Quantization-aware training, {epochs} epochs", epochs * memory.steps) as advance:
+        return recover(
+            student,
+            teacher,
+            memory,
+            how,
+            checkpoint=checkpoint,
+            resume=plan.resume,
+            advance=advance,
+            job="training",
+            remedy="leave --qat out",
+        )
+
+
+def _distance(network: torch.nn.Module, teacher: torch.nn.Module, memory: training.Memory) -> float:
+    """Returns how far the outputs of `network` are from the teacher's on samples as they are."""
+    from edgekit.quant.recovery import distance
+
+    count = max(MEASURED // memory.batch, 1) * memory.batch
+    some = zip(*(tensor[:count].split(memory.batch) for tensor in memory.inputs), strict=True)
+    batches = memory.held_out or [part for part in some if len(part[0]) == memory.batch] or [memory.inputs]
+    return distance(network, teacher, batches)
+
+
+def _told(done: str, samples: int, before: float, after: float) -> str:
+    change = (
+        f"QAT: {done} on {samples:,} samples; the distance of int8 from the fp32 outputs: {before:.2g} → {after:.2g}"
+    )
+    return change if after < before else f"{change}: leave --qat out, or train on more samples"
+
+
+def _finetuned(
+    given: UserTraining,
+    student: Any,
+    teacher: Any,
+    memory: training.Memory,
+    seed: int,
+    progress: Progress,
+) -> torch.nn.Module:
+    """Lets the user's function train a copy of `student`."""
+    import copy
+
+    import torch
+
+    learned, guide = copy.deepcopy(student).requires_grad_(True).train(), copy.deepcopy(teacher)
+    learned.single = guide.single = True
+    state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    try:
+        with progress.step(f"Training by {given.text}"), running(given.text, given.folder), torch.enable_grad():
+            returned = given.function(learned, guide.requires_grad_(False), Samples(memory, None, seed, lambda: None))
+    finally:
+        torch.random.set_rng_state(state)
+    if returned is not None and returned is not learned:
+        raise EdgeKitError(
+            f"{given.text} returned another network than the one it was given",
+            "train that one in place: its rounding is what the files will do",
+        )
+    learned.single = guide.single = False
+    return learned.to("cpu").eval()

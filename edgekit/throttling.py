@@ -1,0 +1,45 @@
+"""A processor that slows down while it is measured: recognized by its times, and said with its clock and heat."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from edgekit.errors import EdgeKitError
+from edgekit.results import Latency
+
+if TYPE_CHECKING:
+    from edgekit.runtimes.devices.device import Device
+
+HOT_C = 60.0  # a sensor below says nothing of throttling
+
+
+def notes(latencies: Mapping[str, Latency | None], device: Device) -> tuple[str, ...]:
+    """Returns a note for what became slower while it ran on `device`, with what the device tells of the reason."""
+    slower = {name: latency.slowdown for name, latency in latencies.items() if latency and latency.slowdown}
+    if not slower:
+        return ()
+    facts: Mapping[str, Any] = {}
+    with suppress(EdgeKitError):
+        facts = device.probe()
+    worst, ratio = max(slower.items(), key=lambda item: item[1])
+    others = f", and {len(slower) - 1} more slowed down too" if len(slower) > 1 else ""
+    return (
+        f"{worst} became slower by {100 * (ratio - 1):.0f} % while it was measured{others}: a throttled or a busy "
+        f"processor{_state(facts)}; let it cool down and measure again",
+    )
+
+
+def _state(facts: Mapping[str, Any]) -> str:
+    """Returns the slowest clock and the hottest sensor that a device tells of, in brackets."""
+    said = []
+    now, most = facts.get("khz", ()), facts.get("max_khz", ())
+    if now and len(now) == len(most):
+        slow, full = min(zip(now, most, strict=True), key=lambda pair: pair[0] / pair[1])
+        said.append(f"a core at {slow / 1e6:.1f} of {full / 1e6:.1f} GHz now")
+    heat = facts.get("temperatures_c") or {}
+    name = max(heat, key=lambda sensor: heat[sensor], default=None)
+    if name is not None and heat[name] >= HOT_C:
+        said.append(f"{name} at {heat[name]:.0f} °C")
+    return f" ({', '.join(said)})" if said else ""

@@ -1,0 +1,228 @@
+"""The original as a baseline: measured once for one content, and on a GPU by its own clock."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from kit import SHAPE, invoke, network, quick, samples
+from torch import nn
+
+import edgekit
+from edgekit import baseline, model, pipeline, stages
+from edgekit.bundle import Bundle
+from edgekit.errors import EdgeKitError
+from edgekit.results import Comparison
+from edgekit.runtimes import Timing, eager
+
+FEEDS = (np.random.default_rng(0).standard_normal((4, 1, *SHAPE)).astype(np.float32),)
+OUTPUTS = (np.arange(6.0, dtype=np.float32).reshape(2, 3), np.arange(4))
+PROCESSES = ((2.0, 2.5, 2.1), (2.0,))
+
+
+class Branching(nn.Module):
+    """Its graph depends on its values, so that none can be captured."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3 * 16 * 16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x.flatten(1))
+        return y if float(y.detach().sum()) > 0 else -y
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder for baselines."""
+    monkeypatch.setattr(baseline, "folder", lambda: tmp_path / "baselines")
+    quick(monkeypatch)
+    return tmp_path / "baselines"
+
+
+def load(module: nn.Module) -> model.Model:
+    return model.load(module, inputs=["1x3x16x16"])
+
+
+def key(module: nn.Module, feeds: tuple[np.ndarray, ...] = FEEDS, *options: Any) -> str | None:
+    return baseline.key(load(module), feeds, "cpu", *(options or (1, 3)))
+
+
+def other(change: Callable[[nn.Module], None]) -> nn.Module:
+    module = network()
+    with torch.no_grad():
+        change(module)
+    return module
+
+
+OTHERS = {
+    "a weight": lambda: key(other(lambda m: m[0].weight[0, 0, 0, 0].add_(1e-6))),
+    "an op without weights": lambda: key(other(lambda m: m.__setitem__(1, nn.ReLU6()))),
+    "an attribute": lambda: key(other(lambda m: setattr(m[2], "stride", (1, 1)))),
+    "a constant": lambda: key(other(lambda m: m.__setitem__(3, nn.LeakyReLU(0.2)))),
+    "another constant": lambda: key(other(lambda m: m.__setitem__(3, nn.LeakyReLU(0.3)))),
+    "a sample": lambda: key(network(), (FEEDS[0] + 1e-6,)),
+    "fewer samples": lambda: key(network(), (FEEDS[0][:2],)),
+    "threads": lambda: key(network(), FEEDS, 2, 3),
+    "rounds": lambda: key(network(), FEEDS, 1, 5),
+}
+
+
+def test_the_same_content_has_the_same_key_and_other_content_another() -> None:
+    first = key(network())
+    assert first is not None
+    assert first == key(network())
+    keys = {name: make() for name, make in OTHERS.items()}
+    assert None not in keys.values()
+    assert len({first, *keys.values()}) == 1 + len(OTHERS)
+
+
+def test_a_model_that_cannot_be_captured_has_no_key() -> None:
+    assert key(Branching()) is None
+    assert baseline.recall(None) is None
+    baseline.keep(None, OUTPUTS, PROCESSES)
+
+
+def test_an_onnx_file_is_known_by_its_content(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    path = bundles["fp32"].path / "model.onnx"
+    proto = onnx.load(path)
+    proto.graph.initializer[0].raw_data = bytes(len(proto.graph.initializer[0].raw_data))
+    onnx.save(proto, tmp_path / "zero.onnx")
+    keys = [baseline.key(model.load(p), FEEDS, "cpu") for p in (path, path, tmp_path / "zero.onnx")]
+    assert keys[0] is not None
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_what_was_kept_comes_back(place: Path) -> None:
+    assert baseline.recall("a") is None
+    baseline.keep("a", OUTPUTS, PROCESSES)
+    kept = baseline.recall("a")
+    assert kept is not None and kept.outputs is not None
+    assert kept.processes == PROCESSES
+    assert [(a.dtype, a.tolist()) for a in kept.outputs] == [(a.dtype, a.tolist()) for a in OUTPUTS]
+
+
+def test_large_outputs_are_not_kept_and_old_ones_are_forgotten(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    baseline.keep("old", OUTPUTS, PROCESSES)
+    long_ago = time.time() - (baseline.KEPT_DAYS + 1) * 86400
+    os.utime(place / "old.npz", (long_ago, long_ago))
+    monkeypatch.setattr(baseline, "LARGEST", 8)
+    baseline.keep("a", OUTPUTS, PROCESSES)
+    assert baseline.recall("a") == baseline.Kept(None, PROCESSES)
+    assert [path.name for path in place.iterdir()] == ["a.npz"]
+
+
+def test_what_was_disturbed_is_not_kept(place: Path) -> None:
+    baseline.keep("a", OUTPUTS, ((1.0, 1.0), (1.2, 1.2), (1.0, 9.0)))
+    assert baseline.recall("a") is None
+    baseline.keep("a", OUTPUTS, ((1.0, 1.0), (1.05, 1.05)))
+    assert baseline.recall("a") is not None
+
+
+@pytest.mark.parametrize("content", [b"", b"no zip", b"PK\x03\x04 cut short"])
+def test_what_is_damaged_is_measured_again(content: bytes, place: Path) -> None:
+    place.mkdir()
+    (place / "a.npz").write_bytes(content)
+    assert baseline.recall("a") is None
+
+
+def test_a_cache_that_cannot_be_written_is_no_reason_to_fail(place: Path) -> None:
+    place.write_text("a file where the folder should be")
+    baseline.keep("a", OUTPUTS, PROCESSES)
+    assert baseline.recall("a") is None
+
+
+def compare(bundles: dict[str, Bundle], **options: Any) -> Comparison:
+    return edgekit.compare(network(), [bundles["fp32"].path / "model.onnx"], data=samples(6), **options)
+
+
+def test_an_original_is_measured_once(bundles: dict[str, Bundle], place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second time neither its outputs nor its time are taken, and that is said; --no-cache takes both."""
+    first = compare(bundles)
+    assert not first.baseline.cached
+    runs = []
+    for name in ("run_module", "time_module"):
+        real = getattr(stages, name)
+        monkeypatch.setattr(stages, name, lambda *args, real=real, name=name: (runs.append(name), real(*args))[1])
+    second = compare(bundles)
+    assert runs == []
+    assert second.baseline.cached
+    assert second.to_dict()["baseline"]["cached"] is True
+    assert second.baseline.latency == first.baseline.latency
+    assert second.baseline.accuracy == first.baseline.accuracy
+    assert second.artifacts[0].parity == first.artifacts[0].parity
+    assert second.artifacts[0].speedup_ci95 is None
+    assert (baseline.CACHED in second.notes, baseline.CACHED in first.notes) == (True, False)
+    third = compare(bundles, cache=False)
+    assert runs == ["run_module", "time_module"]
+    assert not third.baseline.cached
+    assert compare(bundles).baseline.latency == third.baseline.latency  # the newer one is kept
+
+
+def test_rounds_are_processes_and_give_intervals(bundles: dict[str, Bundle], place: Path) -> None:
+    result = edgekit.compare(network(), [bundles["int8"].path / "model.onnx"], data=samples(6), rounds=3)
+    (measured,) = result.artifacts
+    assert [len(lat.processes) for lat in (measured.latency, measured.fp32_latency, result.baseline.latency)] == [3] * 3
+    entry = measured.to_dict()
+    for name in ("speedup", "speedup_fp32"):
+        low, high = entry[f"{name}_ci95"]
+        assert 0 < low < high
+    assert any("x the speed of fp32" in reason for reason in measured.verdict.reasons)
+
+
+def test_a_gpu_that_is_not_there_is_an_error(bundles: dict[str, Bundle], capfd: pytest.CaptureFixture) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    ran = invoke(
+        capfd, "compare", "net.py:make", bundles["fp32"].path, "--data", "d.npz", "--baseline-device", "cuda"
+    )  # fmt: skip
+    assert ran.code == 1
+    assert "without CUDA" in ran.err or "no CUDA device" in ran.err
+    assert "leave out --baseline-device" in ran.err
+
+
+def test_an_onnx_original_runs_on_the_cpu_alone(bundles: dict[str, Bundle]) -> None:
+    original = model.load(bundles["fp32"].path / "model.onnx")
+    baseline.check(original, "cpu")
+    baseline.check(load(network()), "cuda")
+    with pytest.raises(EdgeKitError, match="ONNX Runtime on the CPU") as caught:
+        baseline.check(original, "cuda")
+    assert "--baseline-device" in caught.value.help
+
+
+def test_feeds_that_lie_on_the_device_are_taken_in_turn() -> None:
+    module, feeds = network(), [{"x": sample} for sample in FEEDS[0]]
+    call = eager.load(module).resident(feeds)
+    with torch.inference_mode():
+        expected = [module(torch.from_numpy(feed["x"])) for feed in (*feeds, feeds[0])]
+    assert all(torch.equal(call(), out) for out in expected)
+    closed = eager.load(module)
+    closed.close()
+    with pytest.raises(ValueError, match="closed"):
+        closed.resident(feeds)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_is_timed_by_its_events_in_full_fp32() -> None:
+    timing = Timing(warmup_runs=3, seconds=0.0, min_runs=10, max_runs=10)
+    wide = nn.Sequential(nn.Conv2d(3, 512, 7, padding=3), nn.Conv2d(512, 512, 7, padding=3)).eval()
+    slow, fast = (stages.time_module(m, FEEDS, "cuda", 1, timing) for m in (wide, network()))
+    assert len(slow) == len(fast) == 10
+    assert min(fast) > 0
+    assert np.median(slow) > np.median(fast)
+    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+    (on_gpu,), (on_cpu,) = (stages.run_module(network(), FEEDS, device) for device in ("cuda", "cpu"))
+    assert np.abs(on_gpu - on_cpu).max() < 1e-5 * np.abs(on_cpu).max()
+    assert "TF32 off" in (baseline.note("cuda") or "")
+
+
+def test_the_cpu_needs_no_note() -> None:
+    assert baseline.note("cpu") is None
+    assert pipeline.ROUNDS >= 3
