@@ -8,6 +8,9 @@ with weights of the same names and shapes.
 - `samples` is an iterable: each pass over it is one epoch in an order of its own. It yields (inputs, target): `inputs`
   is a tuple for `student(*inputs)`, or a dict for `student(**inputs)` where the model takes inputs by keyword; `target`
   a tensor (N,), or None without labels. `len(samples)` is the number of batches.
+
+For quantization-aware training `student` is the network with its rounding, to be trained in place, and `teacher` its
+fp32 original; both are graphs that take inputs by position.
 """
 
 from __future__ import annotations

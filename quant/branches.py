@@ -6,6 +6,7 @@ of its accuracy back from few samples (https://arxiv.org/abs/2202.07861).
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def branches(module: nn.Module, example: Tensors) -> list[Group]:
     not proved yet.
     """
     try:
-        program = torch.export.export(module, example, strict=False).run_decompositions({})
+        program = torch.export.export(copy.deepcopy(module), example, strict=False).run_decompositions({})
     except Exception:  # whatever a forward raises that cannot be captured: then channels alone are pruned
         return []
     nodes = list(program.graph.nodes)
