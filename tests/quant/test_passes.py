@@ -204,6 +204,7 @@ CASES: dict[str, Case] = {
     # others
     "flatten": seq("conv2d view linear", conv(), nn.Flatten, lambda: nn.Linear(80, 3)),
     "output_is_input": fn(lambda m, x: (x, F.relu(x)), "relu"),
+    "zero_branch": fn(lambda m, x: F.relu(x) + torch.zeros_like(x), "relu"),
     # attention
     "attention": fn(
         lambda m, x: F.scaled_dot_product_attention(x, x, x + 1), "add mul transpose matmul softmax matmul"
@@ -266,6 +267,7 @@ def test_every_pass_has_a_case_that_it_changes(monkeypatch: pytest.MonkeyPatch) 
         "global_pool",
         "global_mean",
         "attention",
+        "zero_branch",
         "bn_conv2d",
         "pad",
         "strided",
