@@ -124,15 +124,15 @@ def quickest_threads(original: Model) -> Iterator[None]:
     def run_ms(count: int, runs: int) -> float:
         torch.set_num_threads(count)
         times = measure.time_runs(
-            lambda: original.module(*original.example), warmup_runs=1, seconds=0, min_runs=runs, max_runs=runs
+            lambda: original.module(*original.example), warmup_runs=0, seconds=0, min_runs=runs, max_runs=runs
         )
         return measure.percentile(times, 50)
 
     most = torch.get_num_threads()
     with torch.inference_mode():
         alone = run_ms(1, 5)
-        # A first run tells of threads that would take seconds to be measured.
-        together = most > 1 and run_ms(most, 1) < 2 * alone and run_ms(most, 5) < 0.8 * alone
+        # Two gain little at best. One run tells of threads that would take seconds to be measured.
+        together = most > 2 and run_ms(most, 1) < 4 * alone and run_ms(most, 5) < 0.8 * alone
     torch.set_num_threads(most if together else 1)
     try:
         yield

@@ -52,8 +52,10 @@ class MSEObserver(ObserverBase):
         if largest > 0:
             self._grow(largest)
             # torch's histc and count_nonzero take four times as long.
-            bins = (values * (BINS / (2 * self.limit))).add_(BINS // 2).clamp_(max=BINS - 1).int()
-            self.counts += torch.bincount(bins, minlength=BINS).double()
+            bins = torch.add(torch.tensor(BINS / 2), values, alpha=BINS / (2 * self.limit)).int()
+            counts = torch.bincount(bins, minlength=BINS + 1)
+            counts[BINS - 1] += counts[BINS]  # a value just below the limit rounds up to it
+            self.counts += counts[:BINS].double()
             nonzero = np.count_nonzero(values.numpy() != 0)
             self.counts[BINS // 2] -= len(values) - nonzero  # a zero is always exact
         return x

@@ -72,7 +72,8 @@ class _Collector(Interpreter):
             node.meta["val"].shape[-2:] if node.target == aten.conv2d.default else (1, node.meta["val"].shape[-1])
         )
         picked = self._some(height * width, positions(kernel[0] * kernel[1] * x.shape[1] // groups))
-        x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+        if any(padding):  # else it would copy
+            x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
         rows = (picked // width * stride[0])[:, None, None] + (torch.arange(kernel[0]) * dilation[0])[:, None]
         columns = (picked % width * stride[1])[:, None, None] + torch.arange(kernel[1]) * dilation[1]
         patches = x.flatten(2)[:, :, rows * x.shape[3] + columns]  # (batch, channels, positions, kh, kw)
