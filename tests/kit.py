@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ import torch
 
 import edgekit
 from edgekit import cli, pipeline
+from edgekit.quant import recovery
 from edgekit.runtimes import Timing
 
 ROOT = Path(edgekit.__file__).parents[1]
@@ -107,3 +108,18 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Times each file in one process and five runs: tests look at the numbers' relations, not at the numbers."""
     monkeypatch.setattr(pipeline, "ROUNDS", 1)
     monkeypatch.setattr(pipeline, "TIMING", Timing(warmup_runs=1, seconds=0.0, min_runs=5, max_runs=5))
+
+
+@contextmanager
+def interrupted_training(epochs: int) -> Iterator[None]:
+    """Lets trainings in this process run so many epochs, and then ends them as Ctrl-C does."""
+    run_epoch = recovery._Training.run_epoch
+
+    def interrupted(self: Any, *arguments: Any) -> None:
+        if len(self.losses) == epochs:
+            raise KeyboardInterrupt
+        run_epoch(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recovery._Training, "run_epoch", interrupted)
+        yield

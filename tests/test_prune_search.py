@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kit import NET, invoke, quick, samples, tree
+from kit import NET, interrupted_training, invoke, quick, samples, tree
 
 import edgekit
 from edgekit import exported, prune_options, prune_search, pruning
 from edgekit.errors import EdgeKitError
 from edgekit.exported import Cost
-from edgekit.quant import recovery
 from edgekit.results import SUFFIXES, Artifact
 
 WIDE = (
@@ -127,17 +126,8 @@ def test_a_target_that_the_original_keeps_is_refused(tmp_path: Path, sized: None
 
 def test_a_search_is_not_done_again_by_resume(tmp_path: Path, sized: None, monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"target_latency": "0.6x", "epochs": 3, "name": "net"}
-    run_epoch = recovery._Training.run_epoch
-
-    def interrupted(self: Any, *arguments: Any) -> None:
-        if len(self.losses) == 2:
-            raise KeyboardInterrupt
-        run_epoch(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(recovery._Training, "run_epoch", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            prune(tmp_path, **options)
+    with interrupted_training(2), pytest.raises(KeyboardInterrupt):
+        prune(tmp_path, **options)
     assert tree(tmp_path) == ["net-pruned.checkpoint.pt", "net-pruned.checkpoint.search.json"]
     record = (tmp_path / "net-pruned.checkpoint.search.json").read_text()
     with pytest.raises(EdgeKitError, match="the search of another pruning"):

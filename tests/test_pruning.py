@@ -10,7 +10,7 @@ import architectures
 import numpy as np
 import pytest
 import torch
-from kit import NET, SHAPE, invoke, network, samples, tree
+from kit import NET, SHAPE, interrupted_training, invoke, network, samples, tree
 
 import edgekit
 from edgekit import pruning
@@ -177,19 +177,10 @@ def test_the_seed_decides_everything(tmp_path: Path) -> None:
     assert any(not torch.equal(state[key], differs[key]) for key in state)
 
 
-def test_an_interrupted_run_goes_on_to_the_same_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_goes_on_to_the_same_end(tmp_path: Path) -> None:
     whole = prune(tmp_path / "whole", name="net")
-    run_epoch = recovery._Training.run_epoch
-
-    def interrupted(self: Any, *arguments: Any) -> None:
-        if len(self.losses) == 2:
-            raise KeyboardInterrupt
-        run_epoch(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(recovery._Training, "run_epoch", interrupted)
-        with pytest.raises(KeyboardInterrupt) as stopped:
-            prune(tmp_path / "cut", name="net")
+    with interrupted_training(2), pytest.raises(KeyboardInterrupt) as stopped:
+        prune(tmp_path / "cut", name="net")
     assert tree(tmp_path / "cut") == ["net-pruned.checkpoint.pt"]
     (note,) = stopped.value.__notes__
     assert note == f"the same command with --resume goes on from {tmp_path / 'cut' / 'net-pruned.checkpoint.pt'}"

@@ -11,7 +11,7 @@ import onnx
 import pytest
 import torch
 from int8_nets import CASES, Batches, build, conv, flat
-from kit import NET, invoke, network, samples, tree
+from kit import NET, interrupted_training, invoke, network, samples, tree
 from torch import nn
 
 import edgekit
@@ -330,19 +330,10 @@ def equal(one: stage.Trained, other: stage.Trained) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_an_interrupted_run_goes_on_to_the_same_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_goes_on_to_the_same_end(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole")
-    run_epoch = recovery._Training.run_epoch
-
-    def interrupted(self: Any, *arguments: Any) -> None:
-        if len(self.losses) == 2:
-            raise KeyboardInterrupt
-        run_epoch(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(recovery._Training, "run_epoch", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path)
+    with interrupted_training(2), pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
     with pytest.raises(EdgeKitError, match="checkpoint of another training"):
         run(tmp_path, resume=True, seed=1)
     assert equal(whole, run(tmp_path, resume=True))
