@@ -96,8 +96,8 @@ def _ends_in(branch: Node, of: dict[Node, str | None], layers: dict[str, Any]) -
 
 def _keeps_zeros(node: Node) -> bool:
     if node.target in BOUNDS:
-        given: tuple[Any, ...] = node.args[1:3]
-        low, high = (*given, *BOUNDS[node.target][len(given) :])
+        given: list[Any] = list(node.args[1:3])
+        low, high = given + list(BOUNDS[node.target][len(given) :])
         return not node.kwargs and (low is None or low <= 0) and (high is None or high >= 0)
     return node.target in KEEP_ZEROS or node.target in MULTIPLIES
 
