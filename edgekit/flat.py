@@ -63,8 +63,9 @@ class OnnxReference(torch.nn.Module):
         if self.session is None:
             import onnxruntime
 
-            options = onnxruntime.SessionOptions()
-            options.log_severity_level = 3
+            from edgekit.runtimes.ort import session_options
+
+            options = session_options(0)  # as many threads as ONNX Runtime likes
             self.session = onnxruntime.InferenceSession(self.content, options, providers=["CPUExecutionProvider"])
         names = [i.name for i in self.session.get_inputs()]
         feeds = {name: tensor.detach().numpy() for name, tensor in zip(names, tensors, strict=True)}

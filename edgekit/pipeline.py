@@ -147,7 +147,8 @@ def export(
             files.write(path, exported.data)
             with progress.step(f"Checking {path.name}"):
                 artifact = Artifact(path, format, recipe.name, original.inputs, original.outputs, layouts[format])
-                results[format] = stages.try_out(artifact, feeds, exported).outputs
+                tried = stages.try_out(artifact, feeds, exported)
+            results[format] = tried.outputs
             agreement = judge.parity(stages.flat(reference, batch), stages.flat(results[format], batch))
             why = judge.faithful(recipe.name, agreement, graph_parity)
             if why is not None:
@@ -160,6 +161,8 @@ def export(
             facts |= {"structure": found.to_dict()} if found else {}
             entries.append({"format": format, "file": path.name, "layout": layouts[format].upper(), **facts})
             notes += exported.notes
+            known = row.int8_notes.get(format) if recipe.name in stages.INT8_ARITHMETIC else None
+            notes += (known,) if known else stages.settings_notes(artifact, tried)
             notes += found.notes(format) if found else ()
         bundles.write_golden(building, original.inputs, original.outputs, feeds, results)
         bundles.describe(
@@ -257,13 +260,14 @@ def compare(
                 outcome = stages.run_module(original.module, evaluation.feeds, baseline_device, threads)
             reference = evaluation.cut(outcome)
             scores = None if evaluation.target is None else scale.score(reference, evaluation.target)
-        outputs = {}
+        outputs, settings = {}, []
         same_machine = device.startswith(SAME_MACHINE)
         journal = stack.enter_context(Journal(resume))
         for artifact in given:
             with progress.step(f"Running {artifact.path.name} ({artifact.precision})"):
                 run = journal.run(artifact, evaluation.feeds, device=there, threads=threads)
             outputs[artifact] = evaluation.cut(run.outputs)
+            settings += stages.settings_notes(artifact, run)
         references, notes = fp32_references(original, given, stack, progress)
         ladder = None
         if explain:
@@ -277,7 +281,7 @@ def compare(
         latencies = {f"{a.path.name} {a.precision}": latency for a, (_, latency) in timed.items()}
         if same_machine and kept is None:
             latencies["the original"] = baseline_latency
-        notes = (*notes, *throttling.notes(latencies, there))
+        notes = (*notes, *settings, *throttling.notes(latencies, there))
     about = (baselines.note(baseline_device), baselines.CACHED if kept is not None else None)
     notes = (*notes, *filter(None, about))
     if not same_machine:
@@ -481,6 +485,7 @@ def profile(
                 times, notes = _op_times(subject, feeds, there, threads, latency_of(runs, threads), trace)
         notes = (*notes, *throttling.notes({subject.path.name: latency_of(runs, threads)}, there))
     last = runs[-1]
+    notes = (*notes, *stages.settings_notes(subject, last))
     return Profile(
         subject,
         last.runtime,

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from edgekit.runtimes.devices.device import Device
 
 
+INT8_ARITHMETIC = ("int8", "int8-dynamic")
 ONNX_IS_FP32 = "fp32, because an ONNX file is not quantized: give the PyTorch model for int8"
 
 
@@ -331,6 +332,17 @@ def run(artifact: Artifact, feeds: Sequence[np.ndarray], **options: Any) -> Any:
     result = run_artifact(artifact.path, there, inputs=inputs, outputs=outputs, **options)
     back = [array.transpose(np.argsort(_stacked_order(array, artifact))) for array in result.outputs]
     return replace(result, outputs=tuple(np.ascontiguousarray(array) for array in back))
+
+
+def settings_notes(artifact: Artifact, result: Any) -> tuple[str, ...]:
+    """Returns a note where int8 is right on this processor only with options that a runtime does not set itself."""
+    if not result.settings or artifact.precision not in INT8_ARITHMETIC:
+        return ()
+    options = ", ".join(f"{key}={value}" for key, value in result.settings.items())
+    return (
+        f"{artifact.path.name} ran with {options}: without it {result.runtime}'s int8 sums overflow on this processor, "
+        "so set it in your application for such processors too",
+    )
 
 
 def _stacked_order(stacked: np.ndarray, artifact: Artifact) -> tuple[int, ...]:

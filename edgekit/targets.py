@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from edgekit.errors import EdgeKitError
 from edgekit.results import SUFFIXES
@@ -11,19 +11,28 @@ from edgekit.results import SUFFIXES
 
 @dataclass(frozen=True)
 class Target:
-    """Formats that the platform's runtimes read, the precision that pays there, and how to reach a device."""
+    """Formats that the platform's runtimes read, the precision that pays there, and how to reach a device.
+
+    `int8_notes` says by format what has to be known of int8 files there.
+    """
 
     formats: tuple[str, ...]
     precision: str
     device: str
     summary: str
+    int8_notes: Mapping[str, str] = field(default_factory=dict)
 
+
+WITHOUT_VNNI = (
+    "ONNX: on x86 processors without VNNI (Intel before 2019, AMD before Zen 4) int8 sums overflow in ONNX Runtime "
+    "unless its session option session.x64quantprecision is 1; where there is VNNI, that option only costs speed"
+)
 
 TARGETS = {
     "android": Target(("executorch", "onnx", "tflite"), "int8", "adb", "phones and tablets, ARM64"),
     "ios": Target(("executorch", "onnx", "tflite"), "int8", "ssh", "iPhone and iPad, CPU runtimes"),
     "linux-arm64": Target(("executorch", "onnx", "tflite"), "int8", "ssh", "Raspberry Pi and other ARM64 boards"),
-    "x86": Target(("executorch", "onnx", "tflite"), "int8", "local", "PCs and servers"),
+    "x86": Target(("executorch", "onnx", "tflite"), "int8", "local", "PCs and servers", {"onnx": WITHOUT_VNNI}),
 }
 
 

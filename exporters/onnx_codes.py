@@ -30,6 +30,7 @@ def for_onnxruntime(proto: onnx.ModelProto) -> onnx.ModelProto:
     hard_swishes_to_products(model)
     pad_channels(model)
     guard_float_layers(model)
+    separate_weights(model)
     strip_conversions(model)
     result = ir.to_proto(model)
     onnx.checker.check_model(result, full_check=True)
@@ -243,6 +244,36 @@ def pad_channels(model: ir.Model) -> None:
         model.graph.insert_before(conv, [pad, wide, stretched])
         conv.replace_input_with(0, wide.outputs[0])
         conv.replace_input_with(1, stretched.outputs[0])
+    sweep(model)
+
+
+def separate_weights(model: ir.Model) -> None:
+    """Gives each layer a DequantizeLinear, a zero point and a name of its weights that no other layer has.
+
+    Under `session.x64quantprecision`, which x86 processors without VNNI need to add int8 products right, ONNX Runtime
+    stores weights and zero points anew under names made from theirs, and fails to load a file in which two layers share
+    one. Weights that several layers share stay in the file once: a Reshape, which is folded as the file is loaded, gives
+    the others their name.
+    """
+    taken: set[ir.Value] = set()
+    for node in [n for n in model.graph if is_weight(n)]:
+        for use in list(node.outputs[0].uses())[1:]:
+            other = ir.node("DequantizeLinear", node.inputs, attributes=dict(node.attributes))
+            other.outputs[0].shape, other.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
+            model.graph.insert_after(node, other)
+            use.node.replace_input_with(use.idx, other.outputs[0])
+    for node in [n for n in model.graph if is_weight(n)]:
+        codes = node.inputs[0]
+        if codes in taken:
+            shape = initializer(model, f"{codes.name}_shape", np.array(codes.shape.numpy(), np.int64))
+            same = ir.node("Reshape", [codes, shape])
+            same.outputs[0].shape, same.outputs[0].type = codes.shape, codes.type
+            model.graph.insert_before(node, same)
+            node.replace_input_with(0, same.outputs[0])
+        if len(node.inputs) > 2 and node.inputs[2] in taken:
+            own = initializer(model, f"{node.inputs[2].name}_own", constant(node.inputs[2]))
+            node.replace_input_with(2, own)
+        taken.update((node.inputs[0], *node.inputs[2:]))
     sweep(model)
 
 

@@ -26,11 +26,36 @@ DTYPES = {
     "tensor(bool)": "bool",
 }
 SEVERITY_ERROR = 3
+EXACT = {"session.x64quantprecision": "1"}  # kOrtSessionOptionsAvx2PrecisionMode: int8 weights become uint8 ones
+
+# The model C = MatMulInteger(A, B) of uint8 A and int8 B, as onnx.helper serializes it.
+PRODUCT = (
+    b'\x08\x05:>\n\x18\n\x01a\n\x01b\x12\x01c"\rMatMulInteger\x12\x01gZ\t\n\x01a\x12\x04\n\x02\x08\x02'
+    b"Z\t\n\x01b\x12\x04\n\x02\x08\x03b\t\n\x01c\x12\x04\n\x02\x08\x06B\x04\n\x00\x10\n"
+)
 
 
 def version() -> str:
     """The runtime's version."""
     return str(onnxruntime.__version__)
+
+
+def _saturates() -> bool:
+    """Whether products of uint8 and int8 are wrong here: without VNNI, x86 adds two of them in 16 bits.
+
+    The product is tried out, because ONNX Runtime would take its exact and slower kernels on any x86 processor that it
+    is asked to.
+    """
+    onnxruntime.disable_telemetry_events()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(PRODUCT, options, providers=["CPUExecutionProvider"])
+    most = {"a": np.full((1, 4), 255, np.uint8), "b": np.full((4, 1), 127, np.int8)}
+    return bool(session.run(None, most)[0].item() != 4 * 255 * 127)
+
+
+# What this processor needs for int8 to be right. Tried when the runtime is imported: loading a file is timed.
+SETTINGS: dict[str, str] = EXACT if _saturates() else {}
 
 
 def load(path: str, *, threads: int, inputs: Sequence[str] = (), outputs: Sequence[str] = ()) -> Session:
@@ -39,7 +64,7 @@ def load(path: str, *, threads: int, inputs: Sequence[str] = (), outputs: Sequen
     Raises ValueError for names that the file does not have, and for a dtype that numpy has no name for. What ONNX
     Runtime raises on a corrupt file passes through.
     """
-    session = onnxruntime.InferenceSession(path, _options(threads), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(path, session_options(threads), providers=["CPUExecutionProvider"])
     return OnnxSession(session, inputs, outputs)
 
 
@@ -47,7 +72,7 @@ def trace(
     path: str, into: Path, *, threads: int, inputs: Sequence[str], feeds: Sequence[Mapping[str, np.ndarray]], runs: int
 ) -> None:
     """Run the file `runs` times on `feeds` in turn, and leave ONNX Runtime's own profile (JSON) in the file `into`."""
-    options = _options(threads)
+    options = session_options(threads)
     options.enable_profiling = True
     options.profile_file_prefix = str(into)
     profiled = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -58,9 +83,12 @@ def trace(
     Path(profiled.end_profiling()).replace(into)
 
 
-def _options(threads: int) -> onnxruntime.SessionOptions:
+def session_options(threads: int) -> onnxruntime.SessionOptions:
+    """ONNX Runtime's options for a file that is run on so many threads, with SETTINGS."""
     onnxruntime.disable_telemetry_events()
     options = onnxruntime.SessionOptions()
+    for key, value in SETTINGS.items():
+        options.add_session_config_entry(key, value)
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL

@@ -8,7 +8,7 @@ import signal
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,7 +59,8 @@ class RunResult:
     that of the process, runtime included, or None where the system does not tell. `cpus` are the cores it was pinned
     to. Where `timing` is "emulated", all these figures are None and `latency_ms` is empty: those of an emulator say
     nothing. `instructions` of one run are counted there instead, when timing was asked for. `trace` is what the
-    runtime's own profiler recorded, in its own form (see `edgekit.ops`), when that was asked for.
+    runtime's own profiler recorded, in its own form (see `edgekit.ops`), when that was asked for. `settings` are the
+    options of the runtime that its processor needs to compute right.
     """
 
     outputs: tuple[np.ndarray, ...]
@@ -79,6 +80,7 @@ class RunResult:
     timing: Literal["measured", "emulated"] = "measured"
     instructions: int | None = None
     trace: bytes | None = None
+    settings: Mapping[str, str] = field(default_factory=dict)
 
 
 def run_artifact(
@@ -167,6 +169,7 @@ def run_artifact(
         timing=opened.timing,
         instructions=instructions,
         trace=trace,
+        settings=result.get("settings", {}),
     )
 
 

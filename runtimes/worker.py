@@ -145,6 +145,7 @@ def run_job(folder: Path, job: dict[str, Any], watch: _Watch) -> dict[str, Any]:
     return {
         "runtime": job["runtime"],
         "version": runtime.version(),
+        "settings": getattr(runtime, "SETTINGS", {}),
         "timing": "measured",
         "latency_ms": latency_ms,
         "import_ms": (imported - start) * 1e3,

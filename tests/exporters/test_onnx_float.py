@@ -16,6 +16,7 @@ from edgekit.exporters.onnx_codes import for_onnxruntime
 from edgekit.exporters.to_onnx import to_onnx
 from edgekit.quant.passes import aten, capture
 from edgekit.quant.recipes import int8_static
+from edgekit.runtimes.ort import session_options
 
 torch.set_num_threads(1)
 LOUD = 3000.0  # of one output channel: rounded per tensor, the others' weights are lost
@@ -54,7 +55,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], object, tuple[int, ...], str]] =
 
 
 def run(proto: onnx.ModelProto, x: torch.Tensor) -> torch.Tensor:
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), session_options(1))
     return torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
 
 

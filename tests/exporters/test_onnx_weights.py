@@ -21,6 +21,7 @@ from edgekit.exporters.onnx_codes import for_onnxruntime
 from edgekit.exporters.tflite import convert
 from edgekit.exporters.to_onnx import to_onnx
 from edgekit.quant.recipes import float32
+from edgekit.runtimes.ort import session_options
 
 WEIGHTED = {"MatMul", "Gemm", "Conv", "ConvTranspose", "Gather", "LSTM", "GRU"}
 
@@ -44,8 +45,7 @@ def exported(name: str, precision: str) -> onnx.ModelProto:
 
 
 def run(model: onnx.ModelProto, name: str, optimized: Path | None = None) -> torch.Tensor:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    options = session_options(1)
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -134,7 +134,8 @@ def test_a_plain_gemm_becomes_integer() -> None:
     model, x = gemm(), np.random.default_rng(1).standard_normal((4, 12)).astype(np.float32)
     changed = for_onnxruntime(model)
     assert "MatMulInteger" in {n.op_type for n in changed.graph.node}
-    results = [onnxruntime.InferenceSession(m.SerializeToString()).run(None, {"x": x})[0] for m in (model, changed)]
+    sessions = [onnxruntime.InferenceSession(m.SerializeToString(), session_options(1)) for m in (model, changed)]
+    results = [session.run(None, {"x": x})[0] for session in sessions]
     np.testing.assert_allclose(results[1], results[0], rtol=1e-4, atol=1e-5)
 
 

@@ -20,6 +20,7 @@ from edgekit.exporters.onnx_codes import for_onnxruntime
 from edgekit.exporters.to_onnx import OPSET, halve, to_onnx
 from edgekit.quant.passes import aten, q
 from edgekit.quant.recipes import float32
+from edgekit.runtimes.ort import session_options
 
 FLOAT = {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "Add", "Clip", "Relu", "HardSwish", "ReduceMean"}
 HARD_SIGMOID = (np.float32(1 / 254).item(), 0)  # qparams of the factor that makes x · hard-sigmoid of a HardSwish
@@ -63,8 +64,7 @@ def names(name: str) -> tuple[list[str], list[str]]:
 
 
 def session(model: onnx.ModelProto, optimized: Path | None = None) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    options = session_options(1)
     if optimized:
         options.optimized_model_filepath = str(optimized)
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
