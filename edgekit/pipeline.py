@@ -164,6 +164,7 @@ def export(
             known = row.int8_notes.get(format) if recipe.name in stages.INT8_ARITHMETIC else None
             notes += (known,) if known else stages.settings_notes(artifact, tried)
             notes += found.notes(format) if found else ()
+        entries.sort(key=lambda entry: chosen.index(entry["format"]))
         bundles.write_golden(building, original.inputs, original.outputs, feeds, results)
         bundles.describe(
             building,

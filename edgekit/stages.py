@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekit import bundle as bundles
 from edgekit import data as sources
+from edgekit.beside import beside
 from edgekit.errors import EdgeKitError
 from edgekit.progress import Progress
 from edgekit.results import Artifact, Layout, TensorSpec, axis_order
@@ -165,36 +166,53 @@ def emit(
 ) -> Iterator[tuple[str, Exported]]:
     """Yields each format's file, in the layout of `layouts`. TFLite is lowered from the very ONNX model exported.
 
-    What `source` tells of images and labels goes into the formats that have a place for it.
+    What `source` tells of images and labels goes into the formats that have a place for it. The .pte file comes last:
+    it takes longest, and is lowered on another core meanwhile.
     """
-    proto = None
-    if "onnx" in formats or "tflite" in formats:
-        with progress.step("Exporting ONNX"):
-            proto = _onnx(original, program, half_weights)
-    for format in formats:
-        if format == "onnx":
-            from edgekit.exporters.onnx_codes import for_onnxruntime
+    if "executorch" in formats and program is None:
+        raise EdgeKitError(
+            f"ExecuTorch starts from a PyTorch model, and {original.name} is an ONNX file", "add --format onnx,tflite"
+        )
+    others = [format for format in formats if format != "executorch"]
+    pte = len(others) < len(formats)
+    with beside(lambda: _executorch(original, program, half_weights), useful=pte and bool(others)) as lowered:
+        if others:
+            with progress.step("Exporting ONNX"):
+                proto = _onnx(original, program, half_weights)
+        for format in others:
+            if format == "onnx":
+                yield format, _onnx_file(proto, program is not None)
+            else:
+                yield format, _tflite(proto, original, source, layouts["tflite"], progress)
+        if pte:
+            with progress.step("Lowering to ExecuTorch"):
+                found = lowered()
+            yield "executorch", found
 
-            assert proto is not None
-            final = proto if program is None else for_onnxruntime(proto)
-            yield format, Exported(final.SerializeToString(), {"opset": final.opset_import[0].version}, ())
-        elif format == "tflite":
-            from edgekit.exporters.tflite import check_int8, convert_with_notes
 
-            with progress.step("Lowering to TFLite"):
-                shapes = {spec.name: spec.shape for spec in original.inputs} if original.onnx is not None else None
-                about = _about(original, source)
-                converted = convert_with_notes(proto, layout=layouts["tflite"], about=about, shapes=shapes)
-            notes = converted.notes
-            if converted.places:
-                with progress.step("Checking the int8 operators"):
-                    pairs = zip(original.inputs, original.example, strict=True)
-                    feeds = {spec.name: tensor.numpy() for spec, tensor in pairs}
-                    notes += check_int8(proto, converted, feeds, layout=layouts["tflite"])
-            facts = {"min_runtime": converted.min_runtime}
-            yield format, Exported(converted.data, facts, tuple(f"TFLite: {note}" for note in notes))
-        else:
-            yield format, _executorch(original, program, half_weights, progress)
+def _onnx_file(proto: onnx.ModelProto, ours: bool) -> Exported:
+    from edgekit.exporters.onnx_codes import for_onnxruntime
+
+    final = for_onnxruntime(proto) if ours else proto
+    return Exported(final.SerializeToString(), {"opset": final.opset_import[0].version}, ())
+
+
+def _tflite(
+    proto: onnx.ModelProto, original: Model, source: sources.Data | None, layout: Layout, progress: Progress
+) -> Exported:
+    from edgekit.exporters.tflite import check_int8, convert_with_notes
+
+    with progress.step("Lowering to TFLite"):
+        shapes = {spec.name: spec.shape for spec in original.inputs} if original.onnx is not None else None
+        converted = convert_with_notes(proto, layout=layout, about=_about(original, source), shapes=shapes)
+    notes = converted.notes
+    if converted.places:
+        with progress.step("Checking the int8 operators"):
+            pairs = zip(original.inputs, original.example, strict=True)
+            feeds = {spec.name: tensor.numpy() for spec, tensor in pairs}
+            notes += check_int8(proto, converted, feeds, layout=layout)
+    facts = {"min_runtime": converted.min_runtime}
+    return Exported(converted.data, facts, tuple(f"TFLite: {note}" for note in notes))
 
 
 def _about(original: Model, source: sources.Data | None) -> Description:
@@ -218,19 +236,14 @@ def _onnx(original: Model, program: ExportedProgram | None, half_weights: bool) 
     return to_onnx(program, *names, half_weights=half_weights)
 
 
-def _executorch(original: Model, program: ExportedProgram | None, half_weights: bool, progress: Progress) -> Exported:
+def _executorch(original: Model, program: ExportedProgram, half_weights: bool) -> Exported:
     from edgekit.exporters.to_executorch import to_executorch
 
-    if program is None:
-        raise EdgeKitError(
-            f"ExecuTorch starts from a PyTorch model, and {original.name} is an ONNX file", "add --format onnx,tflite"
-        )
-    with progress.step("Lowering to ExecuTorch"):
-        if half_weights:
-            from edgekit.quant.recipes import half_compute
+    if half_weights:
+        from edgekit.quant.recipes import half_compute
 
-            program = half_compute(original.module, original.example)
-        lowered = to_executorch(program)
+        program = half_compute(original.module, original.example)
+    lowered = to_executorch(program)
     notes = []
     if lowered.undelegated:
         ops = ", ".join(f"{count} {name}" for name, count in lowered.undelegated.items())

@@ -252,8 +252,8 @@ def separate_weights(model: ir.Model) -> None:
 
     Under `session.x64quantprecision`, which x86 processors without VNNI need to add int8 products right, ONNX Runtime
     stores weights and zero points anew under names made from theirs, and fails to load a file in which two layers share
-    one. Weights that several layers share stay in the file once: a Reshape, which is folded as the file is loaded, gives
-    the others their name.
+    one. Shared weights stay in the file once: a Reshape, which is folded as the file is loaded, gives the other layers
+    a name of their own.
     """
     taken: set[ir.Value] = set()
     for node in [n for n in model.graph if is_weight(n)]:

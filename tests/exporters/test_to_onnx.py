@@ -20,7 +20,7 @@ from edgekit.exporters.onnx_codes import for_onnxruntime
 from edgekit.exporters.to_onnx import OPSET, halve, to_onnx
 from edgekit.quant.passes import aten, q
 from edgekit.quant.recipes import float32
-from edgekit.runtimes.ort import session_options
+from edgekit.runtimes.ort import EXACT, session_options
 
 FLOAT = {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "Add", "Clip", "Relu", "HardSwish", "ReduceMean"}
 HARD_SIGMOID = (np.float32(1 / 254).item(), 0)  # qparams of the factor that makes x · hard-sigmoid of a HardSwish
@@ -96,6 +96,28 @@ def test_int8_files_compute_what_the_converted_graph_does(name: str, tmp_path: P
         integer, rest = FUSED[name]
         assert {op: count for op, count in ops.items() if op in integer} == integer
         assert not (ops.keys() & FLOAT) - rest
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CASES)
+def test_files_load_and_compute_alike_in_the_exact_mode_of_processors_without_vnni(name: str) -> None:
+    """In it ONNX Runtime renames weights, and no two layers may share one."""
+    case = quantized(name)
+    model = for_onnxruntime(to_onnx(case.program, *names(name)))
+    options = onnxruntime.SessionOptions()
+    for key, value in EXACT.items():
+        options.add_session_config_entry(key, value)
+    made = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    feeds = {info.name: x.numpy() for info, x in zip(made.get_inputs(), case.batches[0], strict=True)}
+    results = [torch.from_numpy(y) for y in made.run(None, feeds)]
+    for expected, got in zip(flat(case.program.module()(*case.batches[0])), results, strict=True):
+        assert sqnr(expected, got) > EXACT_DB
+
+
+def test_shared_weights_are_stored_once() -> None:
+    model = for_onnxruntime(to_onnx(quantized("shared_transposed").program, *names("shared_transposed")))
+    assert sum(node.op_type == "ConvTranspose" for node in model.graph.node) == 2
+    assert sum(list(tensor.dims) == [4, 4, 2, 2] for tensor in model.graph.initializer) == 1
 
 
 def padded(raw: np.ndarray) -> np.ndarray:
