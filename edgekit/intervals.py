@@ -96,3 +96,18 @@ def speedup(reference: Latency, latency: Latency) -> Interval | None:
     error = math.sqrt(sum((value - mean) ** 2 for value in logs) / (len(logs) - 1) / len(logs))
     margin = float(stats.t.ppf(0.975, len(logs) - 1)) * error
     return math.exp(mean - margin), math.exp(mean + margin)
+
+
+def margin(latency: Latency) -> float | None:
+    """Returns how far the p50 may be off, as a share of it; None of fewer than two processes.
+
+    It is half of Student's 95 % interval of the processes' medians, which are taken as normal.
+    """
+    import numpy as np
+    from scipy import stats
+
+    medians = latency.medians
+    if len(medians) < FEWEST_PROCESSES or not latency.p50:
+        return None
+    error = float(np.std(medians, ddof=1)) / math.sqrt(len(medians))
+    return float(stats.t.ppf(0.975, len(medians) - 1)) * error / latency.p50

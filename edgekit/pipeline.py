@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from edgekit.runtimes.devices.device import Device
 
 ROUNDS = 3  # processes that time each artifact, taken in turn: machines drift
+MOST_ROUNDS = 15  # processes that time a file which is profiled, where they differ
+STEADY = 0.02  # share of the p50 that it may be off, up to which a profile measures on
 TIMING = Timing(warmup_runs=50, seconds=0.6, min_runs=20, max_runs=5000)
 SAME_MACHINE = ("local:", "python:")  # devices that are this machine
 NO_DATA_INT8 = (
@@ -458,6 +460,8 @@ def profile(
 ) -> Profile:
     """Measures latency, load time and memory of one file on `device`, over ROUNDS processes, on random inputs.
 
+    Processes of one file differ, in where its memory lies and in what else the machine does: up to MOST_ROUNDS of them
+    are run until the p50 is known to STEADY, and a note says so where it is not.
     With `ops` the runtime's own profiler then times each op, in a process of its own, and `trace` names a file for all
     of its runs as a Chrome trace; where the runtime gives no such times, a note says why. `timeout` and `resume` are
     those of `compare`. On an emulated device instructions are counted instead, in one process. Raises EdgeKitError
@@ -476,14 +480,25 @@ def profile(
             raise EdgeKitError(f"{device} is emulated: the times of its ops say nothing", "leave out --ops")
         feeds = stages.random_feeds(subject.inputs)
         rounds = ROUNDS if there.timing == "measured" else 1
+        runs: list[Any] = []
+
+        def run() -> None:
+            runs.append(journal.run(subject, feeds, device=there, number=len(runs), threads=threads, timing=TIMING))
+
         with progress.step("Measuring latency", rounds) as advance:
-            runs = []
-            for number in range(rounds):
-                runs.append(journal.run(subject, feeds, device=there, number=number, threads=threads, timing=TIMING))
+            for _ in range(rounds):
+                run()
                 advance()
+        if not _is_steady(runs, threads):
+            with progress.step("Measuring on, as the processes differ", MOST_ROUNDS - rounds) as advance:
+                while len(runs) < MOST_ROUNDS and not _is_steady(runs, threads):
+                    run()
+                    advance()
+            notes = throttling.unsteady(latency_of(runs, threads), STEADY)
         if ops:
             with progress.step("Profiling the ops"):
-                times, notes = _op_times(subject, feeds, there, threads, latency_of(runs, threads), trace)
+                times, lacking = _op_times(subject, feeds, there, threads, latency_of(runs, threads), trace)
+            notes = (*notes, *lacking)
         notes = (*notes, *throttling.notes({subject.path.name: latency_of(runs, threads)}, there))
     last = runs[-1]
     notes = (*notes, *stages.settings_notes(subject, last))
@@ -500,6 +515,11 @@ def profile(
         times,
         (*notes, *journal.notes),
     )
+
+
+def _is_steady(runs: Sequence[Any], threads: int) -> bool:
+    latency = latency_of(runs, threads)
+    return latency is None or (latency.margin or 0.0) <= STEADY
 
 
 def _op_times(

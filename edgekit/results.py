@@ -115,6 +115,13 @@ class Latency:
         return percentile(self.medians, 50)
 
     @property
+    def margin(self) -> float | None:
+        """How far the p50 may be off, as a share of it (see `intervals.margin`); None of one process."""
+        from edgekit.intervals import margin
+
+        return margin(self)
+
+    @property
     def slowdown(self) -> float | None:
         """How many times slower the runs became, as a throttled processor's do, or None where they did not.
 
@@ -129,6 +136,7 @@ class Latency:
         """Returns the JSON form: percentiles in ms, number of samples, threads."""
         return {
             "p50": self.p50,
+            "p50_margin": self.margin,
             "p90": self.percentile(90),
             "p99": self.percentile(99),
             "n": len(self.samples),

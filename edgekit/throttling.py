@@ -1,4 +1,4 @@
-"""A processor that slows down while it is measured: recognized by its times, and said with its clock and heat."""
+"""A processor that slows down or is not steady while it is measured: recognized by its times, and said."""
 
 from __future__ import annotations
 
@@ -28,6 +28,17 @@ def notes(latencies: Mapping[str, Latency | None], device: Device) -> tuple[str,
     return (
         f"{worst} became slower by {100 * (ratio - 1):.0f} % while it was measured{others}: a throttled or a busy "
         f"processor{_state(facts)}; let it cool down and measure again",
+    )
+
+
+def unsteady(latency: Latency | None, steady: float) -> tuple[str, ...]:
+    """Returns a note where the processes that measured a file differ too much to know its p50 to `steady`."""
+    if latency is None or latency.margin is None or latency.margin <= steady:
+        return ()
+    low, high = min(latency.medians), max(latency.medians)
+    return (
+        f"the p50 may be off by {100 * latency.margin:.0f} %: the medians of {len(latency.processes)} processes lie "
+        f"between {low:.3g} and {high:.3g} ms; measure on an idle machine",
     )
 
 

@@ -27,7 +27,7 @@ from edgekit.quant.surgery import BATCH_NORMS, Tensors
 
 LARGEST_GRADIENT = 5.0  # norm that longer gradients are cut to
 SMALLEST_IMAGE = 16  # pixels: smaller ones are not shifted
-BLENDED, PATCHED = 0.4, 0.4  # shares of the batches whose images are blended, or patched together, in pairs
+MIXED = 0.8  # share of the batches whose images are mixed in pairs, where few samples are seen many times
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Plan:
     """How a network is fine-tuned: AdamW under a one-cycle schedule.
 
     `labels`, `features` weigh cross-entropy and block outputs against the distillation of the outputs at
-    `temperature`. `augment` changes images at random. With `patience`, training stops after so many epochs without a
+    `temperature`. `augment` changes images at random, and mixes them in pairs in a share `mixed` of the batches. With
+    `patience`, training stops after so many epochs without a
     lower loss on the held-out samples. `half` computes in bfloat16, on weights in float32, where that is faster.
     """
 
@@ -46,6 +47,7 @@ class Plan:
     features: float = 30.0  # of few samples, every place of a block's output teaches more than their classes do
     labels: float = 0.0
     augment: bool = True
+    mixed: float = MIXED
     patience: int | None = None
     seed: int = 0
     half: bool = False
@@ -167,7 +169,7 @@ class _Training:
         for inputs, labels in self.samples.epoch(self.generator):
             inputs, labels = _on(inputs, self.device), None if labels is None else labels.to(self.device)
             if self.plan.augment:
-                inputs, labels = augment(inputs, labels, self.generator)
+                inputs, labels = augment(inputs, labels, self.generator, self.plan.mixed)
             loss = self._loss(inputs, labels)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -285,9 +287,9 @@ def _multiplies_half(device: torch.device) -> bool:
 
 
 def augment(
-    inputs: Tensors, labels: torch.Tensor | None, generator: torch.Generator
+    inputs: Tensors, labels: torch.Tensor | None, generator: torch.Generator, mixed: float = MIXED
 ) -> tuple[Tensors, torch.Tensor | None]:
-    """Shifts images (N, C, H, W) by up to an eighth, mirrors every other one, and mixes most batches in pairs.
+    """Shifts images (N, C, H, W) by up to an eighth, mirrors every other one, and mixes a share of batches in pairs.
 
     Pairs are blended (https://arxiv.org/abs/1710.09412), or a window of one is put into the other
     (https://arxiv.org/abs/1905.04899). Inputs of any other rank, and several inputs, stay as they are. Mixed images
@@ -306,10 +308,10 @@ def augment(
     each = torch.arange(n)[:, None, None]
     moved = padded.movedim(1, -1)[each, rows[:, :, None], columns[:, None, :]].movedim(-1, 1).contiguous()
     drawn = float(torch.rand((), generator=generator))
-    if drawn >= BLENDED + PATCHED:
+    if drawn >= mixed:
         return (moved,), labels
     other = moved[torch.randperm(n, generator=generator)]
-    if drawn < BLENDED:
+    if drawn < mixed / 2:
         share = torch.rand((n, 1, 1, 1), generator=generator).to(moved.device)
         return (share * moved + (1 - share) * other,), None
     window = _windows(n, height, width, generator).to(moved.device)

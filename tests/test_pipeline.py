@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from kit import SHAPE, network, quick, samples
 import edgekit
 from edgekit import pipeline, stages
 from edgekit.bundle import Bundle
+from edgekit.journal import Journal
 from edgekit.results import Comparison
 
 FORMATS = ["executorch", "onnx", "tflite"]
@@ -159,3 +161,24 @@ def test_profile_measures_a_file(bundles: dict[str, Bundle], monkeypatch: pytest
     assert (result.runtime, result.artifact.precision) == ("litert", "int8")
     assert 0 < result.latency.p50 < 1000
     assert result.to_dict()["latency_ms"]["n"] == 5
+
+
+@pytest.mark.parametrize(
+    ("medians", "processes", "note"),
+    [
+        ([1.0, 1.001, 1.002, 9.0], 3, False),  # known at once
+        ([1.0, 1.1, *[1.0] * 12], 12, False),  # one of them was disturbed
+        ([1.0, 2.0] * 8, pipeline.MOST_ROUNDS, True),  # never known
+    ],
+)
+def test_profile_measures_until_its_p50_is_known(
+    medians: list[float], processes: int, note: bool, bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The processes are real, and their times given."""
+    quick(monkeypatch)
+    monkeypatch.setattr(pipeline, "ROUNDS", 3)
+    run, given = Journal.run, iter(medians)
+    monkeypatch.setattr(Journal, "run", lambda *a, **o: replace(run(*a, **o), latency_ms=(next(given),) * 5))
+    result = edgekit.profile(bundles["int8"].path / "model.tflite")
+    assert len(result.latency.processes) == processes
+    assert any("p50 may be off by" in text for text in result.notes) == note
