@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from kit import quick
@@ -38,6 +39,15 @@ def test_a_bundle_tells_its_pruning_and_is_compared_with_both_networks(
 
     with pytest.raises(EdgeKitError, match="files are of a pruned network"):
         edgekit.compare(wide(), [bundle], explain=True, **given)
+
+
+def test_what_is_left_is_trained_for_int8(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"formats": "onnx,tflite", "precision": "int8", "name": "net", "data": data()}
+    bundle = edgekit.export(wide(), target="x86", prune=0.4, qat=edgekit.Qat(epochs=2), out=tmp_path, **given)
+    assert bundle.manifest["model"]["pruned"]["macs"]["removed"] >= 0.4
+    assert bundle.manifest["recipe"]["qat"]["epochs"] == 2
+    assert {entry["format"] for entry in bundle.manifest["artifacts"]} == {"onnx", "tflite"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["net-pruned", "net-x86"]  # and no checkpoint
 
 
 def test_a_share_that_cannot_go_leaves_nothing(tmp_path: Path) -> None:

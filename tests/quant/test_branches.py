@@ -164,3 +164,10 @@ def test_mixed_images_are_made_of_two() -> None:
         assert (labels is None) == (kind != "plain")
         kinds.add(kind)
     assert kinds == {"plain", "patched", "blended"}
+
+
+@pytest.mark.parametrize(("mixed", "share"), [(0.0, 0.0), (0.8, 0.8), (1.0, 1.0)])
+def test_so_many_batches_are_mixed(mixed: float, share: float) -> None:
+    images, generator = torch.randn(2, 3, 16, 16), torch.Generator().manual_seed(0)
+    labels = [recovery.augment((images,), torch.arange(2), generator, mixed)[1] for _ in range(200)]
+    assert sum(found is None for found in labels) / 200 == pytest.approx(share, abs=0.06)
