@@ -39,7 +39,7 @@ FORMATS = {
 X86_FEATURES = {
     "avx2": "256-bit integer arithmetic: the least that int8 kernels are quick with",
     "avx512_vnni": "int8 dot products in one instruction, 512 bits wide",
-    "avx_vnni": "int8 dot products in one instruction, 256 bits wide",
+    "avx_vnni": "the same 256 bits wide; with neither, int8 .onnx files need session.x64quantprecision=1",
     "amx_int8": "int8 matrix tiles, for large layers",
     "avx512_fp16": "half-precision arithmetic without conversion",
 }

@@ -29,10 +29,11 @@ if TYPE_CHECKING:
 SALIENCY_SAMPLES = 512
 SENSITIVITY_SAMPLES = 128
 BATCH = 64
-SAMPLES_SEEN = 600_000  # of all epochs together, where their number is not given
+SAMPLES_SEEN = 840_000  # of all epochs together, where their number is not given
 WORK = 2e13  # multiply-adds of the original on them, at most: about an hour on one core
 EPOCHS = (5, 300)  # the fewest and the most that this may come to
-MIX_FROM = 30  # epochs: samples that are seen less often teach more as they are
+# From training.MANY samples on, each is seen so seldom that it teaches more as it is, and by its label too.
+MANY_SAMPLES = {"learning_rate": 5e-3, "mixed": 0.0, "features": 3.0, "labels": 1.0}
 TRIAL = 0.01  # of the training: how long it is tried out without each branch
 TRIAL_STEPS = 32  # of each such training at least, where the whole has as many
 METRIC = metrics.METRICS["top1"]
@@ -291,14 +292,15 @@ class Job:
 
     def _plan(self, count: int) -> Plan:
         from edgekit.quant.pruning import macs
-        from edgekit.quant.recovery import MIXED, Plan
+        from edgekit.quant.recovery import Plan
 
         each = sum(macs(self.original.module, self.original.example).values()) / stages.batch_of(self.original.inputs)
         seen = min(SAMPLES_SEEN, int(WORK / max(each, 1)))
         epochs = self.options.epochs or min(max(seen // count, EPOCHS[0]), EPOCHS[1])
         epochs = max(epochs // self.options.steps, 1)
         given = {key: value for key, value in self.options.plan.items() if value is not None}
-        return Plan(epochs, mixed=MIXED if epochs >= MIX_FROM else 0.0, half=True, **given)
+        many = MANY_SAMPLES if count >= training.MANY else {}
+        return Plan(epochs, half=True, **{**many, **given})
 
     def notes(self, changed: Changed) -> Sequence[str]:
         """Returns what to know of the result."""

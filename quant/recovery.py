@@ -36,8 +36,8 @@ class Plan:
 
     `labels`, `features` weigh cross-entropy and block outputs against the distillation of the outputs at
     `temperature`. `augment` changes images at random, and mixes them in pairs in a share `mixed` of the batches. With
-    `patience`, training stops after so many epochs without a
-    lower loss on the held-out samples. `half` computes in bfloat16, on weights in float32, where that is faster.
+    `patience`, training stops after so many epochs without a lower loss on the held-out samples. `half` computes in
+    bfloat16, on weights in float32, where that is faster.
     """
 
     epochs: int

@@ -13,7 +13,7 @@ import torch
 from kit import NET, SHAPE, interrupted_training, invoke, network, samples, tree
 
 import edgekit
-from edgekit import pruning
+from edgekit import pruning, training
 from edgekit.errors import EdgeKitError
 from edgekit.model import load
 from edgekit.quant import channels, recovery
@@ -249,3 +249,17 @@ def test_graphs_and_branches_are_refused(tmp_path: Path) -> None:
     with pytest.raises(EdgeKitError, match="cannot be captured as a graph"):
         edgekit.prune(Branches(), ratio=0.3, inputs=["1x8"], out=tmp_path / "out")
     assert tree(tmp_path) == ["net.pt2"]
+
+
+@pytest.mark.parametrize(("many", "mixed", "labels"), [(10_000, recovery.MIXED, 0.0), (100, 0.0, 1.0)])
+def test_many_samples_teach_as_they_are_and_by_their_labels(
+    many: int, mixed: float, labels: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "MANY", many)
+    plans, recover = [], recovery.recover
+    monkeypatch.setattr(
+        recovery, "recover", lambda s, t, m, plan, **o: plans.append(plan) or recover(s, t, m, plan, **o)
+    )
+    given = {"data": samples(40), "train": samples(200), "allocation": "global", "epochs": 1}
+    edgekit.prune(network(), ratio=0.3, learning_rate=1e-4, out=tmp_path, **given)
+    assert [(plan.mixed, plan.labels, plan.learning_rate) for plan in plans] == [(mixed, labels, 1e-4)]
