@@ -41,9 +41,9 @@ def bare_onnx(path: str, feeds: list[np.ndarray]) -> Iterable[Call]:
     """ONNX Runtime's own run(), with the options that EdgeKit sets."""
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    from edgekit.runtimes.ort import session_options
+
+    session = onnxruntime.InferenceSession(path, session_options(1), providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return [lambda feed=feed: session.run(None, {name: feed}) for feed in feeds]
 

@@ -134,7 +134,7 @@ def integer_layers(model: ir.Model) -> None:
     """Spells layers with int8 weights as ONNX Runtime runs them fastest; in place, with equal results.
 
     Weights stay int8, beside uint8 inputs: with uint8 weights ONNX Runtime's kernels take three times as long where the
-    processor has VNNI, and older ones saturate only where a pair of products leaves int16.
+    processor has VNNI. x86 processors without it make them uint8 as they load the file, in ONNX Runtime's exact mode.
 
     - A dynamic MatMul or Gemm becomes MatMulInteger and a scaling, which the runtime fuses to one kernel.
     - A Gather takes codes and scales of the rows that it reads.
