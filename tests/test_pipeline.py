@@ -177,6 +177,7 @@ def test_profile_measures_until_its_p50_is_known(
     """The processes are real, and their times given."""
     quick(monkeypatch)
     monkeypatch.setattr(pipeline, "ROUNDS", 3)
+    monkeypatch.setattr(pipeline, "STEADY", 0.02)
     run, given = Journal.run, iter(medians)
     monkeypatch.setattr(Journal, "run", lambda *a, **o: replace(run(*a, **o), latency_ms=(next(given),) * 5))
     result = edgekit.profile(bundles["int8"].path / "model.tflite")
