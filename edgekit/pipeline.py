@@ -263,7 +263,8 @@ def compare(
                 outcome = stages.run_module(original.module, evaluation.feeds, baseline_device, threads)
             reference = evaluation.cut(outcome)
             scores = None if evaluation.target is None else scale.score(reference, evaluation.target)
-        outputs, settings = {}, []
+        outputs: dict[Artifact, list[np.ndarray]] = {}
+        settings: list[str] = []
         same_machine = device.startswith(SAME_MACHINE)
         journal = stack.enter_context(Journal(resume))
         for artifact in given:
