@@ -24,7 +24,7 @@ INT8_SQNR_ENOUGH_DB = 60.0  # asked of no int8 file, however near its graph come
 POOR_SQNR_DB = 10.0  # below, the error has a third of the outputs' size
 ONNX_STEPS_ELSEWHERE = 3  # EfficientNet-Lite0, 50 layers deep, moves by 2 between x86-64 and ARM64, ResNet-20 by 1
 MIN_SPEEDUP = 0.97  # below, int8 is slower than fp32 by more than its smaller file is worth
-PAY_IN_SPEED = ("int8", "int8-dynamic")  # weight-only int8 is for size; int8 arithmetic has to pay in speed
+INT8_ARITHMETIC = ("int8", "int8-dynamic")  # which has to pay in speed; weight-only int8 is for size
 MOST_ASKED = 10_000_000  # samples beyond which none are asked for
 MOST_ROUNDS = 30  # likewise
 
@@ -204,12 +204,12 @@ def _judge_speed(
     line = f"{fp32.p50 / latency.p50:.2f}x the speed of fp32 in the same runtime"
     interval = intervals.speedup(fp32, latency)
     if interval is None:
-        if precision in PAY_IN_SPEED:
+        if precision in INT8_ARITHMETIC:
             doubts.append(f"{line}, in one process each: that has no interval; add --rounds 3")
         return
     low, high = interval
     line += f", 95 % interval {low:.2f} to {high:.2f}"
-    if precision not in PAY_IN_SPEED or low >= MIN_SPEEDUP:
+    if precision not in INT8_ARITHMETIC or low >= MIN_SPEEDUP:
         reasons.append(line)
     elif high < MIN_SPEEDUP:
         rejects.append(f"slower than fp32: {line}{_slow(suspects)}")

@@ -163,7 +163,7 @@ def export(
             facts |= {"structure": found.to_dict()} if found else {}
             entries.append({"format": format, "file": path.name, "layout": layouts[format].upper(), **facts})
             notes += exported.notes
-            known = row.int8_notes.get(format) if recipe.name in stages.INT8_ARITHMETIC else None
+            known = row.int8_notes.get(format) if recipe.name in judge.INT8_ARITHMETIC else None
             notes += (known,) if known else stages.settings_notes(artifact, tried)
             notes += found.notes(format) if found else ()
         entries.sort(key=lambda entry: chosen.index(entry["format"]))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekit import bundle as bundles
 from edgekit import data as sources
+from edgekit import judge
 from edgekit.beside import beside
 from edgekit.errors import EdgeKitError
 from edgekit.progress import Progress
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from edgekit.runtimes.devices.device import Device
 
 
-INT8_ARITHMETIC = ("int8", "int8-dynamic")
 ONNX_IS_FP32 = "fp32, because an ONNX file is not quantized: give the PyTorch model for int8"
 
 
@@ -349,7 +349,7 @@ def run(artifact: Artifact, feeds: Sequence[np.ndarray], **options: Any) -> Any:
 
 def settings_notes(artifact: Artifact, result: Any) -> tuple[str, ...]:
     """Returns a note where int8 is right on this processor only with options that a runtime does not set itself."""
-    if not result.settings or artifact.precision not in INT8_ARITHMETIC:
+    if not result.settings or artifact.precision not in judge.INT8_ARITHMETIC:
         return ()
     options = ", ".join(f"{key}={value}" for key, value in result.settings.items())
     return (
