@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from edgekit.results import Interval, Latency
@@ -83,8 +83,6 @@ def speedup(reference: Latency, latency: Latency) -> Interval | None:
     Both were measured in turn, a process each: the logarithms of the ratios of their medians, round by round, are
     taken as normal, and their mean has Student's interval. What moves both files of a round cancels out.
     """
-    from scipy import stats
-
     logs = [
         math.log(before / after)
         for before, after in zip(reference.medians, latency.medians, strict=False)
@@ -92,10 +90,8 @@ def speedup(reference: Latency, latency: Latency) -> Interval | None:
     ]
     if len(logs) < FEWEST_PROCESSES:
         return None
-    mean = sum(logs) / len(logs)
-    error = math.sqrt(sum((value - mean) ** 2 for value in logs) / (len(logs) - 1) / len(logs))
-    margin = float(stats.t.ppf(0.975, len(logs) - 1)) * error
-    return math.exp(mean - margin), math.exp(mean + margin)
+    mean, half = sum(logs) / len(logs), _students_half(logs)
+    return math.exp(mean - half), math.exp(mean + half)
 
 
 def margin(latency: Latency) -> float | None:
@@ -103,11 +99,16 @@ def margin(latency: Latency) -> float | None:
 
     It is half of Student's 95 % interval of the processes' medians, which are taken as normal.
     """
-    import numpy as np
-    from scipy import stats
-
     medians = latency.medians
     if len(medians) < FEWEST_PROCESSES or not latency.p50:
         return None
-    error = float(np.std(medians, ddof=1)) / math.sqrt(len(medians))
-    return float(stats.t.ppf(0.975, len(medians) - 1)) * error / latency.p50
+    return _students_half(medians) / latency.p50
+
+
+def _students_half(values: Sequence[float]) -> float:
+    """Returns half of Student's 95 % interval of the mean of `values`, which are two or more."""
+    from scipy import stats
+
+    mean, count = sum(values) / len(values), len(values)
+    error = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1) / count)
+    return float(stats.t.ppf(0.975, count - 1)) * error

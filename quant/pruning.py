@@ -19,7 +19,7 @@ from edgekit.quant.surgery import COMPUTING, CONVOLUTIONS, RECURRENT, Absent, Gr
 ALLOCATIONS = ("uniform", "global", "sensitivity")
 ROUND_TO = 8  # channels: what the kernels of all three runtimes work in
 FEWEST = 0.1  # of a group's units stay whatever is asked
-DEPTH = 0.5  # of what has to go, up to how much goes as whole branches, where samples tell which
+DEPTH = 0.5  # of what has to go: whole branches go until so much is gone, where samples tell which
 TRIED_LEVELS = 6  # widths of each group that the sensitivity is measured at
 
 
