@@ -5,8 +5,8 @@
 NETWORK is a name of benchmarks/networks.py or `example`, the network of examples/fashion_mnist; each is exported to
 every format at fp32 and int8. Overhead: in a process pinned to one core, EdgeKit's timed loop and a plain loop on the
 runtime's own calls take turns, each on a session of its own; both hand a new input over and take the outputs. The
-median of the differences of p50 over BLOCKS x PROCESSES turns has to be below 3 % or 5 µs. Repeatability: `edgekit
-profile` twice in a row, REPEATS times; the two p50 of a file that takes more than 0.2 ms have to be within 5 %.
+p50 of the undisturbed runs (see `edgekit.steady`) of BLOCKS x PROCESSES turns may differ by 3 % or 5 µs.
+Repeatability: `edgekit profile` twice in a row, REPEATS times; two p50 of more than 0.2 ms have to be within 5 %.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -25,12 +24,13 @@ from typing import Any
 
 import numpy as np
 
-from edgekit import measure, pipeline, stages
+from edgekit import measure, pipeline, stages, steady
 from edgekit.bundle import Bundle
+from edgekit.results import Latency
 from edgekit.runtimes import RUNTIMES, table
 
 ROOT = Path(__file__).parents[1]
-PROCESSES, BLOCKS, BLOCK_S = 3, 7, 0.4
+PROCESSES, BLOCKS, BLOCK_S = 4, 30, 0.1
 REPEATS = 3
 OVERHEAD_SHARE, OVERHEAD_US = 0.03, 5.0
 REPEATED_SHARE, REPEATED_FROM_MS = 0.05, 0.2
@@ -79,8 +79,8 @@ def bare_tflite(path: str, feeds: list[np.ndarray]) -> Iterable[Call]:
 BARE = {"onnx": bare_onnx, "executorch": bare_executorch, "tflite": bare_tflite}
 
 
-def bare_p50(calls: list[Call], seconds: float) -> float:
-    """Milliseconds of the median run in a plain loop."""
+def bare_runs(calls: list[Call], seconds: float) -> list[float]:
+    """Milliseconds of each run in a plain loop."""
     clock = time.perf_counter_ns
     taken = []
     end = clock() + seconds * 1e9
@@ -88,21 +88,20 @@ def bare_p50(calls: list[Call], seconds: float) -> float:
         start = clock()
         call()
         stop = clock()
-        taken.append(stop - start)
+        taken.append((stop - start) / 1e6)
         if stop > end:
             break
-    return statistics.median(taken) / 1e6
+    return taken
 
 
-def edgekit_p50(sessions: list[Call], seconds: float) -> float:
-    """Milliseconds of the median run as the worker times it."""
+def edgekit_runs(sessions: list[Call], seconds: float) -> list[float]:
+    """Milliseconds of each run as the worker times it."""
     cycle = itertools.cycle(sessions)
-    runs = measure.time_runs(lambda: next(cycle)(), warmup_runs=0, seconds=seconds, min_runs=20, max_runs=1_000_000)
-    return measure.percentile(runs, 50)
+    return measure.time_runs(lambda: next(cycle)(), warmup_runs=0, seconds=seconds, min_runs=20, max_runs=1_000_000)
 
 
-def take_turns(path: Path) -> list[tuple[float, float]]:
-    """(bare, EdgeKit's) p50 in ms, of BLOCKS turns in this process."""
+def take_turns(path: Path) -> list[list[list[float]]]:
+    """The runs, in ms, of BLOCKS turns in this process: bare and EdgeKit's."""
     import importlib
 
     format = table.format_of(path)
@@ -113,24 +112,25 @@ def take_turns(path: Path) -> list[tuple[float, float]]:
     feeds = list(stages.random_feeds(stages.bare(path).inputs)[0])
     ours = [session.prepared({info.name: feed}) for feed in feeds]
     bare = list(BARE[format](str(path), feeds))
-    turns = []
+    turns: list[list[list[float]]] = [[], []]
     for block in range(BLOCKS + 1):
-        order = [(bare_p50, bare), (edgekit_p50, ours)]
-        order = order if block % 2 else order[::-1]
-        found = {measured.__name__: measured(calls, BLOCK_S) for measured, calls in order}
-        turns.append((found["bare_p50"], found["edgekit_p50"]))
-    return turns[1:]  # the first warms up
+        order = [(turns[0], bare_runs, bare), (turns[1], edgekit_runs, ours)]
+        for taken, measured, calls in order if block % 2 else order[::-1]:
+            taken.append(measured(calls, BLOCK_S))
+    return [taken[1:] for taken in turns]  # the first warm up
 
 
 def overhead(path: Path) -> tuple[float, float]:
-    """Median of the bare p50 and of the differences to EdgeKit's, in µs."""
-    turns = []
+    """The bare p50, and how much longer EdgeKit's is, in µs."""
+    turns: list[list[list[float]]] = [[], []]
     for _ in range(PROCESSES):
         done = subprocess.run([sys.executable, __file__, "--turns", str(path)], capture_output=True, text=True)
         if done.returncode:
             sys.exit(done.stderr)
-        turns += json.loads(done.stdout.splitlines()[-1])
-    return tuple(1e3 * statistics.median(v) for v in ([b for b, _ in turns], [e - b for b, e in turns]))
+        for taken, found in zip(turns, json.loads(done.stdout.splitlines()[-1]), strict=True):
+            taken += found
+    bare, ours = (1e3 * steady.undisturbed(Latency(tuple(map(tuple, taken)), 1)).p50 for taken in turns)
+    return bare, ours - bare
 
 
 def repeated(path: Path) -> list[tuple[float, float]]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from edgekit import baseline as baselines
 from edgekit import bundle as bundles
 from edgekit import explain as explaining
-from edgekit import files, judge, metrics, pruned_files, pruning, stages, suspects, targets, throttling, tune
+from edgekit import files, judge, metrics, pruned_files, pruning, stages, steady, suspects, targets, throttling, tune
 from edgekit import ops as op_times
 from edgekit import qat as qats
 from edgekit.errors import EdgeKitError
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from edgekit.runtimes.devices.device import Device
 
 ROUNDS = 3  # processes that time each artifact, taken in turn: machines drift
-MOST_ROUNDS = 15  # processes that time a file which is profiled, where they differ
-STEADY = 0.02  # share of the p50 that it may be off, up to which a profile measures on
+MOST_ROUNDS = 20  # processes that time a file which is profiled, where its p50 is not known earlier
+LONGEST_S = 60.0  # seconds of timed runs after which a profile ends likewise
 TIMING = Timing(warmup_runs=50, seconds=0.6, min_runs=20, max_runs=5000)
 SAME_MACHINE = ("local:", "python:")  # devices that are this machine
 NO_DATA_INT8 = (
@@ -459,10 +459,11 @@ def profile(
     resume: bool = False,
     progress: Progress | None = None,
 ) -> Profile:
-    """Measures latency, load time and memory of one file on `device`, over ROUNDS processes, on random inputs.
+    """Measures latency, load time and memory of one file on `device`, over several processes, on random inputs.
 
     Processes of one file differ, in where its memory lies and in what else the machine does: up to MOST_ROUNDS of them
-    are run until the p50 is known to STEADY, and a note says so where it is not.
+    are run until the p50 of the runs that nothing slowed down is known (see `edgekit.steady`). Notes say how many runs
+    that leaves out, and where it is not known.
     With `ops` the runtime's own profiler then times each op, in a process of its own, and `trace` names a file for all
     of its runs as a Chrome trace; where the runtime gives no such times, a note says why. `timeout` and `resume` are
     those of `compare`. On an emulated device instructions are counted instead, in one process. Raises EdgeKitError
@@ -480,34 +481,30 @@ def profile(
         if ops and there.timing == "emulated":
             raise EdgeKitError(f"{device} is emulated: the times of its ops say nothing", "leave out --ops")
         feeds = stages.random_feeds(subject.inputs)
-        rounds = ROUNDS if there.timing == "measured" else 1
+        most = MOST_ROUNDS if there.timing == "measured" else 1
         runs: list[Any] = []
 
         def run() -> None:
             runs.append(journal.run(subject, feeds, device=there, number=len(runs), threads=threads, timing=TIMING))
 
-        with progress.step("Measuring latency", rounds) as advance:
-            for _ in range(rounds):
+        with progress.step("Measuring latency", most) as advance:
+            while not runs or (len(runs) < most and not _is_known(runs, threads)):
                 run()
                 advance()
-        if not _is_steady(runs, threads):
-            with progress.step("Measuring on, as the processes differ", MOST_ROUNDS - rounds) as advance:
-                while len(runs) < MOST_ROUNDS and not _is_steady(runs, threads):
-                    run()
-                    advance()
-            notes = throttling.unsteady(latency_of(runs, threads), STEADY)
+        latency = _undisturbed(runs, threads)
+        notes = throttling.unsteady(latency)
         if ops:
             with progress.step("Profiling the ops"):
-                times, lacking = _op_times(subject, feeds, there, threads, latency_of(runs, threads), trace)
+                times, lacking = _op_times(subject, feeds, there, threads, latency, trace)
             notes = (*notes, *lacking)
-        notes = (*notes, *throttling.notes({subject.path.name: latency_of(runs, threads)}, there))
+        notes = (*notes, *throttling.notes({subject.path.name: latency}, there))
     last = runs[-1]
     notes = (*notes, *stages.settings_notes(subject, last))
     return Profile(
         subject,
         last.runtime,
         last.device,
-        latency_of(runs, threads),
+        latency,
         last.load_ms,
         last.first_ms,
         last.peak_rss_bytes,
@@ -518,9 +515,16 @@ def profile(
     )
 
 
-def _is_steady(runs: Sequence[Any], threads: int) -> bool:
+def _undisturbed(runs: Sequence[Any], threads: int) -> Latency | None:
+    """Returns what `latency_of` does, with the undisturbed runs told apart."""
     latency = latency_of(runs, threads)
-    return latency is None or (latency.margin or 0.0) <= STEADY
+    return steady.undisturbed(latency) if latency is not None else None
+
+
+def _is_known(runs: Sequence[Any], threads: int) -> bool:
+    """Whether the runs of a profile are enough."""
+    latency = _undisturbed(runs, threads)
+    return latency is not None and (steady.is_known(latency) or sum(latency.samples) > LONGEST_S * 1e3)
 
 
 def _op_times(

@@ -84,10 +84,15 @@ class Parity:
 
 @dataclass(frozen=True)
 class Latency:
-    """Raw latencies in ms of one artifact: a tuple of samples for each process that measured it."""
+    """Raw latencies in ms of one artifact: a tuple of samples for each process that measured it.
+
+    `undisturbed` holds those that nothing slowed down, of the processes that have some, where they are told apart (see
+    `edgekit.steady`): the medians are of them, and all other percentiles of all samples.
+    """
 
     processes: tuple[tuple[float, ...], ...]
     threads: int
+    undisturbed: tuple[tuple[float, ...], ...] = ()
 
     @property
     def samples(self) -> tuple[float, ...]:
@@ -102,10 +107,15 @@ class Latency:
 
     @property
     def medians(self) -> tuple[float, ...]:
-        """The median of each process, in ms."""
+        """The median of each process, in ms; of the undisturbed runs where they are told apart."""
         from edgekit.measure import percentile
 
-        return tuple(percentile(process, 50) for process in self.processes)
+        return tuple(percentile(process, 50) for process in self.undisturbed or self.processes)
+
+    @property
+    def disturbed(self) -> float:
+        """The share of the samples that the p50 leaves out."""
+        return 1 - sum(map(len, self.undisturbed)) / len(self.samples) if self.undisturbed else 0.0
 
     @property
     def p50(self) -> float:
@@ -137,6 +147,7 @@ class Latency:
         return {
             "p50": self.p50,
             "p50_margin": self.margin,
+            "disturbed": self.disturbed,
             "p90": self.percentile(90),
             "p99": self.percentile(99),
             "n": len(self.samples),

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from edgekit import steady
 from edgekit.errors import EdgeKitError
 from edgekit.results import Latency
 
@@ -31,15 +32,22 @@ def notes(latencies: Mapping[str, Latency | None], device: Device) -> tuple[str,
     )
 
 
-def unsteady(latency: Latency | None, steady: float) -> tuple[str, ...]:
-    """Returns a note where the processes that measured a file differ too much to know its p50 to `steady`."""
-    if latency is None or latency.margin is None or latency.margin <= steady:
-        return ()
-    low, high = min(latency.medians), max(latency.medians)
-    return (
-        f"the p50 may be off by {100 * latency.margin:.0f} %: the medians of {len(latency.processes)} processes lie "
-        f"between {low:.3g} and {high:.3g} ms; measure on an idle machine",
-    )
+def unsteady(latency: Latency | None) -> tuple[str, ...]:
+    """Returns notes where a p50 leaves out disturbed runs, and where it is not known well (see `edgekit.steady`)."""
+    found = []
+    if latency is not None and latency.disturbed > steady.QUIET:
+        found.append(
+            f"the p50 leaves out {100 * latency.disturbed:.0f} % of the runs, which others slowed down: they took more "
+            f"than {100 * steady.NEAR:.0f} % longer than the fastest stretches; p90 and p99 are of all runs, whose "
+            f"median is {latency.percentile(50):.3g} ms"
+        )
+    if latency is not None and latency.margin is not None and latency.margin > steady.MARGIN:
+        low, high = min(latency.medians), max(latency.medians)
+        found.append(
+            f"the p50 may be off by {100 * latency.margin:.0f} %: the medians of {len(latency.medians)} processes lie "
+            f"between {low:.3g} and {high:.3g} ms; measure on an idle machine"
+        )
+    return tuple(found)
 
 
 def _state(facts: Mapping[str, Any]) -> str:

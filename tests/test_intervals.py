@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from edgekit import intervals, judge, metrics, pipeline
+from edgekit import intervals, judge, metrics
 from edgekit.results import Accuracy, Latency, Parity
 
 NEAR = Parity(40, 1e-6, 1e-6, 1, 1, 8)
@@ -178,17 +178,3 @@ def test_the_margin_of_a_p50_is_half_of_students_interval() -> None:
     assert latency.margin == pytest.approx((high - low) / 2 / latency.p50)
     assert latency.to_dict()["p50_margin"] == latency.margin
     assert Latency(((1.0, 2.0),), 1).margin is None
-
-
-def test_two_p50_that_are_known_to_two_percent_are_rarely_five_apart() -> None:
-    """Processes that vary by 4 %, each p50 from as many of them as `profile` would run."""
-    rng = np.random.default_rng(0)
-
-    def p50() -> float:
-        values = list(rng.normal(0, 0.04, 3))
-        while latencies(values).margin > pipeline.STEADY and len(values) < pipeline.MOST_ROUNDS:  # type: ignore[operator]
-            values.append(rng.normal(0, 0.04))
-        return latencies(values).p50
-
-    pairs = [(p50(), p50()) for _ in range(200)]
-    assert sum(abs(b / a - 1) > 0.05 for a, b in pairs) <= 10

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import sys
@@ -123,7 +122,7 @@ def test_a_mishap_is_told_soon_and_resume_completes(
     cause, said = MISHAPS[mishap]
     name = sshd.uri.removeprefix("ssh://")
     monkeypatch.setattr(pipeline, "ROUNDS", 2)
-    monkeypatch.setattr(pipeline, "STEADY", math.inf)
+    monkeypatch.setattr(pipeline, "MOST_ROUNDS", 2)
     monkeypatch.setattr(pipeline, "TIMING", Timing(warmup_runs=1, seconds=0.3, min_runs=5, max_runs=1_000_000))
     monkeypatch.setattr(device_module, "GRACE_S", 0.5)
     typed: list[object] = [a.path for a in bundles["fp32"].artifacts if a.format in formats]
