@@ -4,15 +4,63 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import islice
 from multiprocessing.connection import Connection
 from typing import TypeVar
 
 T = TypeVar("T")
+Item = TypeVar("Item")
+
+
+def deal(
+    items: Iterable[Item],
+    here: Callable[[Item], object],
+    there: Callable[[Item], object],
+    result: Callable[[], T],
+    useful: bool = True,
+) -> T:
+    """Gives items to `here` and `there` in turn, and returns what `result` then tells of the latter's.
+
+    `there` and `result` run beside this process, as `beside` does it, and else in it. `items` are read here alone; only
+    where the copy ends without a result, those of `there` are read once more. They have to be picklable.
+    """
+    if not useful or not can_fork():
+        for number, item in enumerate(items):
+            (there if number % 2 else here)(item)
+        return result()
+    theirs, ours = multiprocessing.get_context("fork").Pipe(duplex=False)
+    this = os.getpid()
+
+    def work() -> T:
+        for item in islice(items, 1, None, 2) if os.getpid() == this else _received(theirs, ours):
+            there(item)
+        return result()
+
+    with beside(work) as waiting:
+        theirs.close()
+        for number, item in enumerate(items):
+            if number % 2 == 0:
+                here(item)
+            else:
+                with suppress(BrokenPipeError):  # its result tells what ended the copy
+                    ours.send_bytes(pickle.dumps(item))
+        ours.close()
+        return waiting()
+
+
+def _received(channel: Connection, other_end: Connection) -> Iterator[Item]:
+    other_end.close()  # else it would never end
+    while True:
+        try:
+            yield pickle.loads(channel.recv_bytes())
+        except EOFError:
+            return
 
 
 @contextmanager
@@ -23,7 +71,7 @@ def beside(work: Callable[[], T], useful: bool = True) -> Iterator[Callable[[], 
     `work` runs here, when its result is asked for; so it does where the copy ends without one, as when memory ran out.
     What `work` raises is raised where its result is asked for. The copy does not outlive the block.
     """
-    if not useful or not _can_fork():
+    if not useful or not can_fork():
         yield work
         return
     fork = multiprocessing.get_context("fork")
@@ -34,7 +82,7 @@ def beside(work: Callable[[], T], useful: bool = True) -> Iterator[Callable[[], 
 
     def result() -> T:
         try:
-            done, found, trace = ours.recv()
+            done, found, trace = pickle.loads(ours.recv_bytes())
         except EOFError:
             return work()
         if done:
@@ -51,7 +99,8 @@ def beside(work: Callable[[], T], useful: bool = True) -> Iterator[Callable[[], 
         ours.close()
 
 
-def _can_fork() -> bool:
+def can_fork() -> bool:
+    """Whether a copy of this process can work beside it."""
     alone = multiprocessing.current_process().daemon  # which may have no processes of its own
     return sys.platform.startswith("linux") and not alone and len(os.sched_getaffinity(0)) > 1
 
@@ -64,13 +113,15 @@ def _run(work: Callable[[], object], channel: Connection) -> None:
 
     torch.set_num_threads(1)  # the threads of the original are not in its copy
     try:
-        channel.send((True, work(), ""))
+        # Not send(), by which tensors would go through shared memory, of which containers have little.
+        channel.send_bytes(pickle.dumps((True, work(), "")))
     except Exception as error:
         trace = traceback.format_exc()
         try:
-            channel.send((False, error, trace))
+            channel.send_bytes(pickle.dumps((False, error, trace)))
         except Exception:  # whatever an exception that cannot be pickled raises
-            channel.send((False, RuntimeError(f"{type(error).__name__}: {error}"), trace))
+            lost = RuntimeError(f"{type(error).__name__}: {error}")
+            channel.send_bytes(pickle.dumps((False, lost, trace)))
     finally:
         channel.close()
         os._exit(0)

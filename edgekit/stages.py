@@ -131,10 +131,13 @@ def quickest_threads(original: Model) -> Iterator[None]:
         return measure.percentile(times, 50)
 
     most = torch.get_num_threads()
-    with torch.inference_mode():
-        alone = run_ms(1, 5)
-        # Two gain little at best. One run tells of threads that would take seconds to be measured.
-        together = most > 2 and run_ms(most, 1) < 4 * alone and run_ms(most, 5) < 0.8 * alone
+    together = False
+    if most > 2:  # two gain little at best
+        with torch.inference_mode():
+            alone = run_ms(1, 5)
+            # A second process, which one thread leaves room for, halves the time. One run tells of threads that would
+            # take seconds to be measured.
+            together = run_ms(most, 1) < 4 * alone and run_ms(most, 5) < 0.5 * alone
     torch.set_num_threads(most if together else 1)
     try:
         yield

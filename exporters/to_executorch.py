@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from executorch.backends.transforms.remove_getitem_op import RemoveGetItemPass
 from executorch.backends.xnnpack._passes import XNNPACKPassManager
+from executorch.backends.xnnpack._passes.conv1d_unsqueeze_pass import Conv1dUnsqueezePass
+from executorch.backends.xnnpack._passes.convert_to_linear import ConvertToLinearPass
 from executorch.backends.xnnpack._passes.convert_to_sdpa import ConvertToSDPAPass
 from executorch.backends.xnnpack._passes.convert_to_upsample_bilinear2d import ConvertToUpsampleBilinear2d
 from executorch.backends.xnnpack._passes.decompose_batch_norm import DecomposeBatchNorm
 from executorch.backends.xnnpack._passes.decompose_cat import DecomposeConcatenate
+from executorch.backends.xnnpack._passes.fuse_activation_pass import FuseActivationPass
 from executorch.backends.xnnpack._passes.fuse_batch_norm import FuseBatchNormPass
 from executorch.backends.xnnpack._passes.prelu_reshape_pass import PReLUReshapePass
+from executorch.backends.xnnpack._passes.propagate_custom_meta_pass import PropagateCustomMetaPass
 from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS, ConstantPadConfig, LinearConfig
 from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
@@ -24,8 +29,16 @@ from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_
 from executorch.exir.dialects._ops import ops as exir_ops
 from executorch.exir.graph_module import contains_any_call_fn_target_op
 from executorch.exir.pass_base import ExportPass, NodeMetadata, ProxyValue
+from executorch.exir.passes.legalize_portable_dim_order_pass import LegalizePortableDimOrderPass
+from executorch.exir.passes.memory_format_ops_pass import DimOrderOpsRevertPass, MemoryFormatOpsPass
+from executorch.exir.passes.normalize_transpose_pass import NormalizeTransposePass
+from executorch.exir.passes.remove_mixed_type_operators import RemoveMixedTypeOperators
+from executorch.exir.passes.replace_broken_ops_with_function_ops_pass import ReplaceBrokenOpsWithFunctionalOpsPass
+from executorch.exir.passes.scalar_to_tensor_pass import ScalarToTensorPass
+from executorch.exir.passes.sym_to_tensor_pass import SymToTensorPass
 from torch.export import ExportedProgram
-from torch.fx import Node
+from torch.fx import GraphModule, Node
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.fx.traceback import NodeSource
 
 from edgekit.errors import EdgeKitError
@@ -36,16 +49,6 @@ NOTES = ("from_node", "nn_module_stack", "stack_trace", "source_fn_stack")
 
 # Of each constant in the file, in bytes: what XNNPACK asks for. The default of 128 pads every small scale and bias.
 ALIGNMENT = 16
-
-# XNNPACK's passes → a part of the name of some op that they are there for.
-NEEDS = {
-    ConvertToUpsampleBilinear2d: ("upsample", "index"),
-    ConvertToSDPAPass: ("softmax",),
-    FuseBatchNormPass: ("batch_norm",),
-    DecomposeBatchNorm: ("batch_norm",),
-    DecomposeConcatenate: ("cat",),
-    PReLUReshapePass: ("prelu",),
-}
 
 BOOKKEEPING = {"executorch_call_delegate", "getitem", "alloc"}  # graph nodes that compute nothing
 
@@ -109,23 +112,82 @@ OWN_CONFIGS = {ConstantPadConfig: QuantizedPadConfig, LinearConfig: WeightOnlyLi
 PARTITIONER_CONFIGS = [OWN_CONFIGS.get(row, row) for row in ALL_PARTITIONER_CONFIGS]
 
 
+def named(*parts: str) -> Callable[[Node], bool]:
+    """Tells ops that have one of `parts` in their name."""
+    return lambda node: any(part in str(node.target) for part in parts)
+
+
+def _is_sequence(node: Node) -> bool:
+    return "convolution" in str(node.target) and node.meta["val"].ndim == 3
+
+
+def _is_symbolic(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool)
+
+
+def _is_view(node: Node) -> bool:
+    return getattr(node.target, "is_view", False)
+
+
+def _takes_numbers(node: Node) -> bool:
+    """Whether an op is given a number in the place of a tensor."""
+    schema = getattr(node.target, "_schema", None)
+    taken = zip(schema.arguments if schema else (), node.args, strict=False)
+    return any(isinstance(value, int | float) and isinstance(arg.type, torch.TensorType) for arg, value in taken)
+
+
+def _is_mixed(node: Node) -> bool:
+    """Whether an op that adds, multiplies or divides may have to convert an operand first."""
+    operands = [value.meta.get("val") if isinstance(value, Node) else None for value in node.args]
+    return named("add", "mul", "sub", "div", "minimum")(node) and any(
+        getattr(operand, "dtype", None) != torch.float32 for operand in operands
+    )
+
+
+# ExecuTorch's passes and our own → what tells the ops that they are there for.
+NEEDS: dict[type, Callable[[Node], bool]] = {
+    Conv1dUnsqueezePass: _is_sequence,
+    ConvertToLinearPass: named("mm."),
+    ConvertToSDPAPass: named("softmax"),
+    ConvertToUpsampleBilinear2d: named("upsample", "index"),
+    DecomposeBatchNorm: named("batch_norm"),
+    DecomposeConcatenate: named("cat"),
+    DimOrderOpsRevertPass: named("dim_order"),
+    FuseActivationPass: named("relu", "hardtanh"),
+    FuseBatchNormPass: named("batch_norm"),
+    LegalizePortableDimOrderPass: named("avg_pool2d", "expand_copy", "mean", "sum"),
+    MemoryFormatOpsPass: named("_to_copy", "empty", "clone"),
+    NormalizeTransposePass: named("aten.t."),
+    PlainMoves: named("expand", "select", "squeeze"),
+    PReLUReshapePass: named("prelu"),
+    PropagateCustomMetaPass: lambda node: "custom" in node.meta,
+    RemoveGetItemPass: named("max_pool2d_with_indices", "max.dim"),
+    RemoveMixedTypeOperators: _is_mixed,
+    ReplaceBrokenOpsWithFunctionalOpsPass: _is_view,
+    ScalarToTensorPass: _takes_numbers,
+    SymToTensorPass: _is_symbolic,
+}
+
+
 @contextmanager
 def lean() -> Iterator[None]:
-    """Spares the passes that run in it half of their time, by three lines of torch's and ExecuTorch's insides.
+    """Spares the passes that run in it most of their time, by four lines of torch's and ExecuTorch's insides.
 
     - Every pass copies each node's record of where it comes from, which grows with every pass: nothing changes a record
       once it is made, so copies may be shared.
-    - XNNPACK's passes trace the whole network anew, one after the other, also those for ops that it does not have
-      (NEEDS).
-    - So does a decomposition of ops of which it has none.
+    - Passes trace the whole network anew, one after the other, also those for ops that it does not have (NEEDS).
+    - XNNPACK's cost time around them too.
+    - A decomposition does so of ops of which it has none.
     """
-    whole_transform, whole_run = XNNPACKPassManager.transform, ExportedProgram.run_decompositions
+    whole_pass, whole_transform = PassBase.__call__, XNNPACKPassManager.transform
+    whole_run = ExportedProgram.run_decompositions
+
+    def run_pass(row: PassBase, module: GraphModule) -> PassResult | None:
+        return whole_pass(row, module) if _is_needed(type(row), module) else PassResult(module, False)
 
     def transform(manager: XNNPACKPassManager) -> ExportedProgram:
-        names = {str(node.target) for node in manager.exported_program.graph.nodes}
-        manager.passes = [
-            row for row in manager.passes if any(word in name for word in NEEDS.get(row, ("",)) for name in names)
-        ]
+        module = manager.exported_program.graph_module
+        manager.passes = [row for row in manager.passes if _is_needed(row, module)]
         return whole_transform(manager)
 
     def run_decompositions(program: ExportedProgram, decomp_table: Any = None, **rest: Any) -> ExportedProgram:
@@ -136,10 +198,17 @@ def lean() -> Iterator[None]:
 
     with (
         replaced(NodeSource, "__deepcopy__", lambda self, memo: self),
+        replaced(PassBase, "__call__", run_pass),
         replaced(XNNPACKPassManager, "transform", transform),
         replaced(ExportedProgram, "run_decompositions", run_decompositions),
     ):
         yield
+
+
+def _is_needed(row: type, module: GraphModule) -> bool:
+    """Whether a pass has something to do in `module` or in the branches of its control flow."""
+    graphs = [part.graph for part in module.modules() if isinstance(part, GraphModule)]
+    return row not in NEEDS or any(NEEDS[row](node) for graph in graphs for node in graph.nodes)
 
 
 def _is_functional(program: ExportedProgram) -> bool:

@@ -50,7 +50,7 @@ class MSEObserver(ObserverBase):
         self.low, self.high = min(self.low, low), max(self.high, high)
         largest = max(-low, high)
         if largest > 0:
-            self._grow(largest)
+            self._cover(2.0 ** math.frexp(largest)[1])
             # torch's histc and count_nonzero take four times as long.
             bins = torch.add(torch.tensor(BINS / 2), values, alpha=BINS / (2 * self.limit)).int()
             counts = torch.bincount(bins, minlength=BINS + 1)
@@ -60,6 +60,14 @@ class MSEObserver(ObserverBase):
             self.counts[BINS // 2] -= len(values) - nonzero  # a zero is always exact
         return x
 
+    def merge(self, other: MSEObserver) -> None:
+        """Adds what `other` has seen, whose counts may change."""
+        self.low, self.high = min(self.low, other.low), max(self.high, other.high)
+        if other.limit:
+            self._cover(other.limit)
+            other._cover(self.limit)
+            self.counts += other.counts
+
     def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns scale (float32) and zero point (int64), one element each."""
         low, high = self._search()
@@ -67,10 +75,10 @@ class MSEObserver(ObserverBase):
         zero_point = min(max(self.quant_min - round(low / scale), self.quant_min), self.quant_max)
         return torch.tensor([scale], dtype=torch.float32), torch.tensor([zero_point])
 
-    def _grow(self, largest: float) -> None:
-        if self.limit == 0:
-            self.limit = 2.0 ** torch.tensor(largest).log2().floor().item() * 2
-        while largest >= self.limit:
+    def _cover(self, limit: float) -> None:
+        """Makes the histogram reach to `limit`, a power of two."""
+        self.limit = self.limit or limit
+        while self.limit < limit:
             half = self.counts.reshape(-1, 2).sum(dim=1)
             self.counts = torch.zeros_like(self.counts)
             self.counts[BINS // 4 : 3 * BINS // 4] = half

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -13,10 +14,13 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
+from edgekit.beside import deal
 from edgekit.errors import EdgeKitError
+from edgekit.quant.batches import Batches, processes_help
 from edgekit.quant.dynamic import RECURRENT, WeightQuantizer, counted
 from edgekit.quant.equalize import equalize
 from edgekit.quant.mixed import head_notes, uneven_heads
+from edgekit.quant.observers import MSEObserver
 from edgekit.quant.passes import capture, drop_implied_clips
 from edgekit.quant.quantizer import EdgeQuantizer
 from edgekit.quant.rounding import round_weights
@@ -112,11 +116,22 @@ def evened(
 
 def observe(prepared: GraphModule, batches: Iterable[Batch]) -> None:
     """Shows `batches` to the observers of a network; raises EdgeKitError where there are none."""
+    observers = {name: module for name, module in prepared.named_modules() if isinstance(module, MSEObserver)}
+    this = os.getpid()
     count = 0
+
+    def show(batch: Batch) -> None:
+        nonlocal count
+        count += 1
+        prepared(*batch)
+
+    def seen() -> dict[str, MSEObserver]:
+        """What a copy of this process has shown its own observers."""
+        return {} if os.getpid() == this else observers
+
     with torch.inference_mode():
-        for batch in batches:
-            prepared(*batch)
-            count += 1
+        for name, other in deal(Batches(batches), show, show, seen, processes_help()).items():
+            observers[name].merge(other)
     if not count:
         raise EdgeKitError("int8 needs data to calibrate with, and there is none", "give some with --data")
 

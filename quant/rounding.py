@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Interpreter, Node
 
+from edgekit.beside import beside, deal
 from edgekit.errors import EdgeKitError
+from edgekit.quant.batches import Batches, processes_help
 from edgekit.quant.passes import CONV_DEFAULTS, CONVOLUTIONS, add_attribute, aten, attribute, is_attribute, spread
 
 BATCHES = 64  # calibration batches that are looked at
@@ -37,27 +40,33 @@ class Moments:
 
     def add(self, columns: torch.Tensor) -> None:
         """Adds columns of shape (groups, samples, n)."""
-        self.second += columns.transpose(1, 2) @ columns
+        self.second.baddbmm_(columns.transpose(1, 2), columns)
         self.first += columns.sum(dim=1)
         self.count += columns.shape[1]
+
+    def merge(self, other: Moments) -> None:
+        """Adds the samples of `other`."""
+        self.second += other.second
+        self.first += other.first
+        self.count += other.count
 
 
 class _Collector(Interpreter):
     """Runs the float graph and gathers the moments of what enters each weighted layer."""
 
-    def __init__(self, model: GraphModule, layers: set[Node]) -> None:
+    def __init__(self, model: GraphModule, layers: set[Node], seed: int) -> None:
         super().__init__(model)
         self.layers = layers
-        self.moments: dict[Node, Moments] = {}
-        self.generator = torch.Generator().manual_seed(0)
+        self.moments: dict[str, Moments] = {}
+        self.generator = torch.Generator().manual_seed(seed)
 
     def run_node(self, n: Node) -> object:
         if n in self.layers:
             columns = self._columns(n, self.env[n.args[0]])
-            if n not in self.moments:
+            if n.name not in self.moments:
                 groups, _, width = columns.shape
-                self.moments[n] = Moments(torch.zeros(groups, width, width), torch.zeros(groups, width))
-            self.moments[n].add(columns)
+                self.moments[n.name] = Moments(torch.zeros(groups, width, width), torch.zeros(groups, width))
+            self.moments[n.name].add(columns)
         return super().run_node(n)
 
     def _columns(self, node: Node, x: torch.Tensor) -> torch.Tensor:
@@ -76,8 +85,9 @@ class _Collector(Interpreter):
             x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
         rows = (picked // width * stride[0])[:, None, None] + (torch.arange(kernel[0]) * dilation[0])[:, None]
         columns = (picked % width * stride[1])[:, None, None] + torch.arange(kernel[1]) * dilation[1]
-        patches = x.flatten(2)[:, :, rows * x.shape[3] + columns]  # (batch, channels, positions, kh, kw)
-        batch, channels, count = patches.shape[:3]
+        seen = (rows * x.shape[3] + columns).flatten()  # positions × kh × kw
+        patches = x.flatten(2).index_select(2, seen)
+        batch, channels, count = *x.shape[:2], len(picked)
         patches = patches.reshape(batch, groups, channels // groups, count, -1)
         return patches.permute(1, 0, 3, 2, 4).reshape(groups, batch * count, -1)
 
@@ -109,13 +119,18 @@ def collect(
     Layers whose nodes are named in `keep_float` are left out.
     """
     layers = {node for node in model.graph.nodes if roundable(node) and node.name not in keep_float}
-    collector = _Collector(model, layers)
+    here, there = (_Collector(model, layers, seed) for seed in (0, 1))
     with torch.inference_mode():
-        for index, batch in enumerate(batches):
-            if index == BATCHES:
-                break
-            collector.run(*batch)
-    return collector.moments
+        others = deal(
+            Batches(batches, BATCHES),
+            lambda batch: here.run(*batch),
+            lambda batch: there.run(*batch),
+            lambda: there.moments,
+            processes_help(),
+        )
+        for name, moments in others.items():
+            here.moments[name].merge(moments)
+    return {node: here.moments[node.name] for node in model.graph.nodes if node.name in here.moments}
 
 
 def roundable(node: Node) -> bool:
@@ -190,27 +205,44 @@ def round_weights(
     Layers whose nodes are named in `keep_float` stay as they are. Returns each layer's scales (one per output
     channel) by node name: the quantizer must use these very ones.
     """
-    scales = {}
-    for node, moments in collect(model, batches, keep_float).items():
+    found = collect(model, batches, keep_float)
+    for node, moments in found.items():
         if not torch.isfinite(moments.second).all():
             raise EdgeKitError(
                 f"the inputs of layer '{node.name}' are not finite on the calibration data",
                 "look for NaN or infinite values in --data",
             )
-        weight = attribute(model, node.args[1])
-        scale = channel_scales(weight)
-        groups = 1 if node.target == aten.linear.default else geometry(node)[4]
-        rounded, correction = round_layer(weight, scale, groups, moments)
+    scales = {node.name: channel_scales(attribute(model, node.args[1])) for node in found}
+    for node, (rounded, correction) in zip(found, _round_layers(model, found, scales), strict=True):
         bias = node.args[2] if len(node.args) > 2 else None
         with model.graph.inserting_before(node):
             new_weight = add_attribute(model, f"{node.name}_rounded_weight", rounded)
             old = 0 if bias is None else attribute(model, bias)
             new_bias = add_attribute(model, f"{node.name}_corrected_bias", correction + old)
         node.args = (node.args[0], new_weight, new_bias, *node.args[3:])
-        scales[node.name] = scale
     model.graph.eliminate_dead_code()
     model.recompile()
     return scales
+
+
+def _round_layers(
+    model: GraphModule, found: dict[Node, Moments], scales: dict[str, torch.Tensor]
+) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    """Returns rounded weight and bias correction of each layer; half of them is computed beside this process."""
+
+    def rounded(first: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return [
+            round_layer(attribute(model, node.args[1]), scales[node.name], _groups(node), moments)
+            for node, moments in islice(found.items(), first, None, 2)
+        ]
+
+    with beside(lambda: rounded(1), processes_help()) as others:
+        halves = rounded(0), others()
+    return [halves[index % 2][index // 2] for index in range(len(found))]
+
+
+def _groups(node: Node) -> int:
+    return 1 if node.target == aten.linear.default else geometry(node)[4]
 
 
 def channel_scales(weight: torch.Tensor, axis: int | None = 0) -> torch.Tensor:

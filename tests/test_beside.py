@@ -6,11 +6,13 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from edgekit.beside import beside
+from edgekit.beside import beside, deal
 from edgekit.errors import EdgeKitError
 
 forks = pytest.mark.skipif(
@@ -88,3 +90,59 @@ def test_it_does_not_outlive_the_block(tmp_path: Path) -> None:
         raise KeyboardInterrupt
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+class Kept:
+    """Items, how often they were read, and what each side took."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.reads = count, 0
+        self.here: list[int] = []
+        self.there: list[int] = []
+
+    def __iter__(self) -> Iterator[int]:
+        self.reads += 1
+        yield from range(self.count)
+
+    def dealt(self, useful: bool = True) -> tuple[list[int], int]:
+        return deal(self, self.here.append, self.there.append, lambda: (self.there, os.getpid()), useful)
+
+
+@pytest.mark.parametrize("useful", [pytest.param(True, marks=forks), False])
+@pytest.mark.parametrize("count", [0, 1, 2, 7])
+def test_items_are_dealt_in_turn(count: int, useful: bool) -> None:
+    kept = Kept(count)
+    there, where = kept.dealt(useful)
+    assert (kept.here, there, kept.reads) == ([*range(0, count, 2)], [*range(1, count, 2)], 1)
+    assert (where != os.getpid()) == useful
+
+
+@forks
+def test_many_large_items_are_dealt() -> None:
+    items = [np.full(1 << 18, number) for number in range(9)]
+    seen: list[np.ndarray] = []
+    total = deal(items, lambda item: None, seen.append, lambda: sum(int(item[0]) for item in seen))
+    assert total == 1 + 3 + 5 + 7
+
+
+@forks
+def test_what_a_dealt_item_raises_there_is_raised_here() -> None:
+    def fail(item: int) -> None:
+        raise EdgeKitError("no more", f"item {item}")
+
+    with pytest.raises(EdgeKitError, match="no more") as caught:
+        deal(range(1000), lambda item: None, fail, list)
+    assert caught.value.help == "item 1"
+
+
+@forks
+def test_items_of_a_copy_that_is_killed_are_taken_here() -> None:
+    here, kept = os.getpid(), Kept(1000)
+
+    def take(item: int) -> None:
+        if os.getpid() != here and item > 100:
+            os.kill(os.getpid(), signal.SIGKILL)
+        kept.there.append(item)
+
+    found = deal(kept, kept.here.append, take, lambda: kept.there)
+    assert (kept.here, found, kept.reads) == ([*range(0, 1000, 2)], [*range(1, 1000, 2)], 2)

@@ -83,11 +83,28 @@ class Upsampled(torch.nn.Module):
         return torch.nn.functional.scaled_dot_product_attention(x, x, x)
 
 
+class Assorted(torch.nn.Module):
+    """Has what other passes look for: mixed types, numbers for tensors, views, copies, indices, and a branch."""
+
+    def forward(self, x: torch.Tensor, i: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        branch = torch.cond(x.sum() > 0, lambda x: torch.relu(x * 2).t(), lambda x: (x + 1).t(), (x[0],))
+        pooled = torch.nn.functional.max_pool2d(x[None], 2)
+        return branch, x * 2 + i, i / 2, x.max(1)[0], pooled, x.to(torch.int32) // 2, torch.where(x > 0, 1.5, x)
+
+
+OTHERS = {
+    "upsampled": (Upsampled, (torch.ones(1, 3, 8, 8),)),
+    "assorted": (Assorted, (torch.ones(3, 8, 8), torch.arange(8))),
+    "recurrent": (lambda: torch.nn.LSTM(4, 4, batch_first=True), (torch.ones(1, 3, 4),)),
+}
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["residual", "concat", "squeeze_excite", "upsampled"])
+@pytest.mark.parametrize("name", ["residual", "concat", "squeeze_excite", "conv1d", "two_inputs", *OTHERS])
 def test_lean_passes_make_the_same_file(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if name == "upsampled":
-        program = float32(Upsampled().eval(), (torch.randn(1, 3, 8, 8),)).program
+    if name in OTHERS:
+        make, inputs = OTHERS[name]
+        program = float32(make().eval(), inputs).program
     else:
         program = quantized(name).program
     lean_file = to_executorch(copy.deepcopy(program)).data

@@ -132,6 +132,21 @@ def test_batches_and_their_order_do_not_matter(split: int) -> None:
         assert math.isclose(qparams(streamed)[0], qparams(whole)[0], rel_tol=0.05)
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_two_that_saw_a_part_each_are_merged(order: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    x = heavy_tailed()
+    parts = x[x.abs() < 0.5], x[x.abs() >= 0.5]  # their histograms reach less and more far
+    first, second = (observe(parts[index]) for index in order)
+    first.merge(second)
+    whole = observe(x)
+    assert (first.limit, first.low, first.high) == (whole.limit, whole.low, whole.high)
+    assert first.counts.sum() == whole.counts.sum()
+    assert (first.counts.cumsum(0) - whole.counts.cumsum(0)).abs().max() <= 0.002 * COUNT
+    first.merge(MSEObserver())
+    assert first.counts.sum() == whole.counts.sum()
+
+
 def test_memory_is_bounded_and_no_value_is_lost() -> None:
     observer = MSEObserver()
     total = 0

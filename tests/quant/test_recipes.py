@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from int8_nets import CASES, Batches, build, flat, quantized, sqnr
+from torch.export import ExportedProgram
 
 from edgekit.errors import EdgeKitError
 from edgekit.quant.recipes import RECIPES, float32, half_compute, int8_static, io_qparams
@@ -39,6 +40,21 @@ def test_calibration_holds_few_batches_at_once() -> None:
     int8_static(build("conv_relu"), next(iter(Batches(CASES["conv_relu"]))), batches)
     assert batches.passes == 2
     assert batches.most <= 2
+
+
+def codes(program: ExportedProgram) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in program.state_dict.items() if value.dtype == torch.int8}
+
+
+@pytest.mark.parametrize("name", ["residual", "squeeze_excite"])
+def test_two_processes_calibrate_as_one_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = [(batch[0].repeat(9, 1, 1, 1)[index : index + 1],) for index, batch in enumerate(Batches(CASES[name], 9))]
+    two = int8_static(build(name), batches[0], batches).program
+    monkeypatch.setattr("edgekit.beside.can_fork", lambda: False)
+    one = int8_static(build(name), batches[0], batches).program
+    assert codes(one) and all(torch.equal(value, codes(two)[key]) for key, value in codes(one).items())
+    with torch.no_grad():
+        assert sqnr(one.module()(*batches[0]), two.module()(*batches[0])) > 40
 
 
 def test_calibration_leaves_data_and_module_alone() -> None:
