@@ -34,22 +34,45 @@ def deal(
         for number, item in enumerate(items):
             (there if number % 2 else here)(item)
         return result()
+    return _feed(items, here, there, result, 2)
+
+
+def share(
+    items: Iterable[Item], here: Callable[[Item], object], there: Callable[[Item], object], result: Callable[[], T]
+) -> T:
+    """Gives each item to both `here` and `there`, and does all else as `deal` does."""
+    if not can_fork():
+        for item in items:
+            here(item)
+            there(item)
+        return result()
+    return _feed(items, here, there, result, 1)
+
+
+def _feed(
+    items: Iterable[Item],
+    here: Callable[[Item], object],
+    there: Callable[[Item], object],
+    result: Callable[[], T],
+    sides: int,
+) -> T:
+    """Gives each item to one of two sides in turn, or with one side to both `here` and the copy of this process."""
     theirs, ours = multiprocessing.get_context("fork").Pipe(duplex=False)
     this = os.getpid()
 
     def work() -> T:
-        for item in islice(items, 1, None, 2) if os.getpid() == this else _received(theirs, ours):
+        for item in islice(items, sides - 1, None, sides) if os.getpid() == this else _received(theirs, ours):
             there(item)
         return result()
 
     with beside(work) as waiting:
         theirs.close()
         for number, item in enumerate(items):
-            if number % 2 == 0:
-                here(item)
-            else:
+            if number % sides == sides - 1:
                 with suppress(BrokenPipeError):  # its result tells what ended the copy
                     ours.send_bytes(pickle.dumps(item))
+            if number % sides == 0:
+                here(item)
         ours.close()
         return waiting()
 

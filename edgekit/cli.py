@@ -30,6 +30,7 @@ app = typer.Typer(
 
 LOG = Path("edgekit.log")
 FREE_SPACE = "free some space there, or set TMPDIR to a folder with more"
+GC_THRESHOLDS = (100_000, 20, 100)  # torch's modules and graphs are millions of objects that stay
 # What goes wrong with a machine rather than with EdgeKit → what to do about it.
 MACHINE_ERRORS = {
     errno.ENOSPC: FREE_SPACE,
@@ -699,6 +700,7 @@ def mendable(error: Exception) -> EdgeKitError | None:
 
 def main() -> None:
     """Runs the command line."""
+    gc.set_threshold(*GC_THRESHOLDS)
     try:
         app()
     finally:

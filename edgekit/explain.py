@@ -149,7 +149,8 @@ def _culprit(
     layouts = {artifact.format: artifact.layout}
     try:
         with TemporaryDirectory(prefix="edgekit-") as folder:
-            exported = dict(stages.emit(original, program, [artifact.format], half, progress, layouts, source))
+            with stages.emitting(original, program, [artifact.format], half, progress, layouts, source) as exports:
+                exported = dict(exports)
             twin = Path(folder, f"twin{artifact.path.suffix}")
             files.write(twin, exported[artifact.format].data)
             pair: list[Any] = []

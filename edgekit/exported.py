@@ -98,13 +98,13 @@ def write(
     assert compressed is not None  # a graph is refused long before
     half = RECIPES[wanted.precision].half_weights
     artifacts, found = {}, {}
-    for format, exported in stages.emit(
-        model, compressed.program, wanted.formats, half, Silent(), dict.fromkeys(wanted.formats, "nchw"), source
-    ):
-        path = folder / bundles.file_name(format)
-        files.write(path, exported.data)
-        artifacts[format] = Artifact(path, format, wanted.precision, model.inputs, model.outputs)
-        found[format] = exported
+    layouts = dict.fromkeys(wanted.formats, "nchw")
+    with stages.emitting(model, compressed.program, wanted.formats, half, Silent(), layouts, source) as exports:
+        for format, exported in exports:
+            path = folder / bundles.file_name(format)
+            files.write(path, exported.data)
+            artifacts[format] = Artifact(path, format, wanted.precision, model.inputs, model.outputs)
+            found[format] = exported
     return artifacts, found, compressed.program
 
 

@@ -123,7 +123,7 @@ def export(
     folder = Path(out) / f"{name or original.name}-{target}"
     checkpoint = folder.with_name(f"{folder.name}.checkpoint.pt")
     batch = stages.batch_of(original.inputs)
-    with files.resumable(checkpoint), files.new_folder(folder, bundles.FILES) as building:
+    with files.resumable(checkpoint), files.new_folder(folder, bundles.FILES) as building, ExitStack() as stack:
         tuned = None
         if source is not None and original.onnx is None and (sensitivity or max_drop is not None):
             tuned = tune.tune(original, source, progress, max_drop, sensitivity)
@@ -134,6 +134,9 @@ def export(
         compressed = made.compressed if made else stages.compress(original, source, recipe.name, progress)
         program = compressed.program if compressed is not None else None
         feeds, samples = stages.golden_feeds(original, source)
+        exports = stack.enter_context(
+            stages.emitting(original, program, chosen, recipe.half_weights, progress, layouts, source)
+        )
         with progress.step("Running the original"):
             reference = stages.run_module(original.module, feeds)
             graph = stages.run_module(program.module(check_guards=False), feeds) if program is not None else reference
@@ -144,7 +147,7 @@ def export(
         notes += compressed.notes if compressed is not None else ()
         notes += made.notes if made else ()
         notes += judge.loss(recipe.name, graph_parity)
-        for format, exported in stages.emit(original, program, chosen, recipe.half_weights, progress, layouts, source):
+        for format, exported in exports:
             path = building / bundles.file_name(format)
             files.write(path, exported.data)
             with progress.step(f"Checking {path.name}"):
@@ -402,7 +405,8 @@ def fp32_references(
         compressed = stages.compress(original, None, "fp32", progress)
         program = compressed.program if compressed is not None else None
         layouts = {artifact.format: artifact.layout for artifact in given}
-        for format, exported in stages.emit(original, program, missing, False, progress, layouts):
+        exports = stack.enter_context(stages.emitting(original, program, missing, False, progress, layouts))
+        for format, exported in exports:
             path = folder / bundles.file_name(format)
             files.write(path, exported.data)
             references[format] = Artifact(path, format, "fp32", original.inputs, original.outputs, layouts[format])

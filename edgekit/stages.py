@@ -158,7 +158,8 @@ class Calibration:
             yield _tensors(arrays)
 
 
-def emit(
+@contextmanager
+def emitting(
     original: Model,
     program: ExportedProgram | None,
     formats: Sequence[str],
@@ -166,11 +167,11 @@ def emit(
     progress: Progress,
     layouts: Mapping[str, Layout],
     source: sources.Data | None = None,
-) -> Iterator[tuple[str, Exported]]:
-    """Yields each format's file, in the layout of `layouts`. TFLite is lowered from the very ONNX model exported.
+) -> Iterator[Iterator[tuple[str, Exported]]]:
+    """Yields an iterator over each format's file, in the layout of `layouts`. TFLite is lowered from the ONNX model.
 
     What `source` tells of images and labels goes into the formats that have a place for it. The .pte file comes last:
-    it takes longest, and is lowered on another core meanwhile.
+    it takes longest, and is lowered on another core from the start.
     """
     if "executorch" in formats and program is None:
         raise EdgeKitError(
@@ -178,7 +179,8 @@ def emit(
         )
     others = [format for format in formats if format != "executorch"]
     pte = len(others) < len(formats)
-    with beside(lambda: _executorch(original, program, half_weights), useful=pte and bool(others)) as lowered:
+
+    def files() -> Iterator[tuple[str, Exported]]:
         if others:
             with progress.step("Exporting ONNX"):
                 proto = _onnx(original, program, half_weights)
@@ -191,6 +193,9 @@ def emit(
             with progress.step("Lowering to ExecuTorch"):
                 found = lowered()
             yield "executorch", found
+
+    with beside(lambda: _executorch(original, program, half_weights), useful=pte and bool(others)) as lowered:
+        yield files()
 
 
 def _onnx_file(proto: onnx.ModelProto, ours: bool) -> Exported:

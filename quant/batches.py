@@ -8,6 +8,8 @@ from itertools import islice
 
 import torch
 
+from edgekit import beside
+
 
 @dataclass(frozen=True)
 class Batches:
@@ -22,5 +24,5 @@ class Batches:
 
 
 def processes_help() -> bool:
-    """Whether a second process makes calibration faster: torch's own threads take all cores where they are used."""
-    return torch.get_num_threads() == 1
+    """Whether a second process makes calibration faster: where torch's own threads are used, they take all cores."""
+    return torch.get_num_threads() == 1 and beside.can_fork()

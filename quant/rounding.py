@@ -8,7 +8,8 @@ bias (Nagel et al., "Data-Free Quantization", 2019, §4.2, with measured instead
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Interpreter, Node
 
-from edgekit.beside import beside, deal
+from edgekit.beside import beside, share
 from edgekit.errors import EdgeKitError
 from edgekit.quant.batches import Batches, processes_help
 from edgekit.quant.passes import CONV_DEFAULTS, CONVOLUTIONS, add_attribute, aten, attribute, is_attribute, spread
@@ -44,24 +45,25 @@ class Moments:
         self.first += columns.sum(dim=1)
         self.count += columns.shape[1]
 
-    def merge(self, other: Moments) -> None:
-        """Adds the samples of `other`."""
-        self.second += other.second
-        self.first += other.first
-        self.count += other.count
-
 
 class _Collector(Interpreter):
-    """Runs the float graph and gathers the moments of what enters each weighted layer."""
+    """Runs the float graph and gathers the moments of what enters each layer of `own`, some of `layers`."""
 
-    def __init__(self, model: GraphModule, layers: set[Node], seed: int) -> None:
+    def __init__(self, model: GraphModule, layers: Sequence[Node], own: Collection[Node]) -> None:
         super().__init__(model)
-        self.layers = layers
+        self.layers, self.own = layers, own
+        self.picked: dict[Node, torch.Tensor] = {}
         self.moments: dict[str, Moments] = {}
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def see(self, batch: tuple[torch.Tensor, ...]) -> None:
+        """Adds what `batch` brings into each layer, at the same positions whichever layers are its own."""
+        picked = {node: self._some(*_extent(node)) for node in self.layers}
+        self.picked = {node: picked[node] for node in self.own}
+        self.run(*batch)
 
     def run_node(self, n: Node) -> object:
-        if n in self.layers:
+        if n in self.picked:
             columns = self._columns(n, self.env[n.args[0]])
             if n.name not in self.moments:
                 groups, _, width = columns.shape
@@ -69,18 +71,18 @@ class _Collector(Interpreter):
             self.moments[n.name].add(columns)
         return super().run_node(n)
 
+    def _some(self, count: int, most: int) -> torch.Tensor:
+        return torch.randperm(count, generator=self.generator)[:most] if count > most else torch.arange(count)
+
     def _columns(self, node: Node, x: torch.Tensor) -> torch.Tensor:
         """Returns the layer's input as columns that its weight, flattened, multiplies: (groups, samples, n)."""
+        picked = self.picked[node]
         if node.target == aten.linear.default:
-            rows = x.reshape(-1, x.shape[-1])
-            return rows[self._some(len(rows), len(x) * positions(x.shape[-1]))].unsqueeze(0)
+            return x.reshape(-1, x.shape[-1])[picked].unsqueeze(0)
         if node.target == aten.conv1d.default:
             x = x.unsqueeze(2)
         kernel, stride, padding, dilation, groups = geometry(node)
-        height, width = (
-            node.meta["val"].shape[-2:] if node.target == aten.conv2d.default else (1, node.meta["val"].shape[-1])
-        )
-        picked = self._some(height * width, positions(kernel[0] * kernel[1] * x.shape[1] // groups))
+        width = node.meta["val"].shape[-1]
         if any(padding):  # else it would copy
             x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
         rows = (picked // width * stride[0])[:, None, None] + (torch.arange(kernel[0]) * dilation[0])[:, None]
@@ -91,8 +93,16 @@ class _Collector(Interpreter):
         patches = patches.reshape(batch, groups, channels // groups, count, -1)
         return patches.permute(1, 0, 3, 2, 4).reshape(groups, batch * count, -1)
 
-    def _some(self, count: int, most: int) -> torch.Tensor:
-        return torch.randperm(count, generator=self.generator)[:most] if count > most else torch.arange(count)
+
+def _extent(node: Node) -> tuple[int, int]:
+    """Returns how many positions a layer's input has, and how many of them tell enough."""
+    given = node.args[0].meta["val"]
+    if node.target == aten.linear.default:
+        return given.numel() // given.shape[-1], len(given) * positions(given.shape[-1])
+    kernel, *_, groups = geometry(node)
+    channels = given.shape[-CONVOLUTIONS[node.target] - 1]
+    size = math.prod(node.meta["val"].shape[-CONVOLUTIONS[node.target] :])
+    return size, positions(kernel[0] * kernel[1] * channels // groups)
 
 
 def positions(columns: int) -> int:
@@ -118,19 +128,16 @@ def collect(
 
     Layers whose nodes are named in `keep_float` are left out.
     """
-    layers = {node for node in model.graph.nodes if roundable(node) and node.name not in keep_float}
-    here, there = (_Collector(model, layers, seed) for seed in (0, 1))
+    layers = [node for node in model.graph.nodes if roundable(node) and node.name not in keep_float]
+    sides = 2 if processes_help() else 1
+    here, there = (_Collector(model, layers, layers[side::sides]) for side in (0, 1))
     with torch.inference_mode():
-        others = deal(
-            Batches(batches, BATCHES),
-            lambda batch: here.run(*batch),
-            lambda batch: there.run(*batch),
-            lambda: there.moments,
-            processes_help(),
-        )
-        for name, moments in others.items():
-            here.moments[name].merge(moments)
-    return {node: here.moments[node.name] for node in model.graph.nodes if node.name in here.moments}
+        if sides == 1:
+            for batch in Batches(batches, BATCHES):
+                here.see(batch)
+        else:
+            here.moments |= share(Batches(batches, BATCHES), here.see, there.see, lambda: there.moments)
+    return {node: here.moments[node.name] for node in layers if node.name in here.moments}
 
 
 def roundable(node: Node) -> bool:

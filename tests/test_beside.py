@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgekit.beside import beside, deal
+from edgekit.beside import beside, deal, share
 from edgekit.errors import EdgeKitError
 
 forks = pytest.mark.skipif(
@@ -115,6 +115,16 @@ def test_items_are_dealt_in_turn(count: int, useful: bool) -> None:
     there, where = kept.dealt(useful)
     assert (kept.here, there, kept.reads) == ([*range(0, count, 2)], [*range(1, count, 2)], 1)
     assert (where != os.getpid()) == useful
+
+
+@pytest.mark.parametrize("forked", [pytest.param(True, marks=forks), False])
+def test_items_are_shared(forked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not forked:
+        monkeypatch.setattr("edgekit.beside.can_fork", lambda: False)
+    kept = Kept(5)
+    there, where = share(kept, kept.here.append, kept.there.append, lambda: (kept.there, os.getpid()))
+    assert (kept.here, there, kept.reads) == ([*range(5)], [*range(5)], 1)
+    assert (where != os.getpid()) == forked
 
 
 @forks
