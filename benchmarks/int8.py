@@ -41,7 +41,7 @@ from edgekit.model import Model
 from edgekit.results import SUFFIXES, Artifact, Latency
 from edgekit.runtimes import Timing
 
-ROUNDS = 5
+ROUNDS = 10
 TIMING = Timing(warmup_runs=50, seconds=1.0, min_runs=20, max_runs=5000)
 CALIBRATION = 100  # samples
 TOP1 = metrics.METRICS["top1"]

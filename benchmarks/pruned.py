@@ -5,8 +5,7 @@
 NETWORK is a name of benchmarks/networks.py, `efficientnet_lite0`, or what `edgekit prune` takes; so are CODE, DATA and
 TRAIN. With `--pruned FILE` the network that `edgekit prune` wrote is measured, and nothing is trained. Accuracy is that
 of the exported files on DATA's evaluation samples. Every file runs in processes of its own, pinned to one core,
-interleaved over ROUNDS rounds; the speed-up is the median over the rounds of a file's p50 against that of the unpruned
-fp32 file of its format in the same round.
+interleaved over ROUNDS rounds; the speed-up is its p50 against that of the unpruned fp32 file of its format.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from __future__ import annotations
 import argparse
 import functools
 import logging
-import statistics
 import time
 import warnings
 from pathlib import Path
@@ -32,7 +30,7 @@ from edgekit.progress import Terminal
 from edgekit.results import Artifact
 from edgekit.runtimes import Timing
 
-ROUNDS = 7
+ROUNDS = 10
 TIMING = Timing(warmup_runs=50, seconds=1.0, min_runs=20, max_runs=5000)
 TOP1 = metrics.METRICS["top1"]
 KINDS = ("fp32", "pruned", "int8", "pruned int8")
@@ -88,19 +86,17 @@ def _table(files: dict[str, tuple[Artifact, ...]], evaluation: stages.Evaluation
     for position, base in enumerate(files["fp32"]):
         calls = [functools.partial(stages.run, files[kind][position]) for kind in KINDS]
         latencies = race(calls, evaluation.feeds, ROUNDS, TIMING)
-        medians = [latency.medians for latency in latencies]
-        for kind, rounds in zip(KINDS, medians, strict=True):
+        for kind, latency in zip(KINDS, latencies, strict=True):
             artifact = files[kind][position]
             got = evaluation.cut(stages.run(artifact, evaluation.feeds).outputs)[0]
             found = judge.accuracy(TOP1, right, TOP1.score([got], evaluation.target))
-            faster = statistics.median(a / b for a, b in zip(medians[0], rounds, strict=True))
             table.add_row(
                 kind,
                 artifact.format,
                 f"{100 * found.value:.2f} %",
                 f"{found.drop:.2f}",
-                report.milliseconds(statistics.median(rounds)),
-                f"{faster:.2f}x",
+                report.milliseconds(latency.p50),
+                f"{latencies[0].p50 / latency.p50:.2f}x",
                 report.size(artifact.size_bytes),
                 f"{artifact.size_bytes / base.size_bytes:.2f}",
             )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekit import bundle as bundles
 from edgekit import data as sources
-from edgekit import files, judge, stages, zeros
+from edgekit import files, judge, stages, steady, zeros
 from edgekit.errors import EdgeKitError
 from edgekit.progress import Silent
 from edgekit.results import Artifact, Latency, Parity
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from edgekit.model import Model
     from edgekit.prune_options import Wanted
     from edgekit.runtimes.devices.device import Device
+
+
+FINAL_ROUNDS = 10  # processes that time each final file
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,10 @@ def race(
     rounds: int,
     advance: Callable[[], None],
 ) -> dict[Artifact, Cost]:
-    """Times all files in turn, in `rounds` processes each; on an emulated device each runs once."""
+    """Times all files in turn, in `rounds` processes each; on an emulated device each runs once.
+
+    The p50 are of undisturbed runs where enough processes tell them apart (see `edgekit.steady`).
+    """
     from edgekit import pipeline
 
     first = [feed[: bundles.GOLDEN_SAMPLES] for feed in feeds]
@@ -127,7 +133,12 @@ def race(
                 timing = pipeline.TIMING
                 runs[artifact].append(stages.run(artifact, first, device=device, threads=threads, timing=timing))
             advance()
-    return {a: Cost(pipeline.latency_of(found, threads), found[-1].instructions) for a, found in runs.items()}
+    latencies = {artifact: pipeline.latency_of(found, threads) for artifact, found in runs.items()}
+    enough = rounds >= steady.FEWEST
+    return {
+        artifact: Cost(steady.undisturbed(latency) if latency and enough else latency, runs[artifact][-1].instructions)
+        for artifact, latency in latencies.items()
+    }
 
 
 def measure(
@@ -136,13 +147,13 @@ def measure(
     source: sources.Data | None,
     wanted: Wanted,
     device: Device,
-    rounds: int,
     folder: Path,
     originals: Path,
     progress: Any,
 ) -> tuple[Measured, ...]:
     """Exports `changed` into `folder` and `original` into `originals`, checks each file of `changed`, and times all.
 
+    They are timed in turn, in FINAL_ROUNDS processes each, and the p50 are of runs that nothing slowed down.
     Raises EdgeKitError for a file that is not faithful to `changed`.
     """
     with progress.step(f"Exporting {', '.join(wanted.formats)}"):
@@ -152,8 +163,8 @@ def measure(
     with progress.step("Checking the files"):
         near = _checked(changed, after, exported, program, feeds)
     files_to_time = [artifact for format in wanted.formats for artifact in (before[format], after[format])]
-    with progress.step("Measuring latency", rounds * len(files_to_time)) as advance:
-        costs = race(files_to_time, feeds, device, wanted.threads, rounds, advance)
+    with progress.step("Measuring latency", FINAL_ROUNDS * len(files_to_time)) as advance:
+        costs = race(files_to_time, feeds, device, wanted.threads, FINAL_ROUNDS, advance)
     found = []
     for format in wanted.formats:
         old, new = before[format], after[format]

@@ -233,7 +233,7 @@ def check_form(original: Model) -> None:
 
 def _run(job: Job, folder: Path, building: Path, checkpoint: Path, resume: bool) -> Pruned:
     """Searches where a target is given, changes the network, and measures its files in `building`."""
-    from edgekit import exported, pipeline, prune_search
+    from edgekit import exported, prune_search
     from edgekit.quant import pruning
 
     original, options, progress = job.original, job.options, job.progress
@@ -257,8 +257,7 @@ def _run(job: Job, folder: Path, building: Path, checkpoint: Path, resume: bool)
             (scratch / "before").mkdir()
             final = job.changed(changed.module)
             places = building, scratch / "before"
-            rounds = pipeline.ROUNDS
-            made = exported.measure(original, final, job.source, wanted, device, rounds, *places, progress)
+            made = exported.measure(original, final, job.source, wanted, device, *places, progress)
             measured = tuple(replace(m, artifact=replace(m.artifact, path=folder / m.artifact.path.name)) for m in made)
     kept = changed.structure.kept if changed.structure is not None else {}
     layers = pruning.changes(original.module, changed.module, original.example, kept)

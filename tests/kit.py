@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import edgekit
-from edgekit import cli, pipeline
+from edgekit import cli, exported, pipeline
 from edgekit.quant import recovery
 from edgekit.runtimes import Timing
 
@@ -108,6 +108,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Times each file in one process and five runs: tests look at the numbers' relations, not at the numbers."""
     monkeypatch.setattr(pipeline, "ROUNDS", 1)
     monkeypatch.setattr(pipeline, "MOST_ROUNDS", 1)
+    monkeypatch.setattr(exported, "FINAL_ROUNDS", 1)
     monkeypatch.setattr(pipeline, "TIMING", Timing(warmup_runs=1, seconds=0.0, min_runs=5, max_runs=5))
 
 

@@ -49,7 +49,7 @@ def test_profile_goes_on(
     artifact: Artifact, cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
     quick(monkeypatch)
-    monkeypatch.setattr(pipeline, "ROUNDS", 3)
+    monkeypatch.setattr(pipeline, "MOST_ROUNDS", 3)
     runs = Runs(monkeypatch)
     runs.fail_at = 3
     failed = invoke(capfd, "profile", artifact.path)

@@ -26,7 +26,7 @@ def compared(bundles: dict[str, Bundle]) -> Comparison:
     """fp32 and int8 bundles against the module; no fp32 file is to be exported for it."""
     with pytest.MonkeyPatch.context() as patch:
         quick(patch)
-        patch.setattr(stages, "emit", lambda *args: pytest.fail("an fp32 file was given, yet another is exported"))
+        patch.setattr(stages, "emitting", lambda *args: pytest.fail("an fp32 file was given, yet another is exported"))
         return edgekit.compare(network(), [bundles["fp32"], bundles["int8"].path], data=samples())
 
 
