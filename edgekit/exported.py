@@ -13,7 +13,7 @@ from edgekit import data as sources
 from edgekit import files, judge, stages, steady, zeros
 from edgekit.errors import EdgeKitError
 from edgekit.progress import Silent
-from edgekit.results import Artifact, Latency, Parity
+from edgekit.results import Artifact, Latency, Layout, Parity
 
 if TYPE_CHECKING:
     import numpy as np
@@ -101,7 +101,7 @@ def write(
     assert compressed is not None  # a graph is refused long before
     half = RECIPES[wanted.precision].half_weights
     artifacts, found = {}, {}
-    layouts = dict.fromkeys(wanted.formats, "nchw")
+    layouts: dict[str, Layout] = dict.fromkeys(wanted.formats, "nchw")
     with stages.emitting(model, compressed.program, wanted.formats, half, Silent(), layouts, source) as exports:
         for format, exported in exports:
             path = folder / bundles.file_name(format)

@@ -89,9 +89,9 @@ class _Collector(Interpreter):
         columns = (picked % width * stride[1])[:, None, None] + torch.arange(kernel[1]) * dilation[1]
         seen = (rows * x.shape[3] + columns).flatten()  # positions × kh × kw
         patches = x.flatten(2).index_select(2, seen)
-        batch, channels, count = *x.shape[:2], len(picked)
-        patches = patches.reshape(batch, groups, channels // groups, count, -1)
-        return patches.permute(1, 0, 3, 2, 4).reshape(groups, batch * count, -1)
+        batch, channels = x.shape[:2]
+        patches = patches.reshape(batch, groups, channels // groups, len(picked), -1)
+        return patches.permute(1, 0, 3, 2, 4).reshape(groups, batch * len(picked), -1)
 
 
 def _extent(node: Node) -> tuple[int, int]:
