@@ -133,12 +133,8 @@ def race(
                 timing = pipeline.TIMING
                 runs[artifact].append(stages.run(artifact, first, device=device, threads=threads, timing=timing))
             advance()
-    latencies = {artifact: pipeline.latency_of(found, threads) for artifact, found in runs.items()}
-    enough = rounds >= steady.FEWEST
-    return {
-        artifact: Cost(steady.undisturbed(latency) if latency and enough else latency, runs[artifact][-1].instructions)
-        for artifact, latency in latencies.items()
-    }
+    latency_of = pipeline.undisturbed_of if rounds >= steady.FEWEST else pipeline.latency_of
+    return {a: Cost(latency_of(found, threads), found[-1].instructions) for a, found in runs.items()}
 
 
 def measure(

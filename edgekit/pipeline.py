@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 ROUNDS = 3  # processes that time each artifact, taken in turn: machines drift
 MOST_ROUNDS = 20  # processes that time a file which is profiled, where its p50 is not known earlier
-LONGEST_S = 60.0  # seconds of timed runs after which a profile ends likewise
+LONGEST_S = 60.0  # seconds of timed runs after which ROUNDS processes are enough for a profile
 TIMING = Timing(warmup_runs=50, seconds=0.6, min_runs=20, max_runs=5000)
 SAME_MACHINE = ("local:", "python:")  # devices that are this machine
 NO_DATA_INT8 = (
@@ -495,7 +495,7 @@ def profile(
             while not runs or (len(runs) < most and not _is_known(runs, threads)):
                 run()
                 advance()
-        latency = _undisturbed(runs, threads)
+        latency = undisturbed_of(runs, threads)
         notes = throttling.unsteady(latency)
         if ops:
             with progress.step("Profiling the ops"):
@@ -519,7 +519,7 @@ def profile(
     )
 
 
-def _undisturbed(runs: Sequence[Any], threads: int) -> Latency | None:
+def undisturbed_of(runs: Sequence[Any], threads: int) -> Latency | None:
     """Returns what `latency_of` does, with the undisturbed runs told apart."""
     latency = latency_of(runs, threads)
     return steady.undisturbed(latency) if latency is not None else None
@@ -527,8 +527,9 @@ def _undisturbed(runs: Sequence[Any], threads: int) -> Latency | None:
 
 def _is_known(runs: Sequence[Any], threads: int) -> bool:
     """Whether the runs of a profile are enough."""
-    latency = _undisturbed(runs, threads)
-    return latency is not None and (steady.is_known(latency) or sum(latency.samples) > LONGEST_S * 1e3)
+    latency = undisturbed_of(runs, threads)
+    assert latency is not None  # an emulated file runs once
+    return steady.is_known(latency) or (len(runs) >= ROUNDS and sum(latency.samples) > LONGEST_S * 1e3)
 
 
 def _op_times(

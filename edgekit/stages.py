@@ -1,4 +1,4 @@
-"""The stages that the pipeline is made of: load, compress, emitting, run."""
+"""The stages that the pipeline is made of: load, compress, emit, run."""
 
 from __future__ import annotations
 

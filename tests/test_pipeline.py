@@ -189,3 +189,16 @@ def test_profile_measures_until_its_p50_is_known(
     assert len(result.latency.processes) == processes
     notes = [text for text in result.notes if "p50" in text]
     assert len(notes) == (said is not None) and all(said in text for text in notes)
+
+
+def test_a_slow_file_is_profiled_in_three_processes(
+    bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long they take: of fewer, a disturbed one could not be told."""
+    rounds, most = pipeline.ROUNDS, pipeline.MOST_ROUNDS
+    quick(monkeypatch)
+    monkeypatch.setattr(pipeline, "ROUNDS", rounds)
+    monkeypatch.setattr(pipeline, "MOST_ROUNDS", most)
+    monkeypatch.setattr(pipeline, "LONGEST_S", 0.0)
+    result = edgekit.profile(bundles["int8"].path / "model.tflite")
+    assert len(result.latency.processes) == rounds == 3
