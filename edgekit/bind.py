@@ -19,6 +19,7 @@ from edgekit.openers import Opened, release_modes
 from edgekit.results import TensorSpec
 
 _SHAPES_HELP = "give one --input per input, such as --input 1x3x224x224, or --data with samples"
+_NUMBERS_HELP = "export a model that takes numbers, and prepare its text outside of it"
 _FLOAT_HELP = "load the float model: EdgeKit quantizes it"
 
 
@@ -245,7 +246,11 @@ def _made(specs: Sequence[TensorSpec], samples: Named | None, signature: Signatu
     in_order = [t for _, t in samples or []]
     given: Named = []
     for i, spec in enumerate(specs):
-        dtype = getattr(torch, spec.dtype)
+        dtype = getattr(torch, spec.dtype, None)
+        if not isinstance(dtype, torch.dtype):
+            raise EdgeKitError(
+                f"input {spec.name} is of type {spec.dtype}, which torch has no tensors of", _NUMBERS_HELP
+            )
         name = spec.name or (signature.names[i] if i < len(signature.names) else "")
         sample = by_name.get(name, in_order[i] if i < len(in_order) else None)
         if sample is not None:

@@ -46,7 +46,10 @@ class Node:
 
 @dataclass(frozen=True)
 class Contents:
-    """What one file holds. `graphs` are lists of nodes in execution order; `delegates` counts each backend's parts."""
+    """What one file holds. `graphs` are lists of nodes in execution order; `delegates` counts each backend's parts.
+
+    `weight_files` are the places of weights that lie in other files, as this one names them, from its own folder.
+    """
 
     version: str
     inputs: tuple[TensorSpec, ...]
@@ -57,6 +60,7 @@ class Contents:
     delegates: dict[str, int]
     undelegated: dict[str, int]
     notes: tuple[str, ...]
+    weight_files: tuple[str, ...] = ()
 
     def ops(self) -> dict[str, int]:
         """Returns op → how many there are, the most frequent first."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     Arrays = Mapping[str | int, np.ndarray]  # one array per input, by name or by position, batched along axis 0
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
+IMAGE_CHANNELS = (1, 3)
 CALIBRATION_SAMPLES = 512  # the most that calibration reads, so that it takes seconds
 CALIBRATION = {"calib_x", "calib_y"}
 RESERVED = {"x", "y", "y_boxes", "y_labels", "calib_x", "calib_y", "mean", "std", "labels"}
@@ -120,6 +121,11 @@ def load(
     if path.suffix == ".py" and path.is_file():
         raise EdgeKitError(f"{text} names a file but no function in it", f"write --data {text}:function")
     raise EdgeKitError(f"no data at {text}", HELP)
+
+
+def rereadable(source: Any) -> Any:
+    """Returns `source`, or all that it gives where it is an iterator, which can be read once only."""
+    return list(source) if isinstance(source, Iterator) else source
 
 
 def check_normalization(mean: Sequence[float], std: Sequence[float]) -> None:
@@ -312,6 +318,12 @@ def _from_arrays(source: str, arrays: Mapping[str, Any], mean: Sequence[float], 
     elif "mean" in arrays:
         notes.append(f"mean and std in {source} are left aside: they normalize uint8 images, and it holds none")
     if "calib_x" in arrays and len(inputs) == 1:
+        if _is_image(arrays["calib_x"]) != bool(images):
+            raise EdgeKitError(
+                f"in {source} x holds {next(iter(inputs.values())).dtype} and calib_x {arrays['calib_x'].dtype}: only "
+                "uint8 images are scaled and normalized",
+                "give both the same way",
+            )
         samples = dict.fromkeys(inputs, arrays["calib_x"])
         training = _Slices(samples, arrays.get("calib_y"), preprocessing)
         calibration = replace(training, indices=_spaced(arrays["calib_x"]))
@@ -423,7 +435,7 @@ def _from_folder(
         )
     if image_size is None:
         raise EdgeKitError(f"{folder} does not tell the size that the model takes", "add --input 1x3x224x224")
-    if image_size[0] not in (1, 3):
+    if image_size[0] not in IMAGE_CHANNELS:
         raise EdgeKitError(f"images have 1 or 3 channels, the model takes {image_size[0]}", HELP)
     preprocessing = _preprocessing(image_size[0], mean, std)
     notes = ["calibration reads images that evaluation reads too"]
@@ -472,8 +484,7 @@ class _Iterable:
 def _from_iterable(source: str, made: Any, mean: Sequence[float]) -> Data:
     if mean:
         raise _not_normalizable(source)
-    if isinstance(made, Iterator):
-        made = list(made)  # it can be read once only
+    made = rereadable(made)
     notes = ("calibration reads samples that evaluation reads too",)
     return Data(source, _Iterable(source, made, CALIBRATION_SAMPLES), _Iterable(source, made), notes=notes)
 

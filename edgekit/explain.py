@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from edgekit import bundle as bundles
 from edgekit import data as sources
-from edgekit import files, judge, qat, stages, taps
+from edgekit import files, judge, qat, stages, taps, tune
 from edgekit.errors import EdgeKitError
 from edgekit.progress import Progress
-from edgekit.results import Artifact, Culprit, Parity, Rung
+from edgekit.results import Artifact, Culprit, Parity, Rung, labels
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,11 +30,10 @@ GRAPH_HELP = "quantizing itself loses this, whatever the file: edgekit export --
 
 @dataclass(frozen=True)
 class Graph:
-    """The captured graph at one precision, what it gives, and how near that is to the original."""
+    """The captured graph at one precision, and how near each of its outputs is to the original."""
 
     compressed: Compressed | None
-    outputs: tuple[np.ndarray, ...]
-    parity: Parity
+    parities: tuple[Parity, ...]
 
 
 def explain(
@@ -55,76 +54,98 @@ def explain(
     feeds = [feed[: bundles.GOLDEN_SAMPLES] for feed in feeds]
     with progress.step("Explaining: the graphs"):
         reference = stages.run_module(original.module, feeds)
-    rungs, graphs = [], {}
+    rungs: list[Rung] = []
+    captured: Graph | None = None
     if original.onnx is None:
-        graphs["fp32"] = _graph(original, source, "fp32", feeds, reference, progress)
-        near = graphs["fp32"].parity
-        rungs.append(Rung(EXPORTED, ORIGINAL, near, judge.faithful("fp32", near, near)))
-    trained = {artifact for artifact in artifacts if qat.is_trained(artifact)}
-    for precision in dict.fromkeys(artifact.precision for artifact in artifacts if artifact not in trained):
-        if precision.startswith("int8") and original.onnx is None:
-            graph = graphs[precision] = _graph(original, source, precision, feeds, reference, progress)
-            problem = GRAPH_HELP if graph.parity.sqnr_db < judge.POOR_SQNR_DB else None
-            rungs.append(Rung(f"{precision} graph", EXPORTED, graph.parity, problem))
+        captured = _graph(original, source, "fp32", frozenset(), feeds, reference, progress)
+        problem = judge.faithful("fp32", captured.parities, captured.parities)
+        rungs.append(Rung(EXPORTED, ORIGINAL, judge.worst(captured.parities), problem))
+    graphs: dict[str, Graph] = {}
     for artifact in artifacts:
-        name = f"{artifact.path.name} {artifact.precision}"
-        with progress.step(f"Explaining: {name}"):
-            local = stages.run(artifact, feeds).outputs
-            before = (None if artifact in trained else graphs.get(artifact.precision)) or graphs.get("fp32")
-            perfect = judge.parity(reference, reference)
-            near = judge.parity(_flat(reference, original), _flat(local, original))
-            culprit = None
-            if artifact in trained:
-                problem = TRAINED_HELP if near.sqnr_db < judge.POOR_SQNR_DB else None
-            else:
-                problem = judge.faithful(artifact.precision, near, before.parity if before else perfect)
-            if problem is not None and artifact not in trained:
-                culprit = _culprit(original, source, artifact, before, feeds, progress)
-            below = EXPORTED if artifact in trained else _below(artifact, rungs)
-            rungs.append(Rung(name, below, near, problem, culprit, artifact.path))
-        if not here:
-            with progress.step(f"Explaining: {name} on {device.uri}"):
-                there = stages.run(artifact, feeds, device=device).outputs
-                near = judge.parity(_flat(local, original), _flat(there, original))
-                step = _output_step(original, before)
-                if artifact in trained:
-                    step = _step(bundles.read(artifact.path.parent).manifest["qparams"])
-                problem = judge.reproduced(artifact.precision, near, step, judge.steps_allowed(artifact.format, here))
-                rungs.append(Rung(f"{name} on {device.uri}", f"{name} here", near, problem, path=artifact.path))
+        name = _graph_name(artifact)
+        if name is None or original.onnx is not None or name in graphs:
+            continue
+        kept = tune.layers_in_float(artifact)
+        graphs[name] = _graph(original, source, artifact.precision, kept, feeds, reference, progress)
+        near = judge.worst(graphs[name].parities)
+        rungs.append(Rung(name, EXPORTED, near, GRAPH_HELP if near.sqnr_db < judge.POOR_SQNR_DB else None))
+    for artifact, name in labels(artifacts).items():
+        graph = graphs.get(_graph_name(artifact) or "") or captured
+        rungs += _climb(original, source, artifact, name, graph, feeds, reference, device, here, progress)
     return tuple(rungs)
+
+
+def _climb(
+    original: Model,
+    source: sources.Data,
+    artifact: Artifact,
+    name: str,
+    graph: Graph | None,
+    feeds: Sequence[np.ndarray],
+    reference: Sequence[np.ndarray],
+    device: Device,
+    here: bool,
+    progress: Progress,
+) -> list[Rung]:
+    """Returns the rungs of one file: run here, and on the device where that is another machine."""
+    trained = qat.is_trained(artifact)
+    below = _graph_name(artifact) if original.onnx is None else None
+    with progress.step(f"Explaining: {name}"):
+        local = stages.run(artifact, feeds).outputs
+        near = _parities(reference, local, original)
+        culprit = None
+        if trained:
+            problem = TRAINED_HELP if judge.worst(near).sqnr_db < judge.POOR_SQNR_DB else None
+        else:
+            limits = graph.parities if graph is not None else _parities(reference, reference, original)
+            problem = judge.faithful(artifact.precision, near, limits)
+            if problem is not None:
+                culprit = _culprit(original, source, artifact, graph, feeds, progress)
+        below = below or (EXPORTED if original.onnx is None else ORIGINAL)
+        rungs = [Rung(name, below, judge.worst(near), problem, culprit, artifact.path)]
+    if here:
+        return rungs
+    with progress.step(f"Explaining: {name} on {device.uri}"):
+        there = stages.run(artifact, feeds, device=device).outputs
+        near = _parities(local, there, original)
+        qparams = bundles.read(artifact.path.parent).manifest["qparams"] if trained else _qparams(original, graph)
+        scales = stages.output_scales(qparams, original.outputs)
+        problem = judge.reproduced(artifact.precision, near, scales, judge.steps_allowed(artifact.format, here))
+        where = f"{name} on {device.uri}"
+        return [*rungs, Rung(where, f"{name} here", judge.worst(near), problem, path=artifact.path)]
+
+
+def _graph_name(artifact: Artifact) -> str | None:
+    """Returns what the quantized graph of a file is called; None where there is none, or it cannot be made again."""
+    if not artifact.precision.startswith("int8") or qat.is_trained(artifact):
+        return None
+    kept = tune.layers_in_float(artifact)
+    return f"{artifact.precision} graph" + (f", in float: {', '.join(sorted(kept))}" if kept else "")
 
 
 def _graph(
     original: Model,
     source: sources.Data,
     precision: str,
+    keep_float: frozenset[str],
     feeds: Sequence[np.ndarray],
     reference: Sequence[np.ndarray],
     progress: Progress,
 ) -> Graph:
-    compressed = stages.compress(original, source, precision, progress)
+    compressed = stages.compress(original, source, precision, progress, keep_float)
     assert compressed is not None
     outputs = stages.run_module(compressed.program.module(check_guards=False), feeds)
-    return Graph(compressed, outputs, judge.parity(_flat(reference, original), _flat(outputs, original)))
+    return Graph(compressed, _parities(reference, outputs, original))
 
 
-def _flat(outputs: Sequence[np.ndarray], original: Model) -> list[np.ndarray]:
-    return stages.flat(outputs, stages.batch_of(original.inputs))
+def _parities(reference: Sequence[np.ndarray], outputs: Sequence[np.ndarray], original: Model) -> tuple[Parity, ...]:
+    batch = stages.batch_of(original.inputs)
+    return judge.parities(stages.flat(reference, batch), stages.flat(outputs, batch))
 
 
-def _below(artifact: Artifact, rungs: Sequence[Rung]) -> str:
-    names = {rung.name for rung in rungs}
-    graph = f"{artifact.precision} graph"
-    return next((name for name in (graph, EXPORTED) if name in names), ORIGINAL)
-
-
-def _output_step(original: Model, graph: Graph | None) -> float:
+def _qparams(original: Model, graph: Graph | None) -> Mapping[str, Any]:
     program = graph.compressed.program if graph is not None and graph.compressed is not None else None
-    return _step(stages.qparams(original, program))
-
-
-def _step(qparams: Mapping[str, Any]) -> float:
-    return max((q["scale"] for q in qparams.get("outputs", {}).values()), default=0.0)
+    return stages.qparams(original, program)
 
 
 def _culprit(

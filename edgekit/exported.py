@@ -189,8 +189,9 @@ def _checked(
     found = {}
     for format, artifact in artifacts.items():
         outputs = stages.try_out(artifact, feeds, exported[format]).outputs
-        found[format] = judge.parity(reference, stages.flat(outputs, batch))
-        why = judge.faithful(artifact.precision, found[format], judge.parity(reference, graph))
+        each = judge.parities(reference, stages.flat(outputs, batch))
+        found[format] = judge.worst(each)
+        why = judge.faithful(artifact.precision, each, judge.parities(reference, graph))
         if why is not None:
             raise EdgeKitError(
                 f"{artifact.path.name} is not faithful to the network: it {why}",

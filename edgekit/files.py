@@ -55,11 +55,22 @@ def resumable(checkpoint: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as stop:
-        stem = checkpoint.name.removesuffix(checkpoint.suffix)
-        left = [path for path in checkpoint.parent.glob("*") if path.name.startswith(stem) and path.is_file()]
+        left = _left_beside(checkpoint)
         if left:
-            stop.add_note(f"the same command with --resume goes on from {', '.join(sorted(map(str, left)))}")
+            stop.add_note(f"the same command with --resume goes on from {', '.join(left)}")
         raise
+
+
+def not_resumed(checkpoint: Path, resume: bool) -> tuple[str, ...]:
+    """Returns a note where a run is to go on from what lies beside `checkpoint`, and nothing does."""
+    if not resume or _left_beside(checkpoint):
+        return ()
+    return (f"--resume found nothing to go on from, {checkpoint} is not there: all was done anew",)
+
+
+def _left_beside(checkpoint: Path) -> list[str]:
+    stem = checkpoint.name.removesuffix(checkpoint.suffix)
+    return sorted(str(path) for path in checkpoint.parent.glob("*") if path.name.startswith(stem) and path.is_file())
 
 
 def _check_ours(path: Path, ours: Collection[str]) -> None:

@@ -83,7 +83,8 @@ def _key(artifact: Artifact, feeds: Sequence[np.ndarray], device: Device, number
         digest.update(f"{feed.dtype.str}{feed.shape}".encode())
         digest.update(feed.tobytes())
     names = [spec.name for spec in (*artifact.inputs, *artifact.outputs)]
-    about = [files.sha256(artifact.path), artifact.layout, names, device.uri, number, sorted(options.items())]
+    hashes = [files.sha256(path) for path in (artifact.path, *artifact.weight_files)]
+    about = [hashes, artifact.layout, names, device.uri, number, sorted(options.items())]
     digest.update(repr(about).encode())
     return digest.hexdigest()[:32]
 

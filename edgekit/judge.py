@@ -30,37 +30,56 @@ MOST_ROUNDS = 30  # likewise
 
 
 def parity(reference: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> Parity:
-    """Compares outputs with reference outputs: one array per model output, samples along axis 0.
+    """Compares outputs with reference outputs: the worst of `parities`, from which its errors come too."""
+    return worst(parities(reference, outputs))
+
+
+def worst(each: Sequence[Parity]) -> Parity:
+    """Returns the parity of several outputs from that of each."""
+    return Parity(
+        min(near.sqnr_db for near in each),
+        max(near.max_abs for near in each),
+        max(near.max_rel for near in each),
+        min(near.cosine for near in each),
+        each[0].agreement,
+        each[0].samples,
+    )
+
+
+def parities(reference: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> tuple[Parity, ...]:
+    """Compares each output with its reference: one array per model output, samples along axis 0.
 
     Integer outputs are compared as they are; outputs with NaN are as far from the reference as can be. Raises
     EdgeKitError where the number or the shapes of outputs differ, or where the reference itself holds NaN.
     """
-    import numpy as np
-
     if len(reference) != len(outputs):
         raise EdgeKitError(f"the file gives {len(outputs)} outputs, the original {len(reference)}", ANOTHER_MODEL)
-    sqnr, max_abs, max_rel, cosine = math.inf, 0.0, 0.0, 1.0
-    for ref, out in zip(reference, outputs, strict=True):
-        if ref.shape != out.shape:
-            shapes = ("x".join(map(str, array.shape)) for array in (out, ref))
-            raise EdgeKitError("an output of the file is {}, the original's is {}".format(*shapes), ANOTHER_MODEL)
-        a, b = ref.astype(np.float64).reshape(len(ref), -1), out.astype(np.float64).reshape(len(out), -1)
-        if not np.isfinite(a).all():
-            raise EdgeKitError(
-                "the original model's own outputs hold NaN or infinite values", "check its weights and --data"
-            )
-        if not np.isfinite(b).all():
-            return Parity(-math.inf, math.inf, math.inf, -1.0, 0.0, len(ref))
-        error, signal = float(((b - a) ** 2).sum()), float((a**2).sum())
-        if error:
-            sqnr = min(sqnr, 10 * math.log10(signal / error) if signal else -math.inf)
-            largest = float(np.abs(b - a).max())
-            scale = float(np.abs(a).max())
-            max_abs, max_rel = max(max_abs, largest), max(max_rel, largest / scale if scale else math.inf)
-            norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-            products = (a * b).sum(axis=1)
-            cosine = min(cosine, float(np.divide(products, norms, out=np.ones_like(norms), where=norms > 0).mean()))
-    return Parity(sqnr, max_abs, max_rel, cosine, _agreement(reference[0], outputs[0]), len(reference[0]))
+    return tuple(_parity(ref, out) for ref, out in zip(reference, outputs, strict=True))
+
+
+def _parity(ref: np.ndarray, out: np.ndarray) -> Parity:
+    import numpy as np
+
+    if ref.shape != out.shape:
+        shapes = ("x".join(map(str, array.shape)) for array in (out, ref))
+        raise EdgeKitError("an output of the file is {}, the original's is {}".format(*shapes), ANOTHER_MODEL)
+    a, b = ref.astype(np.float64).reshape(len(ref), -1), out.astype(np.float64).reshape(len(out), -1)
+    if not np.isfinite(a).all():
+        raise EdgeKitError(
+            "the original model's own outputs hold NaN or infinite values", "check its weights and --data"
+        )
+    if not np.isfinite(b).all():
+        return Parity(-math.inf, math.inf, math.inf, -1.0, 0.0, len(ref))
+    error, signal = float(((b - a) ** 2).sum()), float((a**2).sum())
+    if not error:
+        return Parity(math.inf, 0.0, 0.0, 1.0, _agreement(ref, out), len(ref))
+    sqnr = 10 * math.log10(signal / error) if signal else -math.inf
+    largest, scale = float(np.abs(b - a).max()), float(np.abs(a).max())
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    products = (a * b).sum(axis=1)
+    cosine = float(np.divide(products, norms, out=np.ones_like(norms), where=norms > 0).mean())
+    max_rel = largest / scale if scale else math.inf
+    return Parity(sqnr, largest, max_rel, cosine, _agreement(ref, out), len(ref))
 
 
 def _agreement(reference: np.ndarray, output: np.ndarray) -> float | None:
@@ -95,12 +114,25 @@ def accuracy(metric: Metric, original: Scores, artifact: Scores) -> Accuracy:
     return Accuracy(metric.name, n, after, before, interval, unit, "paired bootstrap")
 
 
-def faithful(precision: str, to_original: Parity, graph_to_original: Parity) -> str | None:
-    """Returns why an exported file is not faithful to what was exported, or None where it is.
+def faithful(precision: str, to_original: Sequence[Parity], graph_to_original: Sequence[Parity]) -> str | None:
+    """Returns why an exported file is not faithful to what was exported, or None where it is; a Parity per output.
 
+    Each output is held against its own limit: a good one would hide what a file makes of another.
     fp32 must be within 1e-4 of the original's largest output; fp16 above 30 dB; int8 within 6 dB of what the
     quantized graph itself reaches in torch (integer runtimes round differently from one another).
     """
+    return _first_problem([_unfaithful(precision, *pair) for pair in zip(to_original, graph_to_original, strict=True)])
+
+
+def _first_problem(problems: Sequence[str | None]) -> str | None:
+    """Returns the first of the outputs' problems, and of which output it is where there are several."""
+    for number, problem in enumerate(problems, 1):
+        if problem is not None:
+            return f"{problem}, in output {number} of {len(problems)}" if len(problems) > 1 else problem
+    return None
+
+
+def _unfaithful(precision: str, to_original: Parity, graph_to_original: Parity) -> str | None:
     if not math.isfinite(to_original.max_abs):
         return "gives NaN or infinite values"
     if precision == "fp32" and to_original.max_rel > FP32_MAX_REL:
@@ -174,7 +206,8 @@ def _judge_drop(
     line = f"{name} {result.drop:+{digits}}{unit}"
     if not math.isfinite(high):
         more = intervals.FEWEST - result.n
-        doubts.append(f"{line} on {result.n} samples has no interval; about {more} more samples would give one")
+        hope = f"about {more} more samples would give one" if more > 0 else "the original errs on too few samples"
+        doubts.append(f"{line} on {result.n} samples has no interval; {hope}")
         return
     line += f", 95 % interval {low:+{digits}} to {high:+{digits}}"
     if result.p_value is not None:
@@ -298,22 +331,19 @@ def steps_allowed(format: str, same_machine: bool) -> int:
     return ONNX_STEPS_ELSEWHERE if format == "onnx" and not same_machine else 1
 
 
-def reproduced(precision: str, near: Parity, step: float, steps: int = 1) -> str | None:
-    """Returns why replayed outputs are not the recorded ones, or None where they are.
+def reproduced(precision: str, near: Sequence[Parity], scales: Sequence[float], steps: int = 1) -> str | None:
+    """Returns why replayed outputs are not the recorded ones, or None where they are; a Parity and a scale per output.
 
-    Floating-point files must be within 1e-4 (fp16: 1e-2) of the largest output, int8 ones within `steps` of `step`
-    (the scale of the coarsest output, 0 where outputs are not quantized: then within 1 % of the largest).
+    Floating-point files must be within 1e-4 (fp16: 1e-2) of the largest output, int8 ones within `steps` of the
+    output's scale (0 where it is not quantized: then within 1 % of the largest).
     """
-    if precision == "int8" and step:
-        if near.max_abs > step * (steps + 0.001):
-            return (
-                f"outputs differ from the recorded ones by {near.max_abs / step:.1f} steps of the output's scale "
-                f"(limit {steps})"
-            )
-        return None
+    return _first_problem([_moved(precision, found, scale, steps) for found, scale in zip(near, scales, strict=True)])
+
+
+def _moved(precision: str, near: Parity, scale: float, steps: int) -> str | None:
+    what = "outputs differ from the recorded ones by"
+    if precision == "int8" and scale:
+        found = near.max_abs / scale
+        return f"{what} {found:.1f} steps of the output's scale (limit {steps})" if found > steps + 0.001 else None
     limit = FP32_MAX_REL if precision == "fp32" else 1e-2
-    return (
-        f"outputs differ from the recorded ones by {near.max_rel:.1e} (limit {limit:g})"
-        if near.max_rel > limit
-        else None
-    )
+    return f"{what} {near.max_rel:.1e} (limit {limit:g})" if near.max_rel > limit else None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekit import baseline as baselines
 from edgekit import bundle as bundles
+from edgekit import data as sources
 from edgekit import explain as explaining
 from edgekit import files, judge, metrics, pruned_files, pruning, stages, steady, suspects, targets, throttling, tune
 from edgekit import ops as op_times
@@ -30,6 +31,7 @@ from edgekit.results import (
     OpTimes,
     Profile,
     Replay,
+    labels,
 )
 from edgekit.runtimes import Timing
 
@@ -86,6 +88,7 @@ def export(
     from edgekit.quant.recipes import RECIPES
 
     progress = progress or Silent()
+    data = sources.rereadable(data)
     row = targets.find(target)
     chosen = targets.find_formats(formats, row)
     layouts = find_layouts(tflite_layout, chosen)
@@ -94,6 +97,7 @@ def export(
     if recipe is None:
         raise EdgeKitError(f"unknown precision '{precision}'", f"choose one of {', '.join(RECIPES)}")
     if qat is not None:
+        qat = replace(qat, train=sources.rereadable(qat.train))
         data = qat.train if data is None else data
         qats.check(qat, recipe.name, sensitivity or max_drop is not None, stages.is_onnx(model), data is not None)
     if recipe.needs_data and data is None:
@@ -140,13 +144,13 @@ def export(
         with progress.step("Running the original"):
             reference = stages.run_module(original.module, feeds)
             graph = stages.run_module(program.module(check_guards=False), feeds) if program is not None else reference
-        graph_parity = judge.parity(stages.flat(reference, batch), stages.flat(graph, batch))
+        graph_parity = judge.parities(stages.flat(reference, batch), stages.flat(graph, batch))
         results, entries = {"original": reference}, []
         notes = [*assumed, *original.notes, *pruned_notes]
         notes += source.notes if source else ("checked on random inputs: no --data was given",)
         notes += compressed.notes if compressed is not None else ()
         notes += made.notes if made else ()
-        notes += judge.loss(recipe.name, graph_parity)
+        notes += judge.loss(recipe.name, judge.worst(graph_parity))
         for format, exported in exports:
             path = building / bundles.file_name(format)
             files.write(path, exported.data)
@@ -154,15 +158,15 @@ def export(
                 artifact = Artifact(path, format, recipe.name, original.inputs, original.outputs, layouts[format])
                 tried = stages.try_out(artifact, feeds, exported)
             results[format] = tried.outputs
-            agreement = judge.parity(stages.flat(reference, batch), stages.flat(results[format], batch))
-            why = judge.faithful(recipe.name, agreement, graph_parity)
+            each = judge.parities(stages.flat(reference, batch), stages.flat(results[format], batch))
+            why = judge.faithful(recipe.name, each, graph_parity)
             if why is not None:
                 raise EdgeKitError(
                     f"{path.name} is not faithful to the model: it {why}",
                     f"nothing was written; leave {format} out with --format, and report this model",
                 )
             found = suspects.structure(artifact)
-            facts = {"parity": {**agreement.to_dict(), "samples": samples}, **exported.facts}
+            facts = {"parity": {**judge.worst(each).to_dict(), "samples": samples}, **exported.facts}
             facts |= {"structure": found.to_dict()} if found else {}
             entries.append({"format": format, "file": path.name, "layout": layouts[format].upper(), **facts})
             notes += exported.notes
@@ -270,8 +274,8 @@ def compare(
         settings: list[str] = []
         same_machine = device.startswith(SAME_MACHINE)
         journal = stack.enter_context(Journal(resume))
-        for artifact in given:
-            with progress.step(f"Running {artifact.path.name} ({artifact.precision})"):
+        for artifact, name in labels(given).items():
+            with progress.step(f"Running {name}"):
                 run = journal.run(artifact, evaluation.feeds, device=there, threads=threads)
             outputs[artifact] = evaluation.cut(run.outputs)
             settings += stages.settings_notes(artifact, run)
@@ -285,7 +289,8 @@ def compare(
         )
         if kept is None:
             baselines.keep(key, outcome, baseline_latency.processes)
-        latencies = {f"{a.path.name} {a.precision}": latency for a, (_, latency) in timed.items()}
+        names = labels(files_to_time)
+        latencies = {names[artifact]: latency for artifact, (_, latency) in timed.items()}
         if same_machine and kept is None:
             latencies["the original"] = baseline_latency
         notes = (*notes, *settings, *throttling.notes(latencies, there))
@@ -386,7 +391,7 @@ def unpruned(artifacts: Sequence[Artifact], original: Model) -> list[Artifact]:
     """Returns artifacts without the mark of a pruned network where `original` is that network itself."""
     if not any(artifact.pruned for artifact in artifacts):
         return list(artifacts)
-    own = pruning.fingerprint(original.module)
+    own = pruned_files.fingerprint(original.module)
     return [replace(artifact, pruned=None) if artifact.pruned == own else artifact for artifact in artifacts]
 
 
@@ -480,11 +485,11 @@ def profile(
     if trace is not None:
         files.check_writable(Path(trace))
     times: OpTimes | None = None
-    notes: tuple[str, ...] = ()
+    subject, notes = stages.closed(subject)
+    feeds = stages.random_feeds(subject.inputs)
     with Journal(resume) as journal, stages.opened(device, timeout=timeout) as there:
         if ops and there.timing == "emulated":
             raise EdgeKitError(f"{device} is emulated: the times of its ops say nothing", "leave out --ops")
-        feeds = stages.random_feeds(subject.inputs)
         most = MOST_ROUNDS if there.timing == "measured" else 1
         runs: list[Any] = []
 
@@ -496,7 +501,7 @@ def profile(
                 run()
                 advance()
         latency = undisturbed_of(runs, threads)
-        notes = throttling.unsteady(latency)
+        notes = (*notes, *throttling.unsteady(latency))
         if ops:
             with progress.step("Profiling the ops"):
                 times, lacking = _op_times(subject, feeds, there, threads, latency, trace)
@@ -562,7 +567,7 @@ def verify(
     that does not answer.
     """
     opened = bundles.read(Path(bundle))
-    with stages.opened(device, timeout=timeout) as there:
+    with stages.opened(device, timeout=timeout, timed=False) as there:
         try:
             golden = bundles.read_golden(opened)
         except EdgeKitError as error:
@@ -591,9 +596,7 @@ def _replay(
         return Replay(artifact, None, error.what)
     recorded = [golden[f"{artifact.format}/{spec.name}"] for spec in artifact.outputs]
     batch = stages.batch_of(artifact.inputs)
-    near = judge.parity(stages.flat(recorded, batch), stages.flat(outputs, batch))
-    steps = [
-        qparams["outputs"][spec.name]["scale"] for spec in artifact.outputs if spec.name in qparams.get("outputs", {})
-    ]
+    near = judge.parities(stages.flat(recorded, batch), stages.flat(outputs, batch))
+    scales = stages.output_scales(qparams, artifact.outputs)
     allowed = judge.steps_allowed(artifact.format, same_machine)
-    return Replay(artifact, near, judge.reproduced(artifact.precision, near, max(steps, default=0.0), allowed))
+    return Replay(artifact, judge.worst(near), judge.reproduced(artifact.precision, near, scales, allowed))

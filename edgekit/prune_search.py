@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekit import exported, files, pipeline, stages
+from edgekit import exported, files, pipeline, pruned_files, stages
 from edgekit.errors import EdgeKitError
 from edgekit.prune_options import Limit, Wanted
 from edgekit.results import Artifact
@@ -106,7 +106,8 @@ def search(
     Raises EdgeKitError where the limit is out of reach, and says how near one comes.
     """
     record = record_of(checkpoint)
-    asked = repr((limit, wanted, job.options.round_to, job.options.method, job.options.allocation))
+    options = job.options.round_to, job.options.method, job.options.allocation
+    asked = repr((limit, wanted, options, pruned_files.fingerprint(job.original.module)))
     looking = _Search(job, limit, wanted, device, folder)
     if resume and record.is_file():
         found = _read(record, asked, limit)
@@ -131,7 +132,8 @@ def _read(record: Path, asked: str, limit: Limit) -> Found:
         raise EdgeKitError(f"{record} is damaged: {error!r}", "leave --resume out") from None
     if not same:
         raise EdgeKitError(
-            f"{record} is the search of another pruning", "give the options it was started with, or leave --resume out"
+            f"{record} is the search of another pruning",
+            "give the model and the options it was started with, or leave --resume out",
         )
     return found
 

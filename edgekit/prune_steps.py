@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekit import data as sources
-from edgekit import finetune, judge, metrics, stages, training
+from edgekit import finetune, judge, metrics, pruned_files, stages, training
 from edgekit.progress import Progress
 from edgekit.prune_options import Options
 from edgekit.results import Accuracy
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from edgekit.finetune import Taught
@@ -89,14 +90,18 @@ class Job:
         self.options, self.progress = options, progress
         self.specs = training.widened(original, BATCH)
         self.evaluation: stages.Evaluation | None = None
+        self.unmeasured = False  # there are labels that top-1 is not for
         self._right: Scores | None = None  # what the original gets right
         self._memory: training.Memory | None = None
         if source is not None and evaluates:
             found = stages.evaluation_set(source, replace(original, inputs=self.specs))
-            self.evaluation = found if found.target is not None and self._classifies() else None
+            self.evaluation = found if self._classifies(found.target) else None
+            self.unmeasured = found.target is not None and self.evaluation is None
 
-    def _classifies(self) -> bool:
-        return len(self.original.outputs[0].shape) == 2 and self.original.outputs[0].shape[1] > 1
+    def _classifies(self, target: np.ndarray | None) -> bool:
+        """Whether there are class scores and class indices, by which pruning measures accuracy."""
+        scores = len(self.original.outputs[0].shape) == 2 and self.original.outputs[0].shape[1] > 1
+        return scores and target is not None and target.ndim == 1 and target.dtype.kind in "iu"
 
     def channels(self, ratio: float, checkpoint: Path, resume: bool) -> Changed:
         """Takes channels out in the steps of the schedule, with a training after each."""
@@ -275,7 +280,16 @@ class Job:
                 return finetune.fine_tune(self.options.finetune, narrow, self.original, memory, seed, kept)
         plan = self._plan(len(memory))
         with self.progress.step(f"Fine-tuning, {plan.epochs} epochs", plan.epochs * memory.steps) as advance:
-            return recover(narrow, self.original.module, memory, plan, checkpoint=kept, resume=resume, advance=advance)
+            return recover(
+                narrow,
+                self.original.module,
+                memory,
+                plan,
+                checkpoint=kept,
+                resume=resume,
+                advance=advance,
+                model=pruned_files.fingerprint(self.original.module),
+            )
 
     def _samples_to_train(self) -> training.Memory:
         if self._memory is None:
@@ -305,7 +319,13 @@ class Job:
     def notes(self, changed: Changed) -> Sequence[str]:
         """Returns what to know of the result."""
         recovered, now, before = changed.recovered, changed.accuracy, changed.unrecovered
-        found = [*self.original.notes, *(self.source.notes if self.source is not None else ())]
+        found = [*self.original.notes]
+        for source in (self.source, self.lessons):
+            found += source.notes if source is not None else ()
+        if self.unmeasured:
+            found.append(
+                "accuracy was not measured: the labels are no class indices; edgekit compare has other metrics"
+            )
         if recovered is None:
             found.append("not fine-tuned: " + ("no epochs were asked for" if self.source else "no --data was given"))
         elif self.evaluation is not None and self.lessons is None and self.source and not self.source.separate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,6 +75,15 @@ def is_pruned(path: Path) -> bool:
 
     with safe_open(path, framework="pt") as opened:
         return (opened.metadata() or {}).get(MARK[0]) == MARK[1]
+
+
+def fingerprint(module: torch.nn.Module) -> str:
+    """Returns a hash of the parameters of `module`, whatever they are called: other files of the network have it."""
+    hashes = sorted(
+        hashlib.sha256(repr(tuple(p.shape)).encode() + p.detach().contiguous().numpy().tobytes()).hexdigest()
+        for p in module.parameters()
+    )
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()[:32]
 
 
 def fingerprint_of(folder: Path) -> str | None:

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from edgekit import bundle as bundles
-from edgekit import files, prune_options, stages, training
+from edgekit import files, prune_options, pruned_files, stages, training
 from edgekit.errors import EdgeKitError
 from edgekit.progress import Progress, Silent
 from edgekit.prune_options import Options
@@ -102,7 +102,7 @@ class Pruned:
             "method": options.method,
             "allocation": options.allocation,
             "steps": options.steps,
-            "fingerprint": fingerprint(self.module),
+            "fingerprint": pruned_files.fingerprint(self.module),
             "macs": {"before": before, "after": after, "removed": 1 - after / before},
             "parameters": {"before": self.parameters[0], "after": self.parameters[1]},
             "accuracy": self.accuracy.to_dict() if self.accuracy else None,
@@ -174,7 +174,7 @@ def prune(
     a network that cannot be traced or has nothing to prune, a ratio or target out of reach, and a training that
     diverges.
     """
-    from edgekit import prune_search, pruned_files
+    from edgekit import prune_search
 
     progress = progress or Silent()
     plan = {"learning_rate": learning_rate, "augment": augment, "patience": patience, "seed": seed}
@@ -204,16 +204,17 @@ def prune(
         given = data if data is not None else train
         original, source = stages.load(model, data=given, inputs=inputs, code=code, mean=mean, std=std)
         check_form(original)
-        lessons = None if train is None or data is None else training.lessons(train, original, mean, std)
+        lessons = None if train is None or data is None else training.lessons(train, original, source, mean, std)
     job = Job(original, source, lessons, data is not None, options, progress)
     folder = Path(out) / f"{name or original.name}-pruned"
     checkpoint = folder.with_name(f"{folder.name}.checkpoint.pt")
     ours = {MANIFEST, *pruned_files.FILES, *map(bundles.file_name, SUFFIXES)}
+    anew = files.not_resumed(checkpoint, resume)
     with files.resumable(checkpoint), files.new_folder(folder, ours) as building:
         result = _run(job, folder, building, checkpoint, resume)
         with progress.step("Saving"):
             notes = pruned_files.save(original, result.module, model, code, building)
-        result = replace(result, notes=(*result.notes, *notes))
+        result = replace(result, notes=(*anew, *result.notes, *notes))
         files.write_json(building / MANIFEST, result.to_dict())
     for number in (None, *range(1, options.steps + 1)):
         kept = checkpoint_of(checkpoint, number)
@@ -305,17 +306,6 @@ def _told(
         faster = f"{', '.join(quick)} runs zeros faster" if quick else "none of these runtimes runs zeros faster"
         notes.append(f"zeros make the files smaller once they are compressed ({saved}); {faster} (p50 {shown})")
     return notes
-
-
-def fingerprint(module: torch.nn.Module) -> str:
-    """Returns a hash of the parameters of `module`, whatever they are called: other files of the network have it."""
-    import hashlib
-
-    hashes = sorted(
-        hashlib.sha256(repr(tuple(p.shape)).encode() + p.detach().contiguous().numpy().tobytes()).hexdigest()
-        for p in module.parameters()
-    )
-    return hashlib.sha256("".join(hashes).encode()).hexdigest()[:32]
 
 
 def own_name(path: str) -> str:

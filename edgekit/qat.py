@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekit import bundle as bundles
 from edgekit import data as sources
-from edgekit import finetune, stages, training
+from edgekit import files, finetune, pruned_files, stages, training
 from edgekit.code import running
 from edgekit.errors import EdgeKitError
 from edgekit.finetune import Samples, UserTraining
@@ -139,6 +139,7 @@ def train(
 
     own = finetune.find(plan.finetune) if plan.finetune is not None else None
     lessons, notes = _lessons(original, source, plan, mean, std)
+    notes += files.not_resumed(checkpoint, plan.resume)
     with progress.step("Reading the training samples"):
         memory = training.read(lessons, original, plan.seed)
     with stages.quickest_threads(original):
@@ -162,7 +163,8 @@ def train(
         else:
             if plan.patience is not None and not memory.held_out:
                 notes.append(f"QAT: of fewer than {training.HELD_OUT_FROM:,} samples none are held out: no early stop")
-            recovered = _recovered(student, teacher, memory, plan, checkpoint, progress)
+            name = pruned_files.fingerprint(original.module)
+            recovered = _recovered(student, teacher, memory, plan, checkpoint, name, progress)
             learned = recovered.module
             done = f"{len(recovered.losses)} epochs"
         with progress.step("Measuring what the training brought"):
@@ -179,7 +181,8 @@ def _lessons(
 ) -> tuple[Any, list[str]]:
     """Returns the samples to train on, and what to know of them."""
     if plan.train is not None:
-        return training.lessons(plan.train, original, mean, std).evaluation, []
+        lessons = training.lessons(plan.train, original, source, mean, std)
+        return lessons.evaluation, list(lessons.notes)
     if source.separate:
         return source.training or source.calibration, []
     note = "QAT saw samples that accuracy is measured on: give --train, or calib_x in --data"
@@ -201,6 +204,7 @@ def _recovered(
     memory: training.Memory,
     plan: Qat,
     checkpoint: Path,
+    model: str,
     progress: Progress,
 ) -> Recovered:
     from edgekit.quant.recovery import Plan, recover
@@ -224,6 +228,7 @@ def _recovered(
             checkpoint=checkpoint,
             resume=plan.resume,
             advance=advance,
+            model=model,
             job="training",
             remedy="leave --qat out",
         )

@@ -44,6 +44,7 @@ def read(path: Path) -> Contents:
     sizes: Counter[str] = Counter()
     for tensor in _tensors(model):
         sizes[_dtype(tensor.data_type)] += _bytes(tensor)
+    places = _weight_files(model)
     names = "; ".join(f"{domain} {version}" for domain, version in opsets.items())
     return Contents(
         version=f"opset {opsets.get('ai.onnx', '–')}, IR {model.ir_version}"
@@ -55,7 +56,8 @@ def read(path: Path) -> Contents:
         parameter_bytes=dict(sizes),
         delegates={},
         undelegated={},
-        notes=tuple(_notes(model, inputs, path)),
+        notes=tuple(_notes(inputs, places, path)),
+        weight_files=places,
     )
 
 
@@ -242,7 +244,7 @@ def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
     return TensorSpec(value.name, _dtype(tensor.elem_type), shape)
 
 
-def _notes(model: ModelProto, inputs: tuple[TensorSpec, ...], path: Path) -> Iterator[str]:
+def _weight_files(model: ModelProto) -> tuple[str, ...]:
     places = {
         entry.value
         for tensor in _tensors(model)
@@ -250,7 +252,11 @@ def _notes(model: ModelProto, inputs: tuple[TensorSpec, ...], path: Path) -> Ite
         for entry in tensor.external_data
         if entry.key == "location"
     }
-    for place in sorted(places):
+    return tuple(sorted(places))
+
+
+def _notes(inputs: tuple[TensorSpec, ...], places: tuple[str, ...], path: Path) -> Iterator[str]:
+    for place in places:
         there = "" if (path.parent / place).is_file() else ", which is missing"
         yield f"weights lie in another file, {place}{there}: the size shown is that of {path.name} alone"
     for spec in inputs:

@@ -23,6 +23,7 @@ from edgekit.results import (
     Profile,
     Replay,
     Unit,
+    labels,
 )
 from edgekit.targets import TARGETS
 
@@ -149,11 +150,14 @@ def comparison_report(comparison: Comparison) -> RenderableType:
         "",
         "",
     )
+    names = labels([m.artifact for m in comparison.artifacts])
     for m in comparison.artifacts:
         counted = [instructions(m.instructions, m.fp32_instructions)] if emulated else []
-        rows.add_row(*_comparison_row(m, labeled), *counted)
+        rows.add_row(Text(names[m.artifact]), *_comparison_row(m, labeled), *counted)
     reasons = [
-        Text.assemble((f"{_label(m)}: ", "bold"), (m.verdict.word, VERDICT_STYLES[m.verdict.word]), f"  {reason}")
+        Text.assemble(
+            (f"{names[m.artifact]}: ", "bold"), (m.verdict.word, VERDICT_STYLES[m.verdict.word]), f"  {reason}"
+        )
         for m in comparison.artifacts
         for reason in m.verdict.reasons
         if m.verdict.word != "ship"
@@ -237,7 +241,6 @@ def _comparison_row(m: Measurement, labeled: bool) -> list[RenderableType]:
         agreement = m.parity.agreement
         quality = ["–" if agreement is None else f"{100 * agreement:.1f} %", f"{m.parity.cosine:.4f}"]
     return [
-        _label(m),
         *quality,
         _decibel(m.parity.sqnr_db, m.parity.max_abs),
         *percentiles(m.latency),
@@ -264,11 +267,11 @@ def profile_report(profile: Profile) -> RenderableType:
     if lat is None:
         rows = table("file", "runtime", "instructions", "size")
         count = instructions(profile.instructions)
-        rows.add_row(profile.artifact.path.name, profile.runtime, count, size(profile.artifact.size_bytes))
+        rows.add_row(Text(profile.artifact.path.name), profile.runtime, count, size(profile.artifact.size_bytes))
         return Group(rows, Text(f"{profile.device}; {EMULATED}", style="dim"))
     rows = table("file", "runtime", "p50 ms", "p90", "p99", "load ms", "first ms", "memory", "size")
     rows.add_row(
-        profile.artifact.path.name,
+        Text(profile.artifact.path.name),
         profile.runtime,
         *percentiles(lat),
         milliseconds(profile.load_ms),
@@ -307,7 +310,7 @@ def replay_report(replays: Sequence[Replay]) -> RenderableType:
     rows = table("file", "max difference", "result")
     for replay in replays:
         word = Text("ok", style="green") if replay.problem is None else Text(replay.problem, style="red")
-        rows.add_row(replay.artifact.path.name, f"{replay.parity.max_abs:.2g}" if replay.parity else "–", word)
+        rows.add_row(Text(replay.artifact.path.name), f"{replay.parity.max_abs:.2g}" if replay.parity else "–", word)
     return rows
 
 
@@ -319,10 +322,6 @@ def targets_report() -> RenderableType:
     for name, target in TARGETS.items():
         rows.add_row(name, ", ".join(target.formats), target.precision, target.device, target.summary)
     return rows
-
-
-def _label(m: Measurement) -> str:
-    return f"{m.artifact.path.name} {m.artifact.precision}"
 
 
 def _decibel(value: float | None, max_abs: float | None) -> str:

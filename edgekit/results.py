@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -43,7 +43,8 @@ class Artifact:
     """One exported file, with the names and specs of its inputs and outputs where they are known.
 
     The shapes in the specs are NCHW; `layout` says how the file itself takes and gives rank-4 tensors. `pruned` is the
-    fingerprint of the pruned network that it was exported from, None where it was not pruned.
+    fingerprint of the pruned network that it was exported from, None where it was not pruned. `weight_files` lie beside
+    an ONNX file that names them, and hold weights of it.
     """
 
     path: Path
@@ -53,11 +54,27 @@ class Artifact:
     outputs: tuple[TensorSpec, ...] = ()
     layout: Layout = "nchw"
     pruned: str | None = None
+    weight_files: tuple[Path, ...] = ()
 
     @property
     def size_bytes(self) -> int:
-        """Size of the file in bytes."""
-        return self.path.stat().st_size
+        """Size of the file in bytes, with its `weight_files`."""
+        return sum(path.stat().st_size for path in (self.path, *self.weight_files))
+
+
+def labels(artifacts: Sequence[Artifact]) -> dict[Artifact, str]:
+    """Returns what each file is called among others: the end of its path that tells it apart, and its precision."""
+
+    def end(artifact: Artifact, depth: int) -> str:
+        return f"{'/'.join(artifact.path.parts[-depth:])} {artifact.precision}"
+
+    found = {}
+    for artifact in artifacts:
+        others = [other for other in artifacts if other.path != artifact.path]
+        depths = range(1, len(artifact.path.parts) + 1)
+        apart = (d for d in depths if all(end(artifact, d) != end(other, d) for other in others))
+        found[artifact] = end(artifact, next(apart, len(depths)))
+    return found
 
 
 @dataclass(frozen=True)

@@ -66,14 +66,25 @@ def load(
         return load_model(model, code=code, inputs=inputs), None
     specs = [parse_spec(text) for text in inputs] or like
     shape = specs[0].shape if specs else ()
-    size = (shape[1], shape[2], shape[3]) if len(shape) == 4 else None
+    size = _image_size(shape, channels_last=not inputs)
     source = sources.load(data, image_size=size, mean=mean, std=std)
     example = source.example()
     if like and shape and not inputs:
-        example = {key: array.repeat(max(shape[0] or 1, 1), axis=0) for key, array in example.items()}
+        example = {key: array.repeat(max(shape[0], 1), axis=0) for key, array in example.items()}
     loaded = load_model(model, code=code, inputs=inputs, example=_named(example))
     first = next(iter(sources.batches(source.evaluation, loaded.inputs)))[0]  # tells now whether the data fits
     return replace(loaded, example=_tensors(first)), source
+
+
+def _image_size(shape: Sequence[int], channels_last: bool) -> tuple[int, int, int] | None:
+    """Returns the (channels, height, width) of images of `shape`, None where they are open or it has none.
+
+    With `channels_last` shapes of that layout are read too: `fitted` then tells what is wrong with such a file.
+    """
+    if len(shape) != 4 or min(shape[1:]) < 1:
+        return None
+    last = channels_last and shape[1] not in sources.IMAGE_CHANNELS and shape[3] in sources.IMAGE_CHANNELS
+    return (shape[3], shape[1], shape[2]) if last else (shape[1], shape[2], shape[3])
 
 
 def is_onnx(model: Any) -> bool:
@@ -281,9 +292,18 @@ def golden_feeds(original: Model, source: sources.Data | None) -> tuple[tuple[np
 
 
 def random_feeds(inputs: Sequence[TensorSpec], runs: int = bundles.GOLDEN_SAMPLES) -> tuple[np.ndarray, ...]:
-    """Returns seeded inputs, (runs, *shape) each: normal for floats, zeros for integers, which may be indices."""
+    """Returns seeded inputs, (runs, *shape) each: normal for floats, zeros for integers, which may be indices.
+
+    Raises EdgeKitError for an input of an open shape, or of what numpy has no numbers for.
+    """
     import numpy as np
 
+    for spec in inputs:
+        if min(spec.shape, default=0) < 0 or spec.dtype not in np.sctypeDict:
+            raise EdgeKitError(
+                f"there are no random inputs for {spec}",
+                "a file is timed on numbers of a fixed shape: export it with one, or measure it by edgekit compare",
+            )
     rng = np.random.default_rng(0)
     return tuple(
         rng.standard_normal((runs, *spec.shape)).astype(spec.dtype)
@@ -300,6 +320,12 @@ def qparams(original: Model, program: ExportedProgram | None) -> dict[str, Any]:
     from edgekit.quant.recipes import io_qparams
 
     return io_qparams(program, [s.name for s in original.inputs], [s.name for s in original.outputs])
+
+
+def output_scales(qparams: Mapping[str, Any], outputs: Sequence[TensorSpec]) -> list[float]:
+    """Returns the scale of each output from what `qparams` returned, 0 where an output is not quantized."""
+    found = qparams.get("outputs", {})
+    return [found[spec.name]["scale"] if spec.name in found else 0.0 for spec in outputs]
 
 
 @contextmanager
@@ -350,7 +376,8 @@ def run(artifact: Artifact, feeds: Sequence[np.ndarray], **options: Any) -> Any:
 
     inputs, outputs = ([spec.name for spec in specs] for specs in (artifact.inputs, artifact.outputs))
     there = [feed.transpose(_stacked_order(feed, artifact)) for feed in feeds]
-    result = run_artifact(artifact.path, there, inputs=inputs, outputs=outputs, **options)
+    beside = artifact.weight_files
+    result = run_artifact(artifact.path, there, inputs=inputs, outputs=outputs, weight_files=beside, **options)
     back = [array.transpose(np.argsort(_stacked_order(array, artifact))) for array in result.outputs]
     return replace(result, outputs=tuple(np.ascontiguousarray(array) for array in back))
 
@@ -465,13 +492,15 @@ def time_module(
 
 
 @contextmanager
-def opened(device: str, baseline: str = "cpu", timeout: float | None = None) -> Iterator[Device]:
+def opened(device: str, baseline: str = "cpu", timeout: float | None = None, timed: bool = True) -> Iterator[Device]:
     """Yields the device at a URI, connected once for all jobs, and cleans it up.
 
-    `timeout` is how many seconds a job may go without progress, the device's own limit by default.
-    Raises EdgeKitError for a device that does not answer, or a baseline device that torch cannot use.
+    `timeout` is how many seconds a job may go without progress, the device's own limit by default. With `timed` files
+    are to be timed there. Raises EdgeKitError for a device that does not answer, for an emulated one that cannot count
+    the instructions of `timed` files, or for a baseline device that torch cannot use.
     """
     from edgekit.runtimes import open_device
+    from edgekit.runtimes.devices.device import Emulator
 
     if baseline not in ("cpu", "cuda"):
         raise EdgeKitError(f"unknown baseline device '{baseline}'", "choose cpu or cuda")
@@ -487,6 +516,9 @@ def opened(device: str, baseline: str = "cpu", timeout: float | None = None) -> 
     there = open_device(device)
     try:
         there.probe()
+        if timed and isinstance(there, Emulator):
+            with there.counting():
+                pass
         if timeout is not None:
             there.stall_s = timeout
         yield there
@@ -499,7 +531,32 @@ def bare(path: Path) -> Artifact:
     from edgekit.summary import inspect_artifact
 
     found = inspect_artifact(path)
-    return Artifact(path, found.format, precision_of(found.parameter_bytes), tuple(found.inputs), tuple(found.outputs))
+    beside = tuple(_beside(path, place) for place in found.weight_files)
+    precision = precision_of(found.parameter_bytes)
+    return Artifact(path, found.format, precision, tuple(found.inputs), tuple(found.outputs), weight_files=beside)
+
+
+def closed(artifact: Artifact) -> tuple[Artifact, tuple[str, ...]]:
+    """Returns `artifact` with an open batch as one sample, and a note that says so."""
+    shapes = [spec.shape for spec in artifact.inputs]
+    if not any(shape[:1] == (-1,) for shape in shapes):
+        return artifact, ()
+    inputs = tuple(
+        replace(spec, shape=(1, *spec.shape[1:])) if spec.shape[:1] == (-1,) else spec for spec in artifact.inputs
+    )
+    return replace(artifact, inputs=inputs), (f"{artifact.path.name} takes any batch: it was measured with one sample",)
+
+
+def _beside(path: Path, place: str) -> Path:
+    """Returns the file `place` in the folder of `path`; EdgeKitError where it is elsewhere, or not there."""
+    if Path(place).name != place:
+        raise EdgeKitError(
+            f"weights of {path.name} lie in {place!r}, which EdgeKit does not follow",
+            "save it with its weights in itself, or in a file beside it (onnx.save_model's location)",
+        )
+    if not path.with_name(place).is_file():
+        raise EdgeKitError(f"weights of {path.name} lie in {place}, which is missing", "put it beside the file")
+    return path.with_name(place)
 
 
 def fitted(artifact: Artifact, original: Model) -> Artifact:

@@ -97,6 +97,7 @@ class ArtifactSummary:
     delegates: dict[str, int]
     undelegated: dict[str, int]
     notes: tuple[str, ...]
+    weight_files: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the JSON form of `inspect --json` for a file."""
@@ -145,6 +146,7 @@ def inspect_artifact(path: Path) -> ArtifactSummary:
         delegates=contents.delegates,
         undelegated=contents.undelegated,
         notes=contents.notes,
+        weight_files=contents.weight_files,
     )
 
 

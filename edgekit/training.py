@@ -72,11 +72,26 @@ def labeled(
         count += part
 
 
-def lessons(train: Any, original: Model, mean: Sequence[float], std: Sequence[float]) -> sources.Data:
-    """Opens the source `train`, whose images are of the size that `original` takes."""
+def lessons(
+    train: Any, original: Model, source: sources.Data | None, mean: Sequence[float], std: Sequence[float]
+) -> sources.Data:
+    """Opens the source `train`, whose images are of the size that `original` takes.
+
+    Where it does not say how its uint8 images are normalized, they are as those of `source` are. Its notes say so, or
+    that they are not.
+    """
     shape = original.inputs[0].shape
     size = (shape[1], shape[2], shape[3]) if len(shape) == 4 else None
-    return sources.load(train, image_size=size, mean=mean, std=std)
+    found = sources.load(train, image_size=size, mean=mean, std=std)
+    own, given = found.preprocessing, source.preprocessing if source is not None else None
+    if own is None or own == given or own.mean:
+        return replace(found, notes=())
+    if given is None:
+        return replace(
+            found, notes=("the training images are scaled to 0..1 and not normalized: no mean and std given",)
+        )
+    found = sources.load(train, image_size=size, mean=given.mean, std=given.std)
+    return replace(found, notes=("the training images are normalized as those of --data",))
 
 
 @dataclass(frozen=True)

@@ -214,7 +214,7 @@ def _python3(module: str, name: str) -> str:
 def _reason(error: BaseException) -> str:
     """What went wrong, without torch's advice on how to switch its safety off."""
     text = str(error)
-    for opening in ("WeightsUnpickler error: ", "Weights only load failed"):
-        if opening in text and opening.endswith(": "):
-            text = text.partition(opening)[2]
+    opening = "WeightsUnpickler error: "
+    if opening in text:
+        text = text.partition(opening)[2]
     return (text.strip().splitlines() or [type(error).__name__])[0][:200]

@@ -151,12 +151,11 @@ def fit(
         )
     best = max(tried, key=lambda name: len(set(tried[name].state_dict()) & set(_strip(tried[name], weights)[0])))
     try:
-        fill(tried[best], weights, what, best)
+        return tried[best], fill(tried[best], weights, what, best)
     except EdgeKitError as error:
         others = [n for n in tried if n != best] + needy
         more = f" (also tried: {', '.join(others)})" if others else ""
         raise EdgeKitError(error.what + more, error.help) from None
-    return tried[best], []
 
 
 def fill(module: torch.nn.Module, weights: dict[str, torch.Tensor], what: str, name: str) -> list[str]:

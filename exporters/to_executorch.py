@@ -27,6 +27,7 @@ from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPar
 from executorch.backends.xnnpack.utils.quant_utils import is_dequant
 from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
 from executorch.exir.dialects._ops import ops as exir_ops
+from executorch.exir.error import ExportError, InternalError
 from executorch.exir.graph_module import contains_any_call_fn_target_op
 from executorch.exir.pass_base import ExportPass, NodeMetadata, ProxyValue
 from executorch.exir.passes.legalize_portable_dim_order_pass import LegalizePortableDimOrderPass
@@ -260,7 +261,7 @@ def to_executorch(program: ExportedProgram) -> Lowered:
                 compile_config=EdgeCompileConfig(_check_ir_validity=False),
             )
             lowered = edge.to_executorch(ExecutorchBackendConfig(segment_alignment=ALIGNMENT))
-    except (RuntimeError, NotImplementedError) as error:
+    except (RuntimeError, NotImplementedError, ExportError, InternalError) as error:
         raise EdgeKitError(
             f"ExecuTorch cannot lower this model: {error}", "leave it out with --format onnx,tflite"
         ) from error

@@ -88,7 +88,7 @@ def find_groups(model: GraphModule) -> list[Group]:
         if is_layer(node):
             groups[node.args[0]].readers.append(node)
             groups[node.args[0]].fixed |= not _reads_channels(node)
-            groups[node] = Group(writers=[node], tensors=[node])
+            groups[node] = Group(writers=[node], tensors=[node], fixed=not _writes_channels(node))
         elif _passes_channels(node):
             _join(groups, sources, node)
         else:
@@ -125,6 +125,13 @@ def _reads_channels(layer: Node) -> bool:
     if layer.target == aten.linear.default:
         return layer.args[0].meta["val"].ndim == 2
     return argument(layer, 6, "groups", 1) == 1 or _is_depthwise(layer)
+
+
+def _writes_channels(layer: Node) -> bool:
+    """Whether axis 1 of a layer's result are the rows of its weight: not of a linear layer on sequences."""
+    if layer.target == aten.linear.default:
+        return layer.meta["val"].ndim == 2
+    return layer.meta["val"].ndim == layer.args[1].meta["val"].ndim
 
 
 def _passes_channels(node: Node) -> bool:

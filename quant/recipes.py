@@ -7,11 +7,13 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
+from torch.fx.node import map_aggregate
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from edgekit.beside import deal
@@ -191,7 +193,17 @@ def int8_weight_only(
 def half_compute(module: torch.nn.Module, example: Batch) -> ExportedProgram:
     """Captures `module` computing in float16 between float32 inputs and outputs: what ExecuTorch's fp16 is."""
     halved = copy.deepcopy(capture(module, example)).half()
+    for node in halved.graph.nodes:  # tensors that the graph makes, such as an LSTM's first state, and casts
+        node.args, node.kwargs = map_aggregate((node.args, node.kwargs), _halved)
+        makes = node.op == "call_function" and not node.all_input_nodes
+        if makes and isinstance(made := node.meta["val"], torch.Tensor) and made.dtype == torch.float32:
+            node.kwargs = {**node.kwargs, "dtype": torch.float16}
+    halved.recompile()
     return torch.export.export(capture(HalfCompute(halved), example), example, strict=False)
+
+
+def _halved(argument: Any) -> Any:
+    return torch.float16 if argument is torch.float32 else argument
 
 
 class HalfCompute(torch.nn.Module):

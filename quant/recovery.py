@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import io
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from edgekit import files
 from edgekit.errors import EdgeKitError
 from edgekit.quant.pruning import divergence
 from edgekit.quant.surgery import BATCH_NORMS, Tensors
@@ -99,14 +101,16 @@ def recover(
     checkpoint: Path | None = None,
     resume: bool = False,
     advance: Callable[[], None] = lambda: None,
+    model: str = "",
     job: str = "pruning",
     remedy: str = "a lower --ratio",
 ) -> Recovered:
     """Fine-tunes a copy of `student` towards `teacher`; calls `advance` after each step.
 
     Runs on the GPU where there is one. After each epoch `checkpoint` holds all that `resume` needs to go on. Raises
-    EdgeKitError where the loss is no longer a number: the checkpoint then holds the last good epoch. Messages call
-    what is done `job`, and name `remedy` beside a lower learning rate.
+    EdgeKitError where the loss is no longer a number: the checkpoint then holds the last good epoch; and for the
+    checkpoint of another `model`, which is named by its fingerprint. Messages call what is done `job`, and name
+    `remedy` beside a lower learning rate.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rng = torch.random.get_rng_state()
@@ -116,7 +120,7 @@ def recover(
     module.requires_grad_(True)
     try:
         with ExitStack() as stack:
-            training = _Training(module, guide, samples, plan, device, stack)
+            training = _Training(module, guide, samples, plan, device, model, stack)
             if resume and checkpoint is not None and checkpoint.is_file():
                 training.restore(checkpoint, job)
             while training.goes_on():
@@ -134,7 +138,14 @@ class _Training:
     """The state of one run."""
 
     def __init__(
-        self, module: nn.Module, guide: nn.Module, samples: Samples, plan: Plan, device: torch.device, stack: ExitStack
+        self,
+        module: nn.Module,
+        guide: nn.Module,
+        samples: Samples,
+        plan: Plan,
+        device: torch.device,
+        model: str,
+        stack: ExitStack,
     ) -> None:
         self.module, self.guide, self.samples, self.plan, self.device = module, guide, samples, plan, device
         inputs = _on(_first(samples, plan.seed), device)
@@ -153,6 +164,7 @@ class _Training:
         self.best: Mapping[str, torch.Tensor] = copy.deepcopy(module.state_dict())
         self.best_epoch = 0
         self.frozen_norms = samples_per_step(samples, plan.seed) < 8
+        self.key = self._key(model)
         self.half = plan.half and _multiplies_half(device)
 
     def goes_on(self) -> bool:
@@ -205,7 +217,7 @@ class _Training:
 
     def save(self, path: Path) -> None:
         state = {
-            "key": self._key(),
+            "key": self.key,
             "module": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
@@ -216,9 +228,9 @@ class _Training:
             "losses": self.losses,
             "held_out": self.held_out,
         }
-        partial = path.with_name(f"{path.name}.partial")
-        torch.save(state, partial)
-        partial.replace(path)
+        content = io.BytesIO()  # torch.save tells a full disk by a RuntimeError
+        torch.save(state, content)
+        files.write(path, content.getvalue())
 
     def restore(self, path: Path, job: str) -> None:
         import pickle
@@ -227,10 +239,10 @@ class _Training:
             state = torch.load(path, map_location=self.device, weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             raise EdgeKitError(f"{path} is no checkpoint: {str(error).splitlines()[0]}", "leave --resume out") from None
-        if state["key"] != self._key():
+        if state["key"] != self.key:
             raise EdgeKitError(
                 f"{path} is the checkpoint of another {job}",
-                "give the options it was started with, or leave --resume out",
+                "give the model and the options it was started with, or leave --resume out",
             )
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -240,9 +252,10 @@ class _Training:
         self.best, self.best_epoch = state["best"], state["best_epoch"]
         self.losses, self.held_out = state["losses"], state["held_out"]
 
-    def _key(self) -> str:
+    def _key(self, model: str) -> str:
+        """Tells this training from others. Not by its samples: a user's loader may shuffle them."""
         shapes = {name: tuple(tensor.shape) for name, tensor in self.module.state_dict().items()}
-        return hashlib.sha256(repr((asdict(self.plan), shapes, self.samples.steps)).encode()).hexdigest()
+        return hashlib.sha256(repr((asdict(self.plan), shapes, self.samples.steps, model)).encode()).hexdigest()
 
 
 def distance(module: nn.Module, reference: nn.Module, batches: Sequence[Tensors]) -> float:

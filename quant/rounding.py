@@ -183,7 +183,7 @@ def _inverse_factor(second: torch.Tensor) -> torch.Tensor:
     while True:
         h = second.float().clone()
         diagonal = torch.diagonal(h, dim1=1, dim2=2)
-        diagonal[diagonal == 0] = 1.0
+        diagonal[diagonal <= 0] = 1.0  # an input that never changes: rounding may leave less than nothing of it
         diagonal += damping * diagonal.mean(dim=1, keepdim=True)
         lower, failed = torch.linalg.cholesky_ex(h)
         upper, failed_too = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)

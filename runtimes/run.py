@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import signal
 import tempfile
@@ -14,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from edgekit import measure
+from edgekit import files, measure
 from edgekit.errors import EdgeKitError
 from edgekit.results import SUFFIXES, TensorSpec
 
@@ -36,6 +35,7 @@ STAGES = {
 LOG_LINES = 3
 WATCH_ENDED = "Timeout ("  # what faulthandler writes when the worker's watch ends it
 CANNOT_START = (126, 127)  # what a shell says of a program that is not for this machine, or not there
+IMPORTED = {".py", ".pyc", ".pyd", ".so"}
 COUNTED = 3  # runs whose instructions are counted
 HERE_TOO = ("local:", "python:")  # devices whose paths and commands are those of this machine
 
@@ -91,6 +91,7 @@ def run_artifact(
     threads: int = 1,
     inputs: Sequence[str] = (),
     outputs: Sequence[str] = (),
+    weight_files: Sequence[Path] = (),
     timing: Timing | None = None,
     runtime: str | None = None,
     trace_runs: int = 0,
@@ -100,7 +101,8 @@ def run_artifact(
 
     `feeds` holds one array (runs, *input shape) per input, in the order of `inputs`, or of the file without them. A
     file that has names has to have those in `inputs` and `outputs`; a .pte has none and takes them. `runtime` is a name
-    in RUNTIMES, by default the one for the file's format. Latency is measured on the first 8 samples in turn.
+    in RUNTIMES, by default the one for the file's format; `weight_files` are those that an ONNX file names. Latency is
+    measured on the first 8 samples in turn.
     With `trace_runs` the file runs so many times more under the runtime's profiler, in a session of its own.
 
     Raises EdgeKitError for a file that is corrupt or not for this runtime, feeds that do not match it, a runtime that
@@ -118,6 +120,9 @@ def run_artifact(
     if threads < 1:
         raise EdgeKitError(f"a model runs on at least one thread, not {threads}")
     _check_feeds(feeds)
+    for file in weight_files:
+        if file.suffix.lower() in IMPORTED:  # it will lie beside the worker, which would import it
+            raise EdgeKitError(f"weights of {path.name} lie in {file.name}, a name of code", "give it another name")
 
     opened = open_device(device) if isinstance(device, str) else device
     longest = timeout_s or max(TIMEOUT_S, 10 * opened.stall_s)
@@ -131,7 +136,7 @@ def run_artifact(
                 "package": RUNTIMES[name].package,
                 "artifact": f"model{SUFFIXES[kind]}",
                 "label": path.name,
-                "sha256": _sha256(path),
+                "sha256": files.sha256(path),
                 "threads": threads,
                 "cpus": [],
                 "inputs": list(inputs),
@@ -145,7 +150,7 @@ def run_artifact(
             }
             counting = opened.counting() if isinstance(opened, Emulator) and job["count"] else nullcontext(list)
             with counting as marks:
-                result, arrays = _run_job(opened, here, path, job, feeds, longest)
+                result, arrays = _run_job(opened, here, (path, *weight_files), job, feeds, longest)
                 instructions = _per_run(marks())
             trace = (here / TRACE).read_bytes() if trace_runs else None
     finally:
@@ -174,11 +179,16 @@ def run_artifact(
 
 
 def _run_job(
-    device: Device, here: Path, path: Path, job: Mapping[str, Any], feeds: Sequence[np.ndarray], timeout_s: float
+    device: Device,
+    here: Path,
+    model: Sequence[Path],
+    job: Mapping[str, Any],
+    feeds: Sequence[np.ndarray],
+    timeout_s: float,
 ) -> tuple[dict[str, Any], tuple[np.ndarray, ...]]:
     """Send the job from the folder `here`, wait for it, and bring its result and outputs back into that folder."""
     native = job["runtime"] == "executorch" and device.runner is not None
-    there = device.push((native_job.files if native else _worker_files)(here, path, job, feeds))
+    there = device.push(native_job.files(here, model[0], job, feeds) if native else _files(here, model, job, feeds))
     try:
         argv = native_job.command(device, there) if native else [device.python, f"{there}/worker.py", there]
         try:
@@ -205,24 +215,22 @@ def _run_job(
     return result, tuple(np.load(here / name, allow_pickle=False) for name in names)
 
 
-def _worker_files(here: Path, path: Path, job: Mapping[str, Any], feeds: Sequence[np.ndarray]) -> dict[str, Path]:
-    """Write the job's files into the folder `here`; what to push, by name."""
+def _files(here: Path, model: Sequence[Path], job: Mapping[str, Any], feeds: Sequence[np.ndarray]) -> dict[str, Path]:
+    """Write the job's files into the folder `here`; what to push, by name. `model` is its file and those of weights."""
     runtime = RUNTIMES[job["runtime"]]
     (here / "job.json").write_text(json.dumps(job))
-    files = {
+    sent = {
+        **{path.name: path for path in model[1:]},
         "job.json": here / "job.json",
-        job["artifact"]: path,
+        job["artifact"]: model[0],
         "worker.py": HERE / "worker.py",
         "measure.py": Path(measure.__file__),
         **{f"{module}.py": HERE / f"{module}.py" for module in (runtime.module, *runtime.helpers)},
     }
-    weights = path.with_name(f"{path.name}.data")
-    if runtime.format == "onnx" and weights.is_file():  # where torch.onnx.export puts them by default
-        files[weights.name] = weights
     for i, feed in enumerate(feeds):
-        files[f"in_{i}.npy"] = here / f"in_{i}.npy"
-        np.save(files[f"in_{i}.npy"], np.ascontiguousarray(feed), allow_pickle=False)
-    return files
+        sent[f"in_{i}.npy"] = here / f"in_{i}.npy"
+        np.save(sent[f"in_{i}.npy"], np.ascontiguousarray(feed), allow_pickle=False)
+    return sent
 
 
 def _worker_result(here: Path, device: Device) -> dict[str, Any]:
@@ -295,8 +303,3 @@ def _specs(infos: Sequence[Mapping[str, Any]], arrays: Sequence[np.ndarray]) -> 
         TensorSpec(info["name"], info["dtype"], tuple(array.shape[1:]))
         for info, array in zip(infos, arrays, strict=True)
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,6 +64,35 @@ def test_errors_that_cannot_be_sent_are_told() -> None:
     with beside(fail) as result, pytest.raises(RuntimeError, match="Odd: of a class") as caught:
         result()
     assert "in fail" in caught.value.__notes__[0]
+
+
+class Picky(Exception):
+    """Can be pickled, and not be read again."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(f"{message} ({code})")
+
+
+@forks
+def test_errors_that_cannot_be_read_again_are_told() -> None:
+    def fail() -> None:
+        raise Picky(3, "no such op")
+
+    with beside(fail) as result, pytest.raises(RuntimeError, match=r"Picky: no such op \(3\)"):
+        result()
+
+
+@forks
+def test_where_it_is_killed_amid_its_answer_the_work_is_done_here() -> None:
+    def answer() -> bytes:
+        if os.getpid() != here:  # more than a pipe holds: it waits to be read
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        return bytes(1 << 22)
+
+    here = os.getpid()
+    with beside(answer) as result:
+        time.sleep(0.6)
+        assert result() == bytes(1 << 22)
 
 
 @forks

@@ -297,6 +297,10 @@ REFUSED: dict[str, tuple[Callable[[Path], Data], str]] = {
     "pickled objects": (loads(bad_pickle), "cannot be read: Object arrays"),
     "pickled .pt": (loads(pickled), "not a .pt file of plain tensors"),
     "another file": (loads(lambda f: text(f, "d.csv", "1,2")), "neither an .npz nor a .pt"),
+    "images to calibrate floats": (
+        loads(lambda f: {"x": X, "calib_x": np.zeros((2, 3, 4, 4), np.uint8)}), "x holds float32 and calib_x uint8"),
+    "floats to calibrate images": (
+        loads(lambda f: {"x": np.zeros((2, 3, 4, 4), np.uint8), "calib_x": X}), "x holds uint8 and calib_x float32"),
     "no inputs": (loads(lambda f: save(f / "d.npz", y=np.arange(3))), "has no inputs: it holds y"),
     "strings": (loads(lambda f: {"x": np.array(["a", "b"])}), "'x' of the given arrays is not a batch of numbers"),
     "ragged": (loads(lambda f: {"x": [[1], [1, 2]]}), "differ in length"),

@@ -404,6 +404,28 @@ def test_torchscript_that_touches_files(kind: type[nn.Module], marker: Path, tmp
     assert marker.exists()  # the payload is live
 
 
+def disguised(content: bytes, how: str) -> bytes:
+    """The TorchScript archive `content` so that Python's zipfile sees no code in it, or other code than torch does."""
+    crafted = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as archive, zipfile.ZipFile(crafted, "w") as to:
+        for name in archive.namelist():
+            to.writestr(name.replace(".py", ".PY") if how == "case" else name, archive.read(name))
+        for name in archive.namelist():
+            if how == "twice" and name.endswith(".py"):
+                to.writestr(name, b"")
+    return crafted.getvalue()
+
+
+@pytest.mark.parametrize("how", ["case", "twice"])
+def test_torchscript_that_other_readers_see_otherwise(how: str, marker: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.jit.script(WritesWhenLoaded(str(marker))).save(path)
+    path.write_bytes(disguised(path.read_bytes(), how))
+    assert_refused(path, marker, "save" if how == "case" else "two members")
+    torch.jit.load(path)
+    assert marker.exists()  # the payload is live
+
+
 @pytest.mark.parametrize("member", ["data.pkl", "constants.pkl"])
 def test_pickles_in_torchscript(member: str, marker: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.pt"

@@ -85,7 +85,18 @@ FAITHFUL = {
 @pytest.mark.parametrize("case", FAITHFUL)
 def test_faithful(case: str) -> None:
     precision, file, graph, good = FAITHFUL[case]
-    assert (judge.faithful(precision, file, graph) is None) == good
+    assert (judge.faithful(precision, [file], [graph]) is None) == good
+
+
+def test_each_output_has_its_own_limit() -> None:
+    """A coarse or a poor output hides nothing of a fine one."""
+    boxes, scores = near(20, 2.5), near(19, 0.3)
+    problem = judge.faithful("int8", [boxes, near(20)], [boxes, near(40)])
+    assert problem is not None and problem.endswith("in output 2 of 2")
+    assert judge.faithful("int8", [boxes, near(38)], [boxes, near(40)]) is None
+    moved = judge.reproduced("int8", [boxes, scores], [2.5, 1 / 256])
+    assert moved is not None and moved.endswith("in output 2 of 2")
+    assert judge.reproduced("int8", [boxes, near(40, 1 / 256)], [2.5, 1 / 256]) is None
 
 
 def accuracy(low: float, high: float) -> Accuracy:
@@ -251,7 +262,7 @@ REPRODUCED = {
 @pytest.mark.parametrize("case", REPRODUCED)
 def test_reproduced(case: str) -> None:
     precision, parity, step, good = REPRODUCED[case]
-    assert (judge.reproduced(precision, parity, step) is None) == good
+    assert (judge.reproduced(precision, [parity], [step]) is None) == good
 
 
 @pytest.mark.parametrize(
@@ -262,7 +273,7 @@ def test_only_onnx_runtime_may_round_otherwise_elsewhere(format: str, same_machi
     allowed = judge.steps_allowed(format, same_machine)
     assert allowed == steps
     for moved in range(1, 5):
-        problem = judge.reproduced("int8", near(max_rel=moved * 0.05), 0.05, allowed)
+        problem = judge.reproduced("int8", [near(max_rel=moved * 0.05)], [0.05], allowed)
         assert (problem is None) == (moved <= steps)
         assert problem is None or f"(limit {steps})" in problem
 

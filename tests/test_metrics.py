@@ -178,6 +178,17 @@ def test_segmentation_takes_class_indices_for_scores() -> None:
     assert metrics.value(of_scores) == metrics.value(of_indices)
 
 
+def test_segmentation_of_another_number_of_classes_is_another() -> None:
+    """Of class indices nobody knows how many there are."""
+    found, target = (np.tile(maps, (20, 1, 1)) for maps in (MAPS.argmax(1), MASKS))
+    more = found.copy()
+    more[0, 0, 0] = 9
+    miou = metrics.METRICS["miou"]
+    original, artifact = (miou.score([out], target) for out in (more, found))
+    assert not original.same_as(artifact) and original.same_as(original)
+    assert judge.accuracy(miou, original, artifact).drop < 0
+
+
 def test_quantized_probabilities_just_outside_0_to_1_are_no_logits() -> None:
     shares = np.array([[0.9], [0.4], [-0.004], [1.004]])
     scores = metrics.METRICS["f1"].score([shares], np.array([1, 0, 0, 1]))

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import helper
 from torch import nn
 
 from edgekit.errors import EdgeKitError
@@ -509,6 +510,14 @@ def test_bad_files(case: str, tmp_path: Path, code: Path, net: nn.Module) -> Non
         load(path, code=str(code), inputs=[SHAPE])
     assert said in bad.value.what and "model.pt" in bad.value.what
     assert bad.value.help
+
+
+def test_an_onnx_file_of_text_is_refused(tmp_path: Path) -> None:
+    texts = [helper.make_tensor_value_info(name, onnx.TensorProto.STRING, [1]) for name in "xy"]
+    lower = helper.make_node("StringNormalizer", ["x"], ["y"], case_change_action="LOWER")
+    onnx.save(helper.make_model(helper.make_graph([lower], "g", texts[:1], texts[1:])), tmp_path / "text.onnx")
+    with pytest.raises(EdgeKitError, match="torch has no tensors of"):
+        load(tmp_path / "text.onnx")
 
 
 @pytest.mark.parametrize("save", [save_script, save_exported, save_safetensors, save_onnx])

@@ -11,10 +11,13 @@ import onnx
 import pytest
 import torch
 from kit import SHAPE, network, quick, samples
+from PIL import Image
+from rich.console import Console
 
 import edgekit
-from edgekit import pipeline, stages
+from edgekit import pipeline, report, stages
 from edgekit.bundle import Bundle
+from edgekit.errors import EdgeKitError
 from edgekit.journal import Journal
 from edgekit.results import Comparison
 
@@ -161,6 +164,78 @@ def test_profile_measures_a_file(bundles: dict[str, Bundle], monkeypatch: pytest
     assert (result.runtime, result.artifact.precision) == ("litert", "int8")
     assert 0 < result.latency.p50 < 1000
     assert result.to_dict()["latency_ms"]["n"] == 5
+
+
+def test_profile_takes_an_open_batch_as_one_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick(monkeypatch)
+    for name, open_axes, message in (("batch", (0,), None), ("size", (0, 2), "no random inputs for x:float32")):
+        axes = tuple({axis: torch.export.Dim(f"d{axis}", min=2, max=64) for axis in open_axes} for _ in range(1))
+        program = torch.onnx.export(
+            network(), (torch.zeros(4, *SHAPE),), dynamo=True, verbose=False, input_names=["x"], dynamic_shapes=axes
+        )
+        onnx.save(program.model_proto, tmp_path / f"{name}.onnx")
+        if message is None:
+            result = edgekit.profile(tmp_path / f"{name}.onnx")
+            assert f"{name}.onnx takes any batch: it was measured with one sample" in result.notes
+            continue
+        with pytest.raises(EdgeKitError, match=message):
+            edgekit.profile(tmp_path / f"{name}.onnx")
+
+
+def test_weights_in_another_file_are_run_and_counted(
+    bundles: dict[str, Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick(monkeypatch)
+    given = bundles["fp32"].path / "model.onnx"
+
+    def saved(location: str) -> Path:
+        model = onnx.load(given)
+        onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True, location=location, size_threshold=100)
+        return tmp_path / "m.onnx"
+
+    result = edgekit.compare(network(), [saved("weights.bin")], data=samples(6))
+    assert result.artifacts[0].parity.max_rel < 1e-4
+    assert result.artifacts[0].artifact.size_bytes == pytest.approx(given.stat().st_size, rel=0.1)
+    with pytest.raises(EdgeKitError, match=r"lie in numpy.py, a name of code"):
+        edgekit.profile(saved("numpy.py"))
+    (tmp_path / "numpy.py").unlink()
+    with pytest.raises(EdgeKitError, match=r"lie in numpy.py, which is missing"):
+        edgekit.profile(tmp_path / "m.onnx")
+    (tmp_path / "inside").mkdir()
+    with pytest.raises(EdgeKitError, match="which EdgeKit does not follow"):
+        edgekit.profile(saved("inside/weights.bin"))
+
+
+def test_files_of_one_name_are_told_apart(
+    bundles: dict[str, Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    quick(monkeypatch)
+    twins = [tmp_path / folder / "model[a].onnx" for folder in ("one", "two")]
+    for twin in twins:
+        twin.parent.mkdir()
+        shutil.copy(bundles["int8"].path / "model.onnx", twin)
+    result = edgekit.compare(network(), [*twins, bundles["int8"].path / "model.tflite"], data=samples(6))
+    Console(width=250).print(report.comparison_report(result))
+    shown = capfd.readouterr().out
+    assert all(f"{name} int8" in shown for name in ("one/model[a].onnx", "two/model[a].onnx", "model.tflite"))
+    assert "int8/model.tflite" not in shown and "android/model.tflite" not in shown
+
+
+def test_a_generator_is_read_once_for_all_that_asks(tmp_path: Path) -> None:
+    pairs = ((image[None], None) for image in samples(12)["x"])
+    bundle = edgekit.export(network(), precision="fp32", formats="onnx", data=pairs, prune=0.3, out=tmp_path)
+    assert bundle.artifacts[0].pruned
+
+
+def test_images_channels_last_are_told_even_where_the_data_needs_their_size(tmp_path: Path) -> None:
+    (tmp_path / "data" / "0").mkdir(parents=True)
+    Image.new("RGB", (20, 20)).save(tmp_path / "data" / "0" / "a.png")
+    bundle = edgekit.export(
+        network(), precision="fp32", formats="tflite", tflite_layout="nhwc", inputs=["1x3x16x16"], out=tmp_path
+    )
+    bare = shutil.copy(bundle.path / "model.tflite", tmp_path / "bare.tflite")
+    with pytest.raises(EdgeKitError, match=r"images channels-last \(NHWC\), and nothing beside it says so"):
+        edgekit.compare(network(), [bare], data=tmp_path / "data")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import architectures
 import numpy as np
 import pytest
 import torch
-from kit import NET, SHAPE, interrupted_training, invoke, network, samples, tree
+from kit import NET, SHAPE, full_disk, interrupted_training, invoke, network, samples, tree
 
 import edgekit
 from edgekit import pruning, training
@@ -139,10 +139,10 @@ def wide() -> torch.nn.Module:
     return scope["make"]().eval()
 
 
-def prune(tmp_path: Path, **options: Any) -> pruning.Pruned:
+def prune(tmp_path: Path, model: Any = None, **options: Any) -> pruning.Pruned:
     drawn = samples(96)
     data = {"x": drawn["x"][:32], "y": drawn["y"][:32], "calib_x": drawn["x"][32:], "calib_y": drawn["y"][32:]}
-    return edgekit.prune(wide(), **{"ratio": 0.5, "data": data, "out": tmp_path, "epochs": 3, **options})
+    return edgekit.prune(model or wide(), **{"ratio": 0.5, "data": data, "out": tmp_path, "epochs": 3, **options})
 
 
 def test_fine_tuning_comes_nearer_to_the_original() -> None:
@@ -196,6 +196,48 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, monkeypatch: pyt
         prune(tmp_path, name="net")
     with pytest.raises(EdgeKitError, match="checkpoint of another pruning"):
         prune(tmp_path, name="net", learning_rate=0.5, resume=True)
+
+
+def test_a_checkpoint_of_another_model_is_refused_and_a_missing_one_told(tmp_path: Path) -> None:
+    with interrupted_training(2), pytest.raises(KeyboardInterrupt):
+        prune(tmp_path, name="net")
+    other = wide()
+    with torch.no_grad():
+        other[6].bias += 1
+    with pytest.raises(EdgeKitError, match="checkpoint of another pruning") as caught:
+        prune(tmp_path, other, name="net", resume=True)
+    assert "give the model" in str(caught.value.help)
+    assert not any("--resume" in note for note in prune(tmp_path, name="net", resume=True).notes)
+    anew = prune(tmp_path, name="net", resume=True)
+    assert any(note.startswith("--resume found nothing to go on from") for note in anew.notes)
+
+
+def test_a_full_disk_ends_in_its_message(tmp_path: Path) -> None:
+    with full_disk(tmp_path / "small", "64k") as small:
+        with pytest.raises(EdgeKitError, match=r"cannot write .*checkpoint\.pt: No space left"):
+            prune(small, name="net")
+        assert tree(small) in ([], ["net-pruned.checkpoint.pt"])  # of the epoch before, and whole
+
+
+def test_labels_that_are_no_classes_are_left_aside(tmp_path: Path) -> None:
+    drawn = samples(64)["x"]
+    data = {"x": drawn[:32], "y": np.zeros((32, 10), np.float32), "calib_x": drawn[32:]}
+    found = prune(tmp_path, data=data)
+    assert found.accuracy is None and any("labels are no class indices" in note for note in found.notes)
+
+
+def test_training_images_are_normalized_as_the_others_are(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (64, *SHAPE), dtype=np.uint8)
+    data: dict[str, Any] = {"x": pixels[:32], "mean": [0.5] * 3, "std": [0.25] * 3}
+    found = prune(tmp_path / "a", data=data, train={"x": pixels[32:]})
+    assert any("normalized as those of --data" in note for note in found.notes)
+    same = prune(tmp_path / "b", data=data, train={**data, "x": pixels[32:]})
+    assert not any("training images" in note for note in same.notes)
+    a, b = found.module.state_dict(), same.module.state_dict()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    floats = {"x": np.zeros((8, *SHAPE), np.float32)}
+    raw = prune(tmp_path / "c", data=floats, train={"x": pixels})
+    assert any("training images are scaled to 0..1" in note for note in raw.notes)
 
 
 def test_a_diverging_training_keeps_the_last_good_epoch(tmp_path: Path) -> None:

@@ -14,11 +14,13 @@ import torch
 from kit import invoke, network, samples
 
 import edgekit
-from edgekit import stages, tune
+from edgekit import explain, judge, stages, tune
 from edgekit.bundle import Bundle
 from edgekit.errors import EdgeKitError
+from edgekit.progress import Silent
 from edgekit.quant import mixed
 from edgekit.results import Artifact
+from edgekit.runtimes import open_device
 
 FORMATS = ["onnx", "tflite"]
 LOUD = {"mid", "last"}  # what touches the loud channel of the outlier network
@@ -89,6 +91,17 @@ def test_only_the_layers_to_blame_are_in_float(rescued: Bundle) -> None:
     (note,) = [note for note in rescued.notes if note.startswith("accuracy drop")]
     assert "→" in note and f"{len(kept)} of 6 layers in float" in note and "mid (conv2d + relu)" in note
     assert any("chosen on the evaluation samples" in note for note in rescued.notes)
+
+
+def test_the_ladder_keeps_them_in_float_too(rescued: Bundle) -> None:
+    original, source = stages.load(hazards.outlier(), data=hazards.data(), inputs=(), code=None, mean=(), std=())
+    assert source is not None
+    feeds = stages.evaluation_set(source, original).feeds
+    rungs = explain.explain(original, source, rescued.artifacts, feeds, open_device("local:"), True, Silent())
+    graph = next(rung for rung in rungs if "graph, in float: " in rung.name)
+    assert graph.parity.sqnr_db > judge.POOR_SQNR_DB
+    assert not [rung.name for rung in rungs if rung.problem]
+    assert {rung.against for rung in rungs[2:]} == {graph.name}
 
 
 def test_the_fewest_are_kept(rescued: Bundle, tried: dict[int, float]) -> None:

@@ -83,7 +83,7 @@ class Emulator(Device, Protocol):
     def counting(self) -> AbstractContextManager[Callable[[], list[int]]]:
         """While open, `exec` counts. The function gives the instructions so far at every call of getppid in a command.
 
-        The list is empty where the emulator cannot count.
+        Raises EdgeKitError where the emulator cannot count.
         """
         ...
 

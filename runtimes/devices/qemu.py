@@ -57,7 +57,7 @@ PROGRAMS = ("qemu-aarch64", "qemu-aarch64-static")  # the second has no plugins,
 COUNTER = Path(__file__).with_name("count_instructions.c")
 SHARED_FACTS = ("system", "cpus", "memory_bytes", "memory_available_bytes", "disk_free_bytes")
 GETPPID = 173  # its number on ARM64
-NEEDS = "apt-get install qemu-user mmdebstrap"
+NEEDS = "apt-get install qemu-user mmdebstrap gcc"
 
 
 def open_qemu(uri: str) -> Device:
@@ -112,11 +112,13 @@ class QemuDevice(LocalDevice):
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[Callable[[], list[int]]]:
-        """While open, `exec` notes the count of instructions at every call of getppid; empty without QEMU's plugins."""
+        """While open, `exec` notes the count of instructions at every call of getppid.
+
+        Raises EdgeKitError where they cannot be counted: a static QEMU takes no plugins, and ours has to be compiled.
+        """
         with tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
             marks = Path(folder, "marks")
-            plugin = None if self._program.endswith("-static") else _plugin(self._program)
-            self._counter = plugin and f"{plugin},out={marks},mark={GETPPID}"
+            self._counter = f"{_plugin(self._program)},out={marks},mark={GETPPID}"
             try:
                 yield lambda: [int(line) for line in marks.read_text().split()] if marks.is_file() else []
             finally:
@@ -182,8 +184,12 @@ def _debian(into: Path) -> None:
     (into / "root").rmdir()
 
 
-def _plugin(program: str) -> str | None:
-    """The plugin that counts instructions, compiled for this QEMU; None where there is no compiler for it."""
+def _plugin(program: str) -> str:
+    """The plugin that counts instructions, compiled for this QEMU."""
+    if program.endswith("-static"):
+        raise EdgeKitError(f"{Path(program).name} takes no plugins, which count the instructions", NEEDS)
+    if shutil.which("gcc") is None:
+        raise EdgeKitError("instructions cannot be counted: there is no C compiler for QEMU's plugin", NEEDS)
     version = re.search(r"version (\d+)", step([program, "--version"], "QEMU does not start", NEEDS))
     interface = 2 if version and int(version[1]) >= 9 else 1
     key = hashlib.sha256(f"{COUNTER.read_text()}{interface}".encode()).hexdigest()[:16]
@@ -192,6 +198,4 @@ def _plugin(program: str) -> str | None:
     def build(into: Path) -> None:
         step(["gcc", *flags, COUNTER, "-o", into / "count.so"], "cannot build the counter", "apt-get install gcc")
 
-    if shutil.which("gcc") is None:
-        return None
     return str(cached(f"qemu-counter-{key}", build) / "count.so")

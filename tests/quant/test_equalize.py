@@ -31,6 +31,7 @@ GROUPS = {
         [(1, 1)],
     ),
     "concat": (lambda: Net(lambda n, x: n.c(torch.cat([n.a(x), n.b(x)], 1)), a=conv(), b=conv(), c=conv(16)), []),
+    "linear on sequences": (lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU(), conv()), []),
     "output": (lambda: Net(lambda n, x: (y := n.a(x), n.b(y)), a=conv(), b=conv(8)), []),
 }
 

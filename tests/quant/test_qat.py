@@ -336,6 +336,12 @@ def test_an_interrupted_run_goes_on_to_the_same_end(tmp_path: Path) -> None:
         run(tmp_path)
     with pytest.raises(EdgeKitError, match="checkpoint of another training"):
         run(tmp_path, resume=True, seed=1)
+    other = network()
+    with torch.no_grad():
+        other[6].bias += 1
+    with pytest.raises(EdgeKitError, match="checkpoint of another training"):
+        run(tmp_path, other, resume=True)
+    assert any("--resume found nothing" in note for note in run(tmp_path / "none", resume=True).notes)
     assert equal(whole, run(tmp_path, resume=True))
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from int8_nets import CASES, Batches, build, flat, quantized, sqnr
+from torch import nn
 from torch.export import ExportedProgram
 
+import edgekit
 from edgekit.errors import EdgeKitError
 from edgekit.quant.recipes import RECIPES, float32, half_compute, int8_static, io_qparams
 
@@ -87,6 +90,32 @@ def test_half_compute_is_float16_inside_and_float32_outside(name: str) -> None:
         assert b.dtype == torch.float32 and a.shape == b.shape
         assert 45 < sqnr(a, b) < 120
     assert {value.dtype for value in program.state_dict.values() if value.is_floating_point()} == {torch.float16}
+
+
+class Makes(nn.Module):
+    """Makes tensors of its own: a recurrent state, a mask, a cast."""
+
+    def __init__(self, cell: type[nn.Module]) -> None:
+        super().__init__()
+        self.cell, self.last = cell(8, 16, batch_first=True), nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mask = torch.arange(x.shape[1], dtype=torch.float32)[None, :, None] > 1
+        return self.last((self.cell(x)[0] * mask.float()).mean(1) + torch.ones(1, 16))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU])
+def test_half_compute_makes_halves(cell: type[nn.Module], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module, x = Makes(cell).eval(), torch.randn(2, 5, 8)
+    program = half_compute(module, (x,))
+    made = [node.meta["val"] for node in program.graph.nodes if node.op == "call_function"]
+    casts = sum(value.dtype == torch.float32 for value in made if isinstance(value, torch.Tensor))
+    assert casts == 1  # of the output
+    assert 45 < sqnr(module(x), program.module()(x)) < 120
+    bundle = edgekit.export(module, precision="fp16", formats="executorch", inputs=["2x5x8"], out=tmp_path)
+    assert bundle.manifest["artifacts"][0]["parity"]["sqnr_db"] > 45
 
 
 @torch.no_grad()

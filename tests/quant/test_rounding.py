@@ -14,7 +14,7 @@ from torch import nn
 from edgekit.errors import EdgeKitError
 from edgekit.quant import rounding
 from edgekit.quant.passes import attribute, capture
-from edgekit.quant.rounding import channel_scales, round_weights, roundable
+from edgekit.quant.rounding import channel_scales, gptq, round_weights, roundable
 
 
 class Case(NamedTuple):
@@ -52,6 +52,14 @@ def correlated(shape: tuple[int, ...], seed: int, count: int = 12) -> list[tuple
             x = x + 0.9 * x.roll(1, dim) + 0.5 * x.roll(2, dim)
         batches.append((x.relu(),))
     return batches
+
+
+def test_inputs_that_never_change_are_rounded_too() -> None:
+    """Their variance is rounding noise, of either sign."""
+    weight, noise = torch.randn(1, 4, 3), -1e-9 * torch.ones(1, 3, 3)
+    scale = channel_scales(weight[0]).reshape(1, 4, 1)
+    rounded = gptq(weight, scale, noise)
+    assert ((rounded - weight).abs() < 2 * scale).all()
 
 
 def nearest(weight: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 from kit import network, quick, samples
@@ -12,6 +14,8 @@ from servers import missing_qemu, skip
 import edgekit
 from edgekit import report
 from edgekit.bundle import Bundle
+from edgekit.errors import EdgeKitError
+from edgekit.runtimes.devices import qemu
 
 FIGURES = ("latency_ms", "load_ms", "first_ms", "peak_rss_bytes")
 
@@ -41,6 +45,24 @@ def test_profile(bundles: dict[str, Bundle]) -> None:
     assert profile.instructions is not None and older.instructions is not None
     assert again.instructions == pytest.approx(profile.instructions, rel=1e-3)
     assert older.instructions > profile.instructions  # it has no int8 dot products
+
+
+@pytest.mark.parametrize("lacks", ["gcc", "plugins"])
+def test_what_cannot_be_counted_is_told_before_work_starts(
+    lacks: str, bundles: dict[str, Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    which = shutil.which
+    if lacks == "gcc":
+        monkeypatch.setattr(shutil, "which", lambda name: None if name == "gcc" else which(name))
+    else:  # Debian's qemu-user-static is the same program under another name
+        (tmp_path / "qemu-aarch64-static").symlink_to(which("qemu-aarch64"))
+        monkeypatch.setattr(qemu, "PROGRAMS", (str(tmp_path / "qemu-aarch64-static"),))
+    for ask in (
+        lambda: edgekit.profile(bundles["int8"].artifacts[0].path, device="qemu:arm64"),
+        lambda: edgekit.compare(network(), [bundles["int8"]], data=samples(), device="qemu:arm64"),
+    ):
+        with pytest.raises(EdgeKitError, match="plugin"):
+            ask()
 
 
 def test_compare(bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch) -> None:

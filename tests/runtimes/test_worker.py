@@ -79,10 +79,10 @@ def test_peak_memory_does_not_grow_with_the_samples(files: Path) -> None:
 def test_reads_weights_beside_an_onnx_file(files: Path, tmp_path: Path) -> None:
     model = onnx.load(files / "cnn.onnx")
     path = tmp_path / "split.onnx"
-    onnx.save(model, path, save_as_external_data=True, location="split.onnx.data", size_threshold=1024)
+    onnx.save(model, path, save_as_external_data=True, location="weights.bin", size_threshold=1024)
     feeds = stacked(files, "cnn", 1)
     want = run_artifact(files / "cnn.onnx", feeds).outputs[0]
-    np.testing.assert_array_equal(run_artifact(path, feeds).outputs[0], want)
+    np.testing.assert_array_equal(run_artifact(path, feeds, weight_files=[tmp_path / "weights.bin"]).outputs[0], want)
 
 
 @pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED)
@@ -248,7 +248,7 @@ def test_program_that_is_no_python(files: Path) -> None:
 
 
 def test_damaged_on_the_way(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgekit.runtimes.run._sha256", lambda path: "0" * 64)
+    monkeypatch.setattr("edgekit.files.sha256", lambda path: "0" * 64)
     with pytest.raises(EdgeKitError, match="SHA-256 differs"):
         run_artifact(files / "cnn.onnx", stacked(files, "cnn", 1))
 
