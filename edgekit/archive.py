@@ -23,7 +23,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekit.errors import EdgeKitError
+from edgekit.errors import EdgeKitError, reason
 from edgekit.unpickle import pickle_globals, refusal
 
 if TYPE_CHECKING:
@@ -65,9 +65,8 @@ def load_exported(path: Path) -> ExportedProgram:
     except EdgeKitError:
         raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise EdgeKitError(
-            f"{path.name} cannot be read as an exported program: {reason}",
+            f"{path.name} cannot be read as an exported program: {reason(error)}",
             "export it again on the CPU with torch.export.save and the torch that `edgekit doctor` names",
         ) from error
 
@@ -203,9 +202,8 @@ def load_script(path: Path) -> torch.jit.ScriptModule:
     except EdgeKitError:
         raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise EdgeKitError(
-            f"{path.name} cannot be read as TorchScript: {reason}", "save it again, or copy it again"
+            f"{path.name} cannot be read as TorchScript: {reason(error)}", "save it again, or copy it again"
         ) from error
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from edgekit.errors import EdgeKitError
+from edgekit.errors import EdgeKitError, reason
 from edgekit.flat import SLOT, Flat, OnnxReference, leaves
 from edgekit.openers import Opened, release_modes
 from edgekit.results import TensorSpec
@@ -74,7 +74,7 @@ def copied(module: torch.nn.Module) -> torch.nn.Module:
         return copy.deepcopy(module)
     except Exception as error:
         raise EdgeKitError(
-            f"the {type(module).__name__} cannot be copied: {_line(error)}", "pass a factory instead"
+            f"the {type(module).__name__} cannot be copied: {reason(error)}", "pass a factory instead"
         ) from error
 
 
@@ -338,7 +338,7 @@ def _run(call: Any, tensors: tuple[torch.Tensor, ...], inputs: Named, what: str)
     except Exception as error:
         shapes = ", ".join(str(_spec(name, t)) for name, t in inputs)
         raise EdgeKitError(
-            f"{what} does not run on {shapes or 'no inputs'}: {_line(error)}",
+            f"{what} does not run on {shapes or 'no inputs'}: {reason(error)}",
             "give the shapes and types it was trained with: --input, or --data",
         ) from error
 
@@ -382,7 +382,7 @@ def _converted(opened: Opened, script: Flat, tensors: tuple[torch.Tensor, ...], 
             got = module(*tensors)
     except Exception as error:
         raise EdgeKitError(
-            f"{opened.name} cannot be turned from TorchScript into a graph: {_line(error)}", help_
+            f"{opened.name} cannot be turned from TorchScript into a graph: {reason(error)}", help_
         ) from error
     want = [leaf for _, leaf in leaves(raw) if isinstance(leaf, torch.Tensor)]
     same = len(got) == len(want) and all(
@@ -397,8 +397,3 @@ def _converted(opened: Opened, script: Flat, tensors: tuple[torch.Tensor, ...], 
 
 def _spec(name: str, tensor: torch.Tensor) -> TensorSpec:
     return TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-
-
-def _line(error: BaseException) -> str:
-    """The first line of a message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

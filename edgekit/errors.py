@@ -1,5 +1,7 @@
 """The one error that EdgeKit raises for everything its user can mend."""
 
+MOST_SHOWN = 200  # characters of what another library says
+
 
 class EdgeKitError(Exception):
     """What went wrong, and what to do about it, worded for the person at the keyboard.
@@ -15,3 +17,8 @@ class EdgeKitError(Exception):
 
     def __str__(self) -> str:
         return f"{self.what}\n  help: {self.help}" if self.help else self.what
+
+
+def reason(error: BaseException) -> str:
+    """Returns the first line of what an error of another library says, or its class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:MOST_SHOWN]

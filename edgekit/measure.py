@@ -117,18 +117,15 @@ def peak_rss_bytes() -> int | None:
     return None
 
 
-def pin(threads: int, cpus: Sequence[int] = ()) -> list[int]:
-    """Pin this process to `cpus`, or to the `threads` fastest cores it may use; the cores, empty where it cannot.
+def pin(threads: int) -> list[int]:
+    """Pin this process to the `threads` fastest cores it may use; the cores, empty where it cannot.
 
     Call it before a runtime is imported: thread pools read the affinity when they start. Fewer than `threads` cores
-    come back where the machine has no more. Raises ValueError for a core that this process may not use.
+    come back where the machine has no more.
     """
     if not hasattr(os, "sched_setaffinity"):
         return []
-    allowed = os.sched_getaffinity(0)
-    if not set(cpus) <= allowed:
-        raise ValueError(f"cores {sorted(set(cpus) - allowed)} are not among those of this process, {sorted(allowed)}")
-    chosen = sorted(set(cpus)) or sorted(sorted(allowed, key=_core_rank)[:threads])
+    chosen = sorted(sorted(os.sched_getaffinity(0), key=_core_rank)[:threads])
     os.sched_setaffinity(0, chosen)
     return chosen
 

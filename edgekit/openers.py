@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekit.code import UserCode, import_code, is_code
-from edgekit.errors import EdgeKitError
+from edgekit.errors import EdgeKitError, reason
 from edgekit.results import TensorSpec
 from edgekit.unpickle import LEGACY_MAGIC, globals_of, read_pickle, refusal
 from edgekit.weights import build, find_weights, fit
@@ -250,9 +250,8 @@ def _open_onnx(path: Path, _code: UserCode | None) -> Opened:
     except EdgeKitError:
         raise
     except (DecodeError, onnx.checker.ValidationError, OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise EdgeKitError(
-            f"{path.name} is not a valid ONNX model: {reason}", "copy it again, or export it again"
+            f"{path.name} is not a valid ONNX model: {reason(error)}", "copy it again, or export it again"
         ) from error
     if not proto.graph.node:
         raise EdgeKitError(f"{path.name} is not a valid ONNX model: it has no operators", _FORMS_HELP)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekit import files
-from edgekit.errors import EdgeKitError
+from edgekit.errors import EdgeKitError, reason
 
 if TYPE_CHECKING:
     import torch
@@ -53,9 +53,8 @@ def program_bytes(original: Model, pruned: Any) -> bytes:
     try:
         torch.export.save(torch.export.export(pruned.inner, args, kwargs), held)
     except Exception as error:  # whatever torch.export and the user's forward raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise EdgeKitError(
-            f"the pruned network cannot be captured as a graph: {reason}",
+            f"the pruned network cannot be captured as a graph: {reason(error)}",
             "its forward must be one that torch.export takes: no branches on the values of tensors",
         ) from error
     return held.getvalue()

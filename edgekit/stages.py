@@ -13,7 +13,7 @@ from edgekit import bundle as bundles
 from edgekit import data as sources
 from edgekit import judge
 from edgekit.beside import beside
-from edgekit.errors import EdgeKitError
+from edgekit.errors import EdgeKitError, reason
 from edgekit.progress import Progress
 from edgekit.results import Artifact, Layout, TensorSpec, axis_order
 
@@ -361,9 +361,8 @@ def run_module(
             try:
                 results.append(session.run({f"input_{i}": feed[run] for i, feed in enumerate(feeds)}))
             except (IndexError, ValueError, RuntimeError) as error:
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
                 raise EdgeKitError(
-                    f"the model fails on batch {run} of the data: {reason}", "check the values in --data"
+                    f"the model fails on batch {run} of the data: {reason(error)}", "check the values in --data"
                 ) from error
     return tuple(np.stack([result[name] for result in results]) for name in results[0])
 

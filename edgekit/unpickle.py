@@ -25,7 +25,7 @@ from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from edgekit.errors import EdgeKitError
+from edgekit.errors import MOST_SHOWN, EdgeKitError
 
 if TYPE_CHECKING:
     from edgekit.code import UserCode
@@ -213,8 +213,5 @@ def _python3(module: str, name: str) -> str:
 
 def _reason(error: BaseException) -> str:
     """What went wrong, without torch's advice on how to switch its safety off."""
-    text = str(error)
-    opening = "WeightsUnpickler error: "
-    if opening in text:
-        text = text.partition(opening)[2]
-    return (text.strip().splitlines() or [type(error).__name__])[0][:200]
+    text = str(error).rpartition("WeightsUnpickler error: ")[2]
+    return (text.strip().splitlines() or [type(error).__name__])[0][:MOST_SHOWN]

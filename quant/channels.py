@@ -20,7 +20,7 @@ import torch
 import torch_pruning
 from torch import nn
 
-from edgekit.errors import EdgeKitError
+from edgekit.errors import EdgeKitError, reason
 from edgekit.quant.branches import branches
 from edgekit.quant.surgery import (
     BATCH_NORMS,
@@ -100,9 +100,8 @@ def _traced(module: nn.Module, example: Tensors) -> Any:
             graph = torch_pruning.DependencyGraph()
             return graph.build_dependency(module, example, verbose=False, customized_pruners=recurrent)
     except Exception as error:  # whatever autograd or the user's forward raises
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise EdgeKitError(
-            f"the structure of this network cannot be traced: {reason}",
+            f"the structure of this network cannot be traced: {reason(error)}",
             "its forward must run with gradients: no torch.no_grad, no .data and no NumPy inside",
         ) from error
     finally:
@@ -259,8 +258,7 @@ def _objection(module: nn.Module, example: Tensors, groups: Sequence[Group]) -> 
         with torch.no_grad():
             expected, got = _floats(zeroed(*example)), _floats(pruned(*example))
     except Exception as error:  # the user's forward
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-        return f"the forward pass has its width built in ({reason})"
+        return f"the forward pass has its width built in ({reason(error)})"
     for a, b in zip(expected, got, strict=True):
         if a.shape != b.shape:
             return "the outputs change their shape"

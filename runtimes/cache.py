@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from edgekit.errors import EdgeKitError
@@ -49,6 +51,25 @@ def cached(name: str, make: Callable[[Path], None]) -> Path:
     finally:
         shutil.rmtree(making, ignore_errors=True)
     return done
+
+
+@contextmanager
+def wheels(pinned: Sequence[tuple[str, str, str]], python: str, what: str) -> Iterator[list[Path]]:
+    """Yields the wheels of `pinned` (requirement, platform tag, SHA-256) for CPython `python`, and then removes them.
+
+    pip checks the hashes. Raises EdgeKitError(`what`) where it cannot download them.
+    """
+    with tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
+        wanted = Path(folder, "requirements.txt")
+        wanted.write_text("".join(f"{requirement} --hash=sha256:{digest}\n" for requirement, _, digest in pinned))
+        platforms = [word for tag in dict.fromkeys(tag for _, tag, _ in pinned) for word in ("--platform", tag)]
+        step(
+            [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:",
+             "--python-version", python, "--implementation", "cp", *platforms, "--require-hashes",
+             "-r", wanted, "-d", folder],
+            what, "check the connection to the package index (pip's settings hold)",
+        )  # fmt: skip
+        yield sorted(Path(folder).glob("*.whl"))
 
 
 def step(argv: Sequence[str | Path], what: str, help: str) -> str:

@@ -24,7 +24,7 @@ _bundles: weakref.WeakKeyDictionary[Device, str] = weakref.WeakKeyDictionary()
 
 def files(here: Path, path: Path, job: Mapping[str, Any], feeds: Sequence[np.ndarray]) -> dict[str, Path]:
     """Write the job's files into the folder `here`; what to push, by name."""
-    words: list[object] = ["threads", job["threads"], "cpus", len(job["cpus"]), *job["cpus"], "runs", len(feeds[0])]
+    words: list[object] = ["threads", job["threads"], "runs", len(feeds[0])]
     words += ["inputs", len(feeds)]
     pushed = {"model.pte": path}
     for i, feed in enumerate(feeds):

@@ -138,7 +138,6 @@ def run_artifact(
                 "label": path.name,
                 "sha256": files.sha256(path),
                 "threads": threads,
-                "cpus": [],
                 "inputs": list(inputs),
                 "outputs": list(outputs),
                 "feeds": len(feeds),

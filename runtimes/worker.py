@@ -89,7 +89,7 @@ def run_job(folder: Path, job: dict[str, Any], watch: _Watch) -> dict[str, Any]:
     _make_package(folder)
     numpy = _import("numpy", "numpy", "numpy")
     measure = importlib.import_module(f"{PACKAGE}.measure")
-    cpus = measure.pin(job["threads"], job["cpus"])
+    cpus = measure.pin(job["threads"])
     start = time.perf_counter()
     runtime = _import(f"{PACKAGE}.{job['module']}", job["runtime"], job["package"])
     imported = time.perf_counter()

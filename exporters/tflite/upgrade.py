@@ -9,7 +9,7 @@ import onnx
 import onnxruntime
 from onnx import version_converter
 
-from edgekit.errors import EdgeKitError
+from edgekit.errors import EdgeKitError, reason
 
 OLDEST_OPSET = 13
 TOLERANCE = 1e-5  # of the largest value: the same kernels in another order
@@ -89,8 +89,7 @@ def upgraded(model: onnx.ModelProto) -> onnx.ModelProto:
         # With an open shape there is nothing to run, and the reader refuses the model.
         same = not has_fixed_shapes(model) or _same(model, new)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise EdgeKitError(f"{what}; upgrading it failed: {reason}", _HELP) from error
+        raise EdgeKitError(f"{what}; upgrading it failed: {reason(error)}", _HELP) from error
     if not same:
         raise EdgeKitError(f"{what}; upgrading it changed its results", _HELP)
     return new

@@ -12,7 +12,6 @@ import hashlib
 import os
 import re
 import shutil
-import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from edgekit.errors import EdgeKitError
-from edgekit.runtimes.cache import cached, step
+from edgekit.runtimes.cache import cached, step, wheels
 
 from . import facts
 from .device import Device, Exit
@@ -166,17 +165,8 @@ def _debian(into: Path) -> None:
     )  # fmt: skip
     packages = into / "root/usr/lib/python3/dist-packages"
     packages.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
-        wanted = Path(folder, "requirements.txt")
-        wanted.write_text("".join(f"{name} --hash=sha256:{digest}\n" for name, _, digest in WHEELS))
-        platforms = [word for tag in dict.fromkeys(tag for _, tag, _ in WHEELS) for word in ("--platform", tag)]
-        step(
-            [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:",
-             "--python-version", PYTHON, "--implementation", "cp", *platforms, "--require-hashes",
-             "-r", wanted, "-d", folder],
-            what, "check the connection to the package index (pip's settings hold)",
-        )  # fmt: skip
-        for wheel in sorted(Path(folder).glob("*.whl")):
+    with wheels(WHEELS, PYTHON, what) as found:
+        for wheel in found:
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(packages)
     for path in (into / "root").iterdir():

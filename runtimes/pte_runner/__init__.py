@@ -9,13 +9,12 @@ import platform
 import re
 import shutil
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 from edgekit.errors import EdgeKitError
-from edgekit.runtimes.cache import cached, step
+from edgekit.runtimes.cache import cached, step, wheels
 
 SOURCE = Path(__file__).with_name("runner.cpp")
 FLAGS = ("-O2", "-std=c++17", "-DC10_USING_CUSTOM_GENERATED_MACROS")
@@ -111,20 +110,12 @@ def _wheel(machine: str, target: Target) -> Path:
     """The folder `executorch` out of the wheel for `machine`, downloaded once, its hash checked by pip."""
 
     def fetch(into: Path) -> None:
-        with tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
-            wanted = Path(folder, "requirements.txt")
-            wanted.write_text(f"executorch=={RELEASE} --hash=sha256:{target.sha256}\n")
-            step(
-                [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:",
-                 "--python-version", WHEEL_PYTHON, "--implementation", "cp", "--platform", target.platform,
-                 "--require-hashes", "-r", wanted, "-d", folder],
-                f"cannot download executorch {RELEASE} for {machine}",
-                "check the connection to the package index (pip's settings hold)",
-            )  # fmt: skip
-            with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as archive:
-                for name in archive.namelist():
-                    if re.match(r"executorch/(include/|lib/[^/]*\.so)", name):
-                        archive.extract(name, into)
+        pinned = [(f"executorch=={RELEASE}", target.platform, target.sha256)]
+        what = f"cannot download executorch {RELEASE} for {machine}"
+        with wheels(pinned, WHEEL_PYTHON, what) as (wheel,), zipfile.ZipFile(wheel) as archive:
+            for name in archive.namelist():
+                if re.match(r"executorch/(include/|lib/[^/]*\.so)", name):
+                    archive.extract(name, into)
 
     return cached(f"executorch-{machine}-{target.sha256[:16]}", fetch) / "executorch"
 

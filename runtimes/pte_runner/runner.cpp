@@ -3,8 +3,7 @@
 // JOBDIR holds model.pte, job.txt and in_<i>.bin: the samples of input i one after another, in C order and little
 // endian. job.txt is a list of words, each key followed by its values:
 //
-//   threads N          size of the thread pool
-//   cpus K c1 … cK     cores to pin to; K = 0 picks the N fastest
+//   threads N          size of the thread pool, and how many cores to pin to: the fastest
 //   runs R             how many samples there are
 //   inputs K           followed, for each input, by: DTYPE RANK d1 … dRANK
 //   count N            how many runs to mark, by getppid before and after, for an emulator that counts instructions
@@ -98,7 +97,6 @@ struct Info {
 
 struct Job {
   int threads = 1;
-  std::vector<int> cpus;
   size_t runs = 0;
   std::vector<std::pair<std::string, std::vector<int32_t>>> inputs;
   int count = 0;
@@ -172,8 +170,6 @@ Job read_job(const std::string& path) {
   while (in >> key) {
     if (key == "threads") {
       job.threads = word<int>(in);
-    } else if (key == "cpus") {
-      for (int left = word<int>(in); left > 0; --left) job.cpus.push_back(word<int>(in));
     } else if (key == "runs") {
       job.runs = word<size_t>(in);
     } else if (key == "inputs") {
@@ -221,13 +217,11 @@ std::tuple<int, long, int> rank(int cpu) {
 std::vector<int> pin(const Job& job) {
   cpu_set_t set;
   if (sched_getaffinity(0, sizeof set, &set) != 0) return {};
-  std::vector<int> chosen = job.cpus;
-  if (chosen.empty()) {
-    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu)
-      if (CPU_ISSET(cpu, &set)) chosen.push_back(cpu);
-    std::sort(chosen.begin(), chosen.end(), [](int a, int b) { return rank(a) < rank(b); });
-    if (chosen.size() > static_cast<size_t>(job.threads)) chosen.resize(job.threads);
-  }
+  std::vector<int> chosen;
+  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu)
+    if (CPU_ISSET(cpu, &set)) chosen.push_back(cpu);
+  std::sort(chosen.begin(), chosen.end(), [](int a, int b) { return rank(a) < rank(b); });
+  if (chosen.size() > static_cast<size_t>(job.threads)) chosen.resize(job.threads);
   std::sort(chosen.begin(), chosen.end());
   CPU_ZERO(&set);
   for (int cpu : chosen) CPU_SET(cpu, &set);

@@ -88,10 +88,7 @@ def test_pin() -> None:
     try:
         chosen = measure.pin(1)
         assert len(chosen) == 1 and os.sched_getaffinity(0) == set(chosen) <= allowed
-        with pytest.raises(ValueError, match="not among those of this process"):
-            measure.pin(1, [100_000])
         os.sched_setaffinity(0, allowed)
         assert measure.pin(1000) == sorted(allowed)
-        assert measure.pin(1, sorted(allowed)[:1]) == sorted(allowed)[:1]
     finally:
         os.sched_setaffinity(0, allowed)

@@ -304,7 +304,6 @@ def test_worker_leaves_a_result_file_and_a_log(files: Path, tmp_path: Path) -> N
                 "label": "cnn.onnx",
                 "sha256": hashlib.sha256((job / "model.onnx").read_bytes()).hexdigest(),
                 "threads": 1,
-                "cpus": [],
                 "inputs": [],
                 "outputs": [],
                 "feeds": 1,
