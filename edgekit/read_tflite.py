@@ -89,7 +89,8 @@ class Graph:
             return self._qparams(index)
         name = str(index)
         for node in self.nodes:
-            if (node.op == "QUANTIZE" and node.reads == (name,)) or (node.op == "DEQUANTIZE" and name in node.writes):
+            reads, writes = node.reads == (name,), name in node.writes
+            if (node.op == "QUANTIZE" and reads) or (node.op == "DEQUANTIZE" and writes and node.reads):
                 return self._qparams(int((node.writes if node.op == "QUANTIZE" else node.reads)[0]))
         return None
 

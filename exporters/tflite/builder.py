@@ -294,14 +294,21 @@ class Builder:
         size = abs(float(real.reshape(())))
         return QParams.of(size / 127 if size else 1.0, 0)
 
-    def common_q(self, node: Node, names: list[str]) -> QParams | None:
-        """Parameters for an op that only moves values: what the output asks for, else what all the inputs have."""
+    def common_q(self, node: Node, names: list[str], *numbers: float) -> QParams | None:
+        """Parameters for an op that only moves values: what the output asks for, else what all the inputs have.
+
+        The latter must hold the constants among the inputs too, and `numbers`, which the op writes itself: rounded or
+        cut to the range of the others they would be other values.
+        """
         target = self.target(node)
         if target is not None:
             return target
         held = {self.value(name).tensor.q for name in names if name not in self.graph.constants}
         q = held.pop() if len(held) == 1 else None
-        return q if q is not None and q.per_tensor else None
+        if q is None or not q.per_tensor:
+            return None
+        constants = [array for name in names if (array := self.array(name)) is not None]
+        return q if all(q.holds(array) for array in (*constants, np.array(numbers))) else None
 
     def layout_of(self, names: list[str], rank: int) -> Perm:
         """The physical order for an op that takes any: that of its largest input of full rank, or what layers want."""

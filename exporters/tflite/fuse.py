@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from edgekit.exporters.tflite.builder import FLOAT
-from edgekit.exporters.tflite.ir import Graph, Info, Node
+from edgekit.exporters.tflite.ir import Graph, Info, Node, unused
 from edgekit.exporters.tflite.moves import merge_moves
 
 ACTIVATED = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Sub", "Mul", "Div", "AveragePool", "MaxPool",
@@ -112,17 +112,22 @@ def _fold_batch_normalization(graph: Graph) -> None:
         shape = [1] * weights.ndim
         shape[0 if conv.op == "Conv" else 1] = -1
         folded = (weights * factor.reshape(shape)).astype(graph.constants[conv.inputs[1]].dtype)
-        _constant(graph, f"{node.name}_weights", folded)
-        _constant(graph, f"{node.name}_bias", ((bias - mean) * factor + beta).astype(np.float32))
-        conv.inputs = [conv.inputs[0], f"{node.name}_weights", f"{node.name}_bias"]
+        conv.inputs = [
+            conv.inputs[0],
+            _constant(graph, f"{node.name}_weights", folded),
+            _constant(graph, f"{node.name}_bias", ((bias - mean) * factor + beta).astype(np.float32)),
+        ]
         conv.outputs[0] = node.outputs[0]
         dead.append(node)
     _drop(graph, dead)
 
 
-def _constant(graph: Graph, name: str, stored: np.ndarray) -> None:
+def _constant(graph: Graph, name: str, stored: np.ndarray) -> str:
+    """Adds a constant, and returns its name: `name`, or one like it where a value of the model is called so."""
+    name = unused(name, graph.info)
     graph.constants[name] = stored
-    graph.info[name] = Info(stored.shape, FLOAT)
+    graph.info[name] = Info(stored.shape, FLOAT if stored.dtype == np.float16 else stored.dtype)
+    return name
 
 
 def _fuse_bias(graph: Graph) -> None:
@@ -181,6 +186,8 @@ def _fuse_gelu(graph: Graph) -> None:
         while not (seen and _is(product, 0.5)):
             step = _only_reader(graph, readers, last.outputs[0])
             if step is None or step.op not in ("Mul", "Div") or len(chain) > 4:
+                break
+            if step.op == "Div" and step.inputs[0] != last.outputs[0]:  # divided by it
                 break
             others, number = _factors(graph, step)
             others.remove(last.outputs[0])
@@ -268,11 +275,9 @@ def _merge_slices(graph: Graph) -> None:
         same = graph.held.get(node.outputs[0]) == graph.held.get(reader.outputs[0])
         if first is None or second is None or not same or set(first[2]) & set(second[2]):
             continue
-        names = [f"{reader.name}_{part}" for part in ("starts", "ends", "axes", "steps")]
-        for name, before, after in zip(names, first, second, strict=True):
-            graph.constants[name] = np.array([*before, *after], np.int64)
-            graph.info[name] = Info(graph.constants[name].shape, np.dtype(np.int64))
-        reader.inputs = [node.inputs[0], *names]
+        merged = [np.array([*before, *after], np.int64) for before, after in zip(first, second, strict=True)]
+        parts = zip(("starts", "ends", "axes", "steps"), merged, strict=True)
+        reader.inputs = [node.inputs[0], *(_constant(graph, f"{reader.name}_{part}", array) for part, array in parts)]
         dead.append(node)
     _drop(graph, dead)
 

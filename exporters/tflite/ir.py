@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
+from itertools import chain, count
 from typing import Any
 
 import numpy as np
 
+EXACT = 1e-6  # relative
 Perm = tuple[int, ...]
 Shape = tuple[int, ...]
 
@@ -61,6 +63,10 @@ class QParams:
         """ONNX DequantizeLinear: float32."""
         scale, zero = self.along(stored.ndim)
         return ((stored.astype(np.int64) - zero).astype(np.float32) * scale).astype(np.float32)
+
+    def holds(self, array: np.ndarray) -> bool:
+        """Whether int8 with these per-tensor parameters is these real numbers, but for rounding in float32."""
+        return np.allclose(self.dequantize(self.quantize(array)), array, rtol=EXACT, atol=0)
 
     def bounds(self) -> tuple[float, float]:
         """Smallest and largest real number that an int8 tensor with these per-tensor parameters holds."""
@@ -206,3 +212,8 @@ def identity(rank: int) -> Perm:
 def channels_last(rank: int) -> Perm:
     """The permutation that moves axis 1 to the end: NCHW stored as NHWC."""
     return (0, *range(2, rank), 1)
+
+
+def unused(name: str, taken: Container[str]) -> str:
+    """Returns `name`, or one like it that is not `taken`."""
+    return next(each for each in chain([name], (f"{name}_{i}" for i in count(1))) if each not in taken)

@@ -69,7 +69,7 @@ TYPES: dict[str, str] = {
     "TRANSPOSE": f"{I32} {I64} {SMALL} {BOOL}",
 }
 # How many axes the kernels take, XNNPACK's included: it fails to prepare a graph with more.
-MAX_RANK = {"": 6, "PAD": 5, "PADV2": 5, "MIRROR_PAD": 5}
+MAX_RANK = {"": 6, "PAD": 5, "PADV2": 5, "MIRROR_PAD": 5, "BATCH_MATMUL": 5}
 # The inputs that are data, where the first one is not, or not alone.
 DATA = {"SELECT_V2": 1, "TRANSPOSE_CONV": 2, "CONV_3D_TRANSPOSE": 2, "SPLIT": 1, "SCATTER_ND": 1, "ONE_HOT": 2}
 # The next larger type that kernels of arithmetic take: results wrap around as the narrow type's do once cast back.

@@ -14,8 +14,8 @@ from onnx.reference import ReferenceEvaluator
 
 from edgekit.errors import EdgeKitError
 from edgekit.exporters.tflite import initializers
-from edgekit.exporters.tflite.ir import Graph, Info, Node, QParams
-from edgekit.exporters.tflite.registry import LOWERINGS
+from edgekit.exporters.tflite.ir import Graph, Info, Node, QParams, unused
+from edgekit.exporters.tflite.registry import LOWERINGS, no_lowering
 from edgekit.exporters.tflite.upgrade import is_open, upgraded
 from edgekit.exporters.tflite.write import check_size
 
@@ -60,6 +60,7 @@ class _Reader:
         self.types: dict[str, onnx.TypeProto] = {}
         self.renamed: dict[str, str] = {}
         self.dynamic: set[str] = set()
+        self.names: set[str] = set()
         self.graph = Graph([], {}, {}, [], [value.name for value in model.graph.output])
 
     def read(self) -> Graph:
@@ -83,10 +84,16 @@ class _Reader:
         for number, proto in enumerate(nodes):
             node = onnx.NodeProto()
             node.CopyFrom(proto)
-            node.name = node.name or f"{node.op_type}_{number}"
+            node.name = self.unique(node.name or f"{node.op_type}_{number}")
             for index, name in enumerate(node.input):
                 node.input[index] = self.renamed.get(name, name)
             self.visit(node)
+
+    def unique(self, name: str) -> str:
+        """A node's name that no other has: ONNX asks for none, and passes name what they make by it."""
+        found = unused(name, self.names)
+        self.names.add(found)
+        return found
 
     def visit(self, proto: onnx.NodeProto) -> None:
         if proto.op_type == "If" and self.constant_if(proto):
@@ -164,7 +171,7 @@ class _Reader:
         stored, held = graph.constants[source], graph.held.get(source)
         attrs = attributes(proto)
         if proto.op_type == "DequantizeLinear" and not attrs.get("block_size"):
-            params = linear_params(graph, [source, *proto.input[1:]], attrs, stored.shape)
+            params = linear_params(graph, [source, *proto.input[1:]], attrs, stored.shape, stored.dtype)
             if stored.dtype == np.uint8:
                 stored = (stored.astype(np.int16) - 128).astype(np.int8)
             if stored.dtype not in (np.int8, np.int32):
@@ -232,11 +239,16 @@ class _Reader:
         if condition is None:
             return False
         branch = attributes(proto)["then_branch" if bool(condition) else "else_branch"]
+        # Another branch may use the same names for its own values.
+        made = _made_in(branch)
+        names = {"": ""} | {name: name for name in _read_in(branch) if name not in made}
         for tensor in branch.initializer:
-            self.constant(tensor.name, initializers.array(tensor))
-        self.block(branch.node)
+            own = names.setdefault(tensor.name, f"{proto.name}/{tensor.name}")
+            self.constant(own, initializers.array(tensor))
+        self.block([_renamed(node, names, f"{proto.name}/", {}) for node in branch.node])
         for inner, outer in zip(branch.output, proto.output, strict=True):
-            name = self.renamed.get(inner.name, inner.name)
+            own = names.get(inner.name, inner.name)
+            name = self.renamed.get(own, own)
             if outer in self.graph.outputs:
                 self.visit(onnx.helper.make_node("Identity", [name], [outer], name=f"{proto.name}/{outer}"))
             else:
@@ -302,9 +314,7 @@ class _Reader:
         self.graph.nodes.append(node)
         if proto.domain not in ("", "ai.onnx"):
             node.op = f"{proto.domain}.{proto.op_type}"
-            for name in node.outputs:
-                self.graph.info.setdefault(name, Info((), np.dtype(np.float32)))
-            return
+            raise no_lowering(node)
         try:
             types = self.inferred(proto)
         except Exception as error:
@@ -357,17 +367,20 @@ def attributes(proto: onnx.NodeProto) -> dict[str, Any]:
     return result
 
 
-def linear_params(graph: Graph, inputs: list[str], attrs: dict[str, Any], shape: tuple[int, ...]) -> QParams | None:
-    """Parameters of a QuantizeLinear or DequantizeLinear as int8 (uint8 shifted by 128), or None if not constant."""
+def linear_params(
+    graph: Graph, inputs: list[str], attrs: dict[str, Any], shape: tuple[int, ...], stored: np.dtype
+) -> QParams | None:
+    """Parameters of a QuantizeLinear or DequantizeLinear as int8 (uint8 shifted by 128), or None if not constant.
+
+    `stored` is the dtype of the integers.
+    """
     scale = graph.array(inputs[1])
     if scale is None:
         return None
     zero = graph.array(inputs[2]) if len(inputs) > 2 and inputs[2] else np.zeros((), np.uint8)
     if zero is None:
         return None
-    stored = graph.info[inputs[0]].dtype
-    unsigned = zero.dtype == np.uint8 if len(inputs) > 2 and inputs[2] else stored in (np.uint8, np.float32)
-    shift = 128 if unsigned else 0
+    shift = 128 if stored == np.uint8 else 0
     if not (np.isfinite(scale).all() and (scale > 0).all()):
         raise EdgeKitError(f"the scale '{inputs[1]}' of the ONNX model is not a positive number", "quantize it anew")
     axis = None if scale.size == 1 else attrs.get("axis", 1)
@@ -376,6 +389,24 @@ def linear_params(graph: Graph, inputs: list[str], attrs: dict[str, Any], shape:
         raise EdgeKitError(f"the scale '{inputs[1]}' of the ONNX model does not fit its tensor", "quantize it anew")
     axis = axis if axis is None else axis % len(shape)
     return QParams.of(scale, zero.astype(np.int64) - shift, axis)
+
+
+def _made_in(graph: onnx.GraphProto) -> set[str]:
+    """The values that a branch makes, those of branches inside it too."""
+    values = (*graph.initializer, *graph.input)
+    made = {value.name for value in values} | {name for node in graph.node for name in node.output}
+    return made.union(*(_made_in(inner) for inner in _branches(graph)))
+
+
+def _read_in(graph: onnx.GraphProto) -> set[str]:
+    """The values that the nodes of a branch read, and those that are its outputs."""
+    read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    return read.union(*(_read_in(inner) for inner in _branches(graph)))
+
+
+def _branches(graph: onnx.GraphProto) -> list[onnx.GraphProto]:
+    attributes = [attribute for node in graph.node for attribute in node.attribute]
+    return [attribute.g for attribute in attributes if attribute.type == onnx.AttributeProto.GRAPH]
 
 
 def _has_graphs(proto: onnx.NodeProto) -> bool:

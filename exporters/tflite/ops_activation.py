@@ -106,6 +106,10 @@ def _clamp_integers(b: Builder, node: Node, low: int | None, high: int | None) -
 def clamp(b: Builder, node: Node, low: float, high: float) -> None:
     """Limit a float value, or one held as int8 within its own parameters, where quantized bounds do the same."""
     q = b.common_q(node, node.inputs[:1])
+    if q is not None and b.target(node) is None:
+        least, most = q.bounds()
+        q = b.common_q(node, node.inputs[:1], *(bound for bound in (low, high) if least < bound < most))
+        q = q if low < most and high > least else None
     value = b.settle(b.value(node.inputs[0]))
     x = b.held_as(value.tensor, q)
     if q is not None:

@@ -268,7 +268,7 @@ def hardmax(b: Builder, node: Node, *, axis: int = -1) -> None:
 def trilu(b: Builder, node: Node, *, upper: int = 1) -> None:
     """Keep one triangle of the last two axes."""
     offset = int(_constant(b, node, 1, "offset").reshape(())) if len(node.inputs) > 1 and node.inputs[1] else 0
-    q = b.common_q(node, node.inputs[:1])
+    q = b.common_q(node, node.inputs[:1], 0.0)
     x = b.take(node.inputs[0], None, q)
     ones = np.ones(x.shape[-2:], np.bool_)
     mask = np.triu(ones, offset) if upper else np.tril(ones, offset)

@@ -11,6 +11,8 @@ from edgekit.exporters.tflite.ir import Node, QParams, Tensor, channels_last
 from edgekit.exporters.tflite.kernels import WIDER, rescales, takes
 from edgekit.exporters.tflite.registry import lowers, unsupported
 
+LARGEST_BIAS = 1 << 24  # leaves room in int32 for the products
+
 # ONNX op → TFLite op with a fused activation; those of RESCALE have an int8 kernel for any parameters.
 ARITHMETIC = {"Add": "ADD", "Sub": "SUB", "Mul": "MUL", "Div": "DIV"}
 RESCALE = {"ADD", "SUB", "MUL"}
@@ -233,10 +235,14 @@ def batch_normalization(
 
 
 def _scale_channels(b: Builder, node: Node, factor: np.ndarray, offset: np.ndarray, held: QParams) -> None:
-    """Int8 x · factor + offset per channel: a 1×1 depthwise convolution with weights of ±127."""
+    """Int8 x · factor + offset per channel: a 1×1 depthwise convolution with weights of ±127.
+
+    They are smaller where the offset is so much larger than the factor that int32 would not hold it at their scale.
+    """
     x = b.take(node.inputs[0], channels_last(4), held)
-    scale = np.where(factor == 0, 1, np.abs(factor) / 127).astype(np.float32)
-    weights = b.const((np.sign(factor) * 127).astype(np.int8).reshape(1, 1, 1, -1), QParams.of(scale, 0, 3))
+    least = np.maximum(np.abs(offset) / (held.scale[0] * LARGEST_BIAS), np.finfo(np.float32).tiny)
+    scale = np.maximum(np.abs(factor) / 127, least).astype(np.float32)
+    weights = b.const(np.rint(factor / scale).astype(np.int8).reshape(1, 1, 1, -1), QParams.of(scale, 0, 3))
     steps = np.float32(held.scale[0]) * scale
     bias = b.const(np.rint(offset / steps).astype(np.int32), QParams.of(steps, 0, 0))
     result = b.op(

@@ -18,10 +18,10 @@ NHWC = channels_last(4)
 SPLITS = 4  # XNNPACK's SPLIT makes no more parts
 
 
-def moved(b: Builder, node: Node) -> Value:
-    """The first input, settled, and held with what the output asks for or as it is."""
+def moved(b: Builder, node: Node, *numbers: float) -> Value:
+    """The first input, settled, and held with what the output asks for or as it is; `numbers` go beside its own."""
     value = b.settle(b.value(node.inputs[0]))
-    return Value(b.held_as(value.tensor, b.common_q(node, node.inputs[:1])), value.perm)
+    return Value(b.held_as(value.tensor, b.common_q(node, node.inputs[:1], *numbers)), value.perm)
 
 
 @lowers("Identity", "StoredOutput")
@@ -192,7 +192,7 @@ def pad(b: Builder, node: Node, *, mode: str = "constant") -> None:
     constant = b.array(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] else np.zeros(())
     if constant is None:
         raise unsupported(node, "its value is not constant")
-    value = moved(b, node)
+    value = moved(b, node, constant.reshape(()).item())
     x, rank = value.tensor, len(value.perm)
     axes = b.array(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3] else np.arange(rank)
     if axes is None:

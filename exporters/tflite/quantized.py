@@ -78,6 +78,7 @@ def _pair_up(graph: Graph) -> None:
     stored: dict[str, tuple[str, QParams]] = {}  # name of an int8 tensor → its float value and parameters
     renamed: dict[str, str] = {}
     nodes: list[Node] = []
+    readers = graph.readers()
     for node in graph.nodes:
         node.inputs = [renamed.get(name, name) for name in node.inputs]
         if node.op == "QuantizeLinear":
@@ -100,6 +101,10 @@ def _pair_up(graph: Graph) -> None:
             if source in graph.inputs and source not in stored:
                 if graph.info[source].dtype != np.int8:
                     raise unsupported(node, f"the input '{source}' is {graph.info[source].dtype}; int8 is handled")
+                if not params.per_tensor:
+                    raise unsupported(node, f"the input '{source}' has a scale per channel, and TFLite takes one")
+                if any(reader.op != "DequantizeLinear" for reader in readers[source]):
+                    raise unsupported(node, f"the input '{source}' is also read as integers, and not dequantized")
                 graph.held[source] = params
                 stored[source] = source, params
             if source not in stored or stored[source][1] != params:
@@ -113,6 +118,10 @@ def _pair_up(graph: Graph) -> None:
             if node.op in MOVES_CODES and node.inputs[0] in stored:
                 _move_real(graph, node, stored)
     graph.nodes = nodes
+    made = {name for node in nodes for name in node.outputs} | set(graph.inputs)
+    for node in nodes:
+        if any(name in stored and name not in made for name in node.inputs):
+            raise unsupported(node, "it computes on the integers of a quantized tensor")
 
 
 def _move_real(graph: Graph, node: Node, stored: dict[str, tuple[str, QParams]]) -> None:
@@ -141,7 +150,7 @@ def _params(graph: Graph, node: Node) -> QParams:
     stored = graph.info[node.outputs[0] if node.op == "QuantizeLinear" else node.inputs[0]].dtype
     if stored not in (np.int8, np.uint8):
         raise unsupported(node, f"it quantizes to {stored}; int8 and uint8 are handled")
-    params = linear_params(graph, node.inputs, node.attrs, graph.info[node.inputs[0]].shape)
+    params = linear_params(graph, node.inputs, node.attrs, graph.info[node.inputs[0]].shape, stored)
     if params is None:
         raise unsupported(node, "its scale or zero point is not constant")
     return params
@@ -197,7 +206,7 @@ def _wanted(graph: Graph, name: str, readers: list[Node]) -> QParams | None:
         if reader.op == "Quantize":
             wanted.add(reader.qparams)
         elif reader.op in COMMUTES and _is_data(reader, name):
-            wanted.add(graph.held.get(reader.outputs[0]))
+            wanted.update(graph.held.get(output) for output in reader.outputs if output)
         else:
             wanted.add(None)
     return wanted.pop() if len(wanted) == 1 else None

@@ -39,10 +39,7 @@ def lower(builder: Builder, node: Node) -> None:
     """Lower one node; an op without a lowering and an attribute that a lowering does not name are errors."""
     lowering = LOWERINGS.get(node.op)
     if lowering is None:
-        raise EdgeKitError(
-            f"TFLite export has no lowering for ONNX op {node}",
-            "export with --format onnx or executorch, or add a lowering in exporters/tflite/ops_*.py",
-        )
+        raise no_lowering(node)
     attributes: dict[str, Any] = {}
     parameters = inspect.signature(lowering).parameters
     for name, value in node.attrs.items():
@@ -74,6 +71,14 @@ def _check_values(builder: Builder, node: Node) -> None:
         empty = 0 in info.shape and name not in builder.graph.constants
         if empty and node.op not in EMPTY_PARTS and not all(0 in builder.shape(out) for out in node.outputs if out):
             raise unsupported(node, f"'{name}' is empty, with shape {list(info.shape)}")
+
+
+def no_lowering(node: Node) -> EdgeKitError:
+    """The error for an op that nothing here lowers."""
+    return EdgeKitError(
+        f"TFLite export has no lowering for ONNX op {node}",
+        "export with --format onnx or executorch, or add a lowering in exporters/tflite/ops_*.py",
+    )
 
 
 def unsupported(node: Node, what: str) -> EdgeKitError:

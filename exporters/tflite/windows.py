@@ -92,7 +92,7 @@ def pad(b: Builder, tensor: Tensor, amounts: np.ndarray, value: float | None = N
     shape = tuple(size + int(sum(amount)) for size, amount in zip(tensor.shape, amounts, strict=True))
     if not value:
         return b.op("PAD", [tensor, amounts.astype(np.int32)], shape, q=tensor.q)
-    constant = np.array([value], np.float32)
+    constant = np.array([value])
     stored = b.const(tensor.q.quantize(constant), tensor.q) if tensor.q else b.const(constant.astype(tensor.dtype))
     return b.op("PADV2", [tensor, amounts.astype(np.int32), stored], shape, q=tensor.q)
 
