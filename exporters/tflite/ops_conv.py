@@ -158,9 +158,9 @@ def conv_transpose(
     stored = w.tensor.data
     if stored is None and (group > 1 or max(dilations) > 1):
         raise unsupported(node, "groups or dilation with weights that are not constant")
-    asymmetric = w.tensor.q is not None and not w.tensor.q.symmetric
-    if stored is not None and asymmetric and (group > 1 or max(dilations) > 1):
-        stored = w.tensor.q.dequantize(stored)  # what is written between the elements is 0, and not the code 0
+    q = w.tensor.q
+    if stored is not None and q is not None and not q.symmetric and (group > 1 or max(dilations) > 1):
+        stored = q.dequantize(stored)  # what is written between the elements is 0, and not the code 0
         w = Value(b.const(stored, None, w.tensor.name), w.perm)
     if stored is not None and max(dilations) > 1:
         w = constant(b, w, _spread(stored, dilations, 2))
