@@ -94,6 +94,14 @@ def this_machine() -> str:
     return f"{platform.machine()} {name}".strip()
 
 
+def recipe_of(artifact: Artifact) -> Mapping[str, Any]:
+    """Returns the recipe that the bundle around a file tells of, empty where there is none."""
+    if not (artifact.path.parent / MANIFEST).is_file():
+        return {}
+    recipe = read(artifact.path.parent).manifest.get("recipe")
+    return recipe if isinstance(recipe, dict) else {}
+
+
 def describe(
     folder: Path,
     *,

@@ -186,12 +186,13 @@ def _checked(
     batch = stages.batch_of(model.inputs)
     reference = stages.flat(stages.run_module(model.module, feeds), batch)
     graph = stages.flat(stages.run_module(program.module(check_guards=False), feeds), batch)
+    limits = judge.parities(reference, graph)
     found = {}
     for format, artifact in artifacts.items():
         outputs = stages.try_out(artifact, feeds, exported[format]).outputs
         each = judge.parities(reference, stages.flat(outputs, batch))
         found[format] = judge.worst(each)
-        why = judge.faithful(artifact.precision, each, judge.parities(reference, graph))
+        why = judge.faithful(artifact.precision, each, limits)
         if why is not None:
             raise EdgeKitError(
                 f"{artifact.path.name} is not faithful to the network: it {why}",

@@ -81,10 +81,7 @@ class Trained:
 
 def is_trained(artifact: Artifact) -> bool:
     """Whether the bundle around a file tells that it was trained for int8."""
-    if not (artifact.path.parent / bundles.MANIFEST).is_file():
-        return False
-    recipe = bundles.read(artifact.path.parent).manifest.get("recipe")
-    return isinstance(recipe, dict) and "qat" in recipe
+    return "qat" in bundles.recipe_of(artifact)
 
 
 def check(plan: Qat, precision: str, tuned: bool, onnx: bool, has_data: bool) -> None:

@@ -66,7 +66,7 @@ def load(
         return load_model(model, code=code, inputs=inputs), None
     specs = [parse_spec(text) for text in inputs] or like
     shape = specs[0].shape if specs else ()
-    size = _image_size(shape, channels_last=not inputs)
+    size = image_size(shape, channels_last=not inputs)
     source = sources.load(data, image_size=size, mean=mean, std=std)
     example = source.example()
     if like and shape and not inputs:
@@ -76,7 +76,7 @@ def load(
     return replace(loaded, example=_tensors(first)), source
 
 
-def _image_size(shape: Sequence[int], channels_last: bool) -> tuple[int, int, int] | None:
+def image_size(shape: Sequence[int], channels_last: bool = False) -> tuple[int, int, int] | None:
     """Returns the (channels, height, width) of images of `shape`, None where they are open or it has none.
 
     With `channels_last` shapes of that layout are read too: `fitted` then tells what is wrong with such a file.
@@ -537,12 +537,11 @@ def bare(path: Path) -> Artifact:
 
 def closed(artifact: Artifact) -> tuple[Artifact, tuple[str, ...]]:
     """Returns `artifact` with an open batch as one sample, and a note that says so."""
-    shapes = [spec.shape for spec in artifact.inputs]
-    if not any(shape[:1] == (-1,) for shape in shapes):
-        return artifact, ()
     inputs = tuple(
         replace(spec, shape=(1, *spec.shape[1:])) if spec.shape[:1] == (-1,) else spec for spec in artifact.inputs
     )
+    if inputs == artifact.inputs:
+        return artifact, ()
     return replace(artifact, inputs=inputs), (f"{artifact.path.name} takes any batch: it was measured with one sample",)
 
 

@@ -8,6 +8,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from edgekit import data as sources
+from edgekit import stages
 from edgekit.errors import EdgeKitError
 from edgekit.results import TensorSpec
 
@@ -80,8 +81,7 @@ def lessons(
     Where it does not say how its uint8 images are normalized, they are as those of `source` are. Its notes say so, or
     that they are not.
     """
-    shape = original.inputs[0].shape
-    size = (shape[1], shape[2], shape[3]) if len(shape) == 4 else None
+    size = stages.image_size(original.inputs[0].shape)
     found = sources.load(train, image_size=size, mean=mean, std=std)
     own, given = found.preprocessing, source.preprocessing if source is not None else None
     if own is None or own == given or own.mean:

@@ -229,7 +229,9 @@ def most_sensitive(artifact: Artifact) -> tuple[str, ...]:
     """Returns the MOST_NAMED most sensitive layers that are int8 in a file, as the bundle around it tells, or none."""
     in_float = layers_in_float(artifact)
     try:
-        entries = [entry for entry in _recipe(artifact).get("sensitivity", ()) if entry["node"] not in in_float]
+        entries = [
+            entry for entry in bundles.recipe_of(artifact).get("sensitivity", ()) if entry["node"] not in in_float
+        ]
         return tuple(f"{_label(entry)} at {entry['sqnr_db']:.1f} dB" for entry in entries[:MOST_NAMED])
     except (KeyError, TypeError, ValueError):  # written by another version
         return ()
@@ -238,16 +240,9 @@ def most_sensitive(artifact: Artifact) -> tuple[str, ...]:
 def layers_in_float(artifact: Artifact) -> frozenset[str]:
     """Returns the nodes that `max_drop` kept in float in a file, as the bundle around it tells, or none."""
     try:
-        return frozenset(entry["node"] for entry in _recipe(artifact).get("float_layers", ()))
+        return frozenset(entry["node"] for entry in bundles.recipe_of(artifact).get("float_layers", ()))
     except (KeyError, TypeError):  # written by another version
         return frozenset()
-
-
-def _recipe(artifact: Artifact) -> Mapping[str, Any]:
-    if not (artifact.path.parent / bundles.MANIFEST).is_file():
-        return {}
-    recipe = bundles.read(artifact.path.parent).manifest.get("recipe")
-    return recipe if isinstance(recipe, dict) else {}
 
 
 def _label(entry: Mapping[str, Any]) -> str:
