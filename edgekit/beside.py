@@ -17,6 +17,10 @@ from typing import TypeVar
 T = TypeVar("T")
 Item = TypeVar("Item")
 
+ENDING = (signal.SIGINT, signal.SIGTERM)
+GRACE_S = 3.0
+_is_copy = False
+
 
 def deal(
     items: Iterable[Item],
@@ -92,7 +96,8 @@ def beside(work: Callable[[], T], useful: bool = True) -> Iterator[Callable[[], 
 
     Where there is one core, where processes cannot be forked safely (macOS, Windows), and where it is not `useful`,
     `work` runs here, when its result is asked for; so it does where the copy ends without one, as when memory ran out.
-    What `work` raises is raised where its result is asked for. The copy does not outlive the block.
+    What `work` raises is raised where its result is asked for. The copy does not outlive the block: where it is not
+    asked for its result, or the user interrupts both, it is given GRACE_S to clean up after itself.
     """
     if not useful or not can_fork():
         yield work
@@ -102,11 +107,16 @@ def beside(work: Callable[[], T], useful: bool = True) -> Iterator[Callable[[], 
     process = fork.Process(target=_run, args=(work, theirs), daemon=True)
     process.start()
     theirs.close()
+    over = False
 
     def result() -> T:
+        nonlocal over
         try:
             sent = ours.recv_bytes()
         except (EOFError, OSError):  # it ended before, or amid, its message
+            sent = None
+        over = True
+        if sent is None:
             return work()
         done, found, trace = pickle.loads(sent)
         if done:
@@ -118,9 +128,14 @@ def beside(work: Callable[[], T], useful: bool = True) -> Iterator[Callable[[], 
     try:
         yield result
     finally:
-        process.kill()
-        process.join()
-        ours.close()
+        try:
+            if not over:
+                process.terminate()
+                process.join(GRACE_S)
+        finally:  # also where the user interrupts once more
+            process.kill()
+            process.join()
+            ours.close()
 
 
 def can_fork() -> bool:
@@ -129,10 +144,24 @@ def can_fork() -> bool:
     return sys.platform.startswith("linux") and not alone and len(os.sched_getaffinity(0)) > 1
 
 
+def is_copy() -> bool:
+    """Whether this process is a copy that works beside another, in one thread."""
+    return _is_copy
+
+
+def _unwind(number: int, frame: object) -> None:
+    """Ends a copy by what its `with` blocks notice, once."""
+    for ending in ENDING:
+        signal.signal(ending, signal.SIG_IGN)
+    raise SystemExit(128 + number)
+
+
 def _run(work: Callable[[], object], channel: Connection) -> None:
     """Sends (True, result, "") or (False, error, traceback), and ends without the clean-up of the process it copies."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
+    global _is_copy
+    _is_copy = True
+    for number in ENDING:
+        signal.signal(number, _unwind)
     import torch
 
     torch.set_num_threads(1)  # the threads of the original are not in its copy

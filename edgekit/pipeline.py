@@ -138,8 +138,17 @@ def export(
         compressed = made.compressed if made else stages.compress(original, source, recipe.name, progress)
         program = compressed.program if compressed is not None else None
         feeds, samples = stages.golden_feeds(original, source)
+
+        def artifact_of(format: str) -> Artifact:
+            path = building / bundles.file_name(format)
+            return Artifact(path, format, recipe.name, original.inputs, original.outputs, layouts[format])
+
+        def try_out(format: str, exported: stages.Exported) -> Any:
+            files.write(artifact_of(format).path, exported.data)
+            return stages.try_out(artifact_of(format), feeds, exported)
+
         exports = stack.enter_context(
-            stages.emitting(original, program, chosen, recipe.half_weights, progress, layouts, source)
+            stages.emitting(original, program, chosen, recipe.half_weights, progress, layouts, source, try_out)
         )
         with progress.step("Running the original"):
             reference = stages.run_module(original.module, feeds)
@@ -152,23 +161,19 @@ def export(
         notes += made.notes if made else ()
         notes += judge.loss(recipe.name, judge.worst(graph_parity))
         for format, exported in exports:
-            path = building / bundles.file_name(format)
-            files.write(path, exported.data)
-            with progress.step(f"Checking {path.name}"):
-                artifact = Artifact(path, format, recipe.name, original.inputs, original.outputs, layouts[format])
-                tried = stages.try_out(artifact, feeds, exported)
+            artifact, tried = artifact_of(format), exported.checked
             results[format] = tried.outputs
             each = judge.parities(stages.flat(reference, batch), stages.flat(results[format], batch))
             why = judge.faithful(recipe.name, each, graph_parity)
             if why is not None:
                 raise EdgeKitError(
-                    f"{path.name} is not faithful to the model: it {why}",
+                    f"{artifact.path.name} is not faithful to the model: it {why}",
                     f"nothing was written; leave {format} out with --format, and report this model",
                 )
             found = suspects.structure(artifact)
             facts = {"parity": {**judge.worst(each).to_dict(), "samples": samples}, **exported.facts}
             facts |= {"structure": found.to_dict()} if found else {}
-            entries.append({"format": format, "file": path.name, "layout": layouts[format].upper(), **facts})
+            entries.append({"format": format, "file": artifact.path.name, "layout": layouts[format].upper(), **facts})
             notes += exported.notes
             known = row.int8_notes.get(format) if recipe.name in judge.INT8_ARITHMETIC else None
             notes += (known,) if known else stages.settings_notes(artifact, tried)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from edgekit import bundle as bundles
 from edgekit import data as sources
 from edgekit import judge
-from edgekit.beside import beside
+from edgekit.beside import beside, is_copy
 from edgekit.errors import EdgeKitError, reason
 from edgekit.progress import Progress
 from edgekit.results import Artifact, Layout, TensorSpec, axis_order
@@ -35,11 +35,12 @@ ONNX_IS_FP32 = "fp32, because an ONNX file is not quantized: give the PyTorch mo
 
 @dataclass(frozen=True)
 class Exported:
-    """One format's bytes, and what there is to say about them."""
+    """One format's bytes, what there is to say about them, and what a check of them returned."""
 
     data: bytes
     facts: dict[str, Any]
     notes: tuple[str, ...]
+    checked: Any = None
 
 
 def load(
@@ -178,11 +179,13 @@ def emitting(
     progress: Progress,
     layouts: Mapping[str, Layout],
     source: sources.Data | None = None,
+    check: Callable[[str, Exported], Any] | None = None,
 ) -> Iterator[Iterator[tuple[str, Exported]]]:
     """Yields an iterator over each format's file, in the layout of `layouts`. TFLite is lowered from the ONNX model.
 
-    What `source` tells of images and labels goes into the formats that have a place for it. The .pte file comes last:
-    it takes longest, and is lowered on another core from the start.
+    What `source` tells of images and labels goes into the formats that have a place for it. Each file is given to
+    `check`. The .pte file comes last: it takes longest, and is lowered and checked on another core from the start, so
+    that what `check` returns has to be picklable.
     """
     if "executorch" in formats and program is None:
         raise EdgeKitError(
@@ -191,21 +194,30 @@ def emitting(
     others = [format for format in formats if format != "executorch"]
     pte = len(others) < len(formats)
 
+    def checked(format: str, exported: Exported) -> Exported:
+        return exported if check is None else replace(exported, checked=check(format, exported))
+
     def files() -> Iterator[tuple[str, Exported]]:
         if others:
             with progress.step("Exporting ONNX"):
                 proto = _onnx(original, program, half_weights)
         for format in others:
             if format == "onnx":
-                yield format, _onnx_file(proto, program is not None)
+                exported = _onnx_file(proto, program is not None)
             else:
-                yield format, _tflite(proto, original, source, layouts["tflite"], progress)
+                exported = _tflite(proto, original, source, layouts["tflite"], progress)
+            with progress.step(f"Checking {bundles.file_name(format)}") if check is not None else nullcontext():
+                exported = checked(format, exported)
+            yield format, exported
         if pte:
             with progress.step("Lowering to ExecuTorch"):
-                found = lowered()
-            yield "executorch", found
+                exported = lowered()
+            yield "executorch", exported
 
-    with beside(lambda: _executorch(original, program, half_weights), useful=pte and bool(others)) as lowered:
+    def lower() -> Exported:
+        return checked("executorch", _executorch(original, program, half_weights))
+
+    with beside(lower, useful=pte and bool(others)) as lowered:
         yield files()
 
 
@@ -398,8 +410,10 @@ def _stacked_order(stacked: np.ndarray, artifact: Artifact) -> tuple[int, ...]:
 
 def try_out(artifact: Artifact, feeds: Sequence[np.ndarray], exported: Exported) -> Any:
     """Runs a file that was exported just now; where it does not run, the error names the operators to suspect."""
+    from edgekit.runtimes.devices.forked import ForkedDevice
+
     try:
-        return run(artifact, feeds)
+        return run(artifact, feeds, device=ForkedDevice() if is_copy() else "local:")
     except EdgeKitError as error:
         suspects = ", ".join(exported.facts.get("undelegated", ()))
         raise EdgeKitError(

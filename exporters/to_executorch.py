@@ -28,7 +28,6 @@ from executorch.backends.xnnpack.utils.quant_utils import is_dequant
 from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
 from executorch.exir.dialects._ops import ops as exir_ops
 from executorch.exir.error import ExportError, InternalError
-from executorch.exir.graph_module import contains_any_call_fn_target_op
 from executorch.exir.pass_base import ExportPass, NodeMetadata, ProxyValue
 from executorch.exir.passes.legalize_portable_dim_order_pass import LegalizePortableDimOrderPass
 from executorch.exir.passes.memory_format_ops_pass import DimOrderOpsRevertPass, MemoryFormatOpsPass
@@ -40,10 +39,13 @@ from executorch.exir.passes.sym_to_tensor_pass import SymToTensorPass
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
-from torch.fx.traceback import NodeSource
 
 from edgekit.errors import EdgeKitError
 from edgekit.exporters.pte_weights import prepare_weights
+from edgekit.lean import copied, needed_decompositions, replaced, unread_notes
+from edgekit.quant.passes import CONVOLUTIONS, convolution_arguments
+
+aten = torch.ops.aten
 
 # What the exporter notes on every node; the dozens of passes that follow would copy it deeply each time.
 NOTES = ("from_node", "nn_module_stack", "stack_trace", "source_fn_stack")
@@ -51,6 +53,7 @@ NOTES = ("from_node", "nn_module_stack", "stack_trace", "source_fn_stack")
 # Of each constant in the file, in bytes: what XNNPACK asks for. The default of 128 pads every small scale and bias.
 ALIGNMENT = 16
 
+PAD_DEFAULTS = ("constant", None)  # mode, value
 BOOKKEEPING = {"executorch_call_delegate", "getitem", "alloc"}  # graph nodes that compute nothing
 
 
@@ -94,19 +97,19 @@ class PlainMoves(ExportPass):
 
     def call_operator(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], meta: NodeMetadata) -> ProxyValue:
         """Returns what stands for such a move, and any other operator as it is."""
-        aten = exir_ops.edge.aten
-        if op == aten.expand_copy.default and args[0].to_tensor().shape == meta["val"].shape:
+        edge = exir_ops.edge.aten
+        if op == edge.expand_copy.default and args[0].to_tensor().shape == meta["val"].shape:
             return args[0]
-        if op == aten.select_copy.int:
+        if op == edge.select_copy.int:
             source, dim, index = args
             shape = source.to_tensor().shape
             dim, index = dim % len(shape), index % shape[dim]
-            part = super().call_operator(aten.slice_copy.Tensor, (source, dim, index, index + 1), {}, meta)
-        elif op in (aten.unsqueeze_copy.default, aten.squeeze_copy.dim, aten.squeeze_copy.dims):
+            part = super().call_operator(edge.slice_copy.Tensor, (source, dim, index, index + 1), {}, meta)
+        elif op in (edge.unsqueeze_copy.default, edge.squeeze_copy.dim, edge.squeeze_copy.dims):
             part = args[0]
         else:
             return super().call_operator(op, args, kwargs, meta)
-        return super().call_operator(aten.view_copy.default, (part, list(meta["val"].shape)), {}, meta)
+        return super().call_operator(edge.view_copy.default, (part, list(meta["val"].shape)), {}, meta)
 
 
 OWN_CONFIGS = {ConstantPadConfig: QuantizedPadConfig, LinearConfig: WeightOnlyLinearConfig}
@@ -172,16 +175,12 @@ NEEDS: dict[type, Callable[[Node], bool]] = {
 
 @contextmanager
 def lean() -> Iterator[None]:
-    """Spares the passes that run in it most of their time, by four lines of torch's and ExecuTorch's insides.
+    """Spares the lowering that runs in it most of its time.
 
-    - Every pass copies each node's record of where it comes from, which grows with every pass: nothing changes a record
-      once it is made, so copies may be shared.
-    - Passes trace the whole network anew, one after the other, also those for ops that it does not have (NEEDS).
-    - XNNPACK's cost time around them too.
-    - A decomposition does so of ops of which it has none.
+    What `edgekit.lean` spares, and two things of ExecuTorch's: passes for ops that the network does not have (NEEDS),
+    and XNNPACK's, which cost time around them too.
     """
     whole_pass, whole_transform = PassBase.__call__, XNNPACKPassManager.transform
-    whole_run = ExportedProgram.run_decompositions
 
     def run_pass(row: PassBase, module: GraphModule) -> PassResult | None:
         return whole_pass(row, module) if _is_needed(type(row), module) else PassResult(module, False)
@@ -191,17 +190,11 @@ def lean() -> Iterator[None]:
         manager.passes = [row for row in manager.passes if _is_needed(row, module)]
         return whole_transform(manager)
 
-    def run_decompositions(program: ExportedProgram, decomp_table: Any = None, **rest: Any) -> ExportedProgram:
-        given = decomp_table is not None and _is_functional(program)
-        if given and not contains_any_call_fn_target_op(program.graph_module, decomp_table):
-            return program
-        return whole_run(program, decomp_table, **rest)
-
     with (
-        replaced(NodeSource, "__deepcopy__", lambda self, memo: self),
+        unread_notes(),
+        needed_decompositions(),
         replaced(PassBase, "__call__", run_pass),
         replaced(XNNPACKPassManager, "transform", transform),
-        replaced(ExportedProgram, "run_decompositions", run_decompositions),
     ):
         yield
 
@@ -210,27 +203,6 @@ def _is_needed(row: type, module: GraphModule) -> bool:
     """Whether a pass has something to do in `module` or in the branches of its control flow."""
     graphs = [part.graph for part in module.modules() if isinstance(part, GraphModule)]
     return row not in NEEDS or any(NEEDS[row](node) for graph in graphs for node in graph.nodes)
-
-
-def _is_functional(program: ExportedProgram) -> bool:
-    """Whether no op changes what it reads: then there is nothing left that the first decomposition would do."""
-    schemas = [getattr(node.target, "_schema", None) for node in program.graph.nodes]
-    return not any(schema.is_mutable for schema in schemas if schema is not None)
-
-
-@contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Gives an attribute another value for a while."""
-    missing = object()
-    before = vars(owner).get(name, missing)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if before is missing:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, before)
 
 
 @dataclass(frozen=True)
@@ -248,10 +220,12 @@ def to_executorch(program: ExportedProgram) -> Lowered:
 
     Raises EdgeKitError for an operator that ExecuTorch has no kernel for.
     """
+    program = copied(program)
     for node in program.graph.nodes:
         for note in NOTES:
             node.meta.pop(note, None)
     program, notes = prepare_weights(program)
+    spell_as_core(program)
     try:
         with lean():
             edge = to_edge_transform_and_lower(
@@ -268,6 +242,26 @@ def to_executorch(program: ExportedProgram) -> Lowered:
     names = [_name(n) for n in edge.exported_program().graph.nodes if n.op == "call_function"]
     outside = Counter(name for name in names if name not in BOOKKEEPING)
     return Lowered(lowered.buffer, names.count("executorch_call_delegate"), dict(outside), notes)
+
+
+def spell_as_core(program: ExportedProgram) -> None:
+    """Spells convolutions and constant pads as the core ops that a decomposition would make of them.
+
+    Most networks then need none, and it takes half as long as all else.
+    """
+    for node in program.graph.nodes:
+        if node.kwargs:
+            continue
+        if node.target in CONVOLUTIONS and node.args[0].meta["val"].ndim == CONVOLUTIONS[node.target] + 2:
+            source, weight, bias, stride, padding, dilation, groups = convolution_arguments(node)
+            no_output_padding = [0] * len(stride)
+            node.args = (source, weight, bias, stride, padding, dilation, False, no_output_padding, groups)
+            node.target = aten.convolution.default
+        elif node.target == aten.pad.default:
+            source, amounts, mode, value = (*node.args, *PAD_DEFAULTS[len(node.args) - 2 :])
+            if mode == "constant":
+                node.args = (source, amounts, 0.0 if value is None else value)
+                node.target = aten.constant_pad_nd.default
 
 
 def _name(node: torch.fx.Node) -> str:

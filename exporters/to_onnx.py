@@ -18,6 +18,7 @@ from edgekit.exporters.onnx_weights import (
     join_dynamic_quantization,
     join_recurrent_weights,
 )
+from edgekit.lean import copied, needed_decompositions, unread_notes
 
 OPSET = 18  # the dynamo exporter's own: no version conversion, and every ONNX Runtime since 1.14 reads it
 
@@ -32,9 +33,15 @@ def to_onnx(
     as float16 behind a Cast. Raises EdgeKitError for an operator that ONNX cannot express.
     """
     try:
-        exported = torch.onnx.export(
-            program, (), dynamo=True, opset_version=OPSET, verbose=False, custom_translation_table=TRANSLATIONS
-        )
+        with unread_notes(), needed_decompositions():
+            exported = torch.onnx.export(
+                copied(program),
+                (),
+                dynamo=True,
+                opset_version=OPSET,
+                verbose=False,
+                custom_translation_table=TRANSLATIONS,
+            )
     except torch.onnx.errors.OnnxExporterError as error:
         raise EdgeKitError(
             f"ONNX cannot express this model: {_reason(error)}", "leave ONNX and TFLite out with --format executorch"

@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 from torch.fx import GraphModule, Node
 
+from edgekit.lean import unread_notes
 from edgekit.quant.branches import drop_zero_branches
 
 aten = torch.ops.aten
@@ -36,9 +37,16 @@ def capture(module: torch.nn.Module, example: tuple[torch.Tensor, ...]) -> Graph
     Decomposing with an empty table makes in-place ops functional and unifies aliases (relu6 → hardtanh, flatten →
     view) without taking composite ops apart.
     """
-    program = torch.export.export(module, example, strict=False).run_decompositions({})
+    with unread_notes():
+        program = torch.export.export(module, example, strict=False).run_decompositions({})
     forget_input_mutations(program)
     return canonicalize(program.module(check_guards=False))
+
+
+def export(graph: GraphModule, example: tuple[torch.Tensor, ...]) -> ExportedProgram:
+    """Returns a captured `graph` as a program, as it is."""
+    with unread_notes():
+        return torch.export.export(graph, example, strict=False)
 
 
 def forget_input_mutations(program: ExportedProgram) -> None:

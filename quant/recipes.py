@@ -23,7 +23,7 @@ from edgekit.quant.dynamic import RECURRENT, WeightQuantizer, counted
 from edgekit.quant.equalize import equalize
 from edgekit.quant.mixed import head_notes, uneven_heads
 from edgekit.quant.observers import MSEObserver
-from edgekit.quant.passes import capture, drop_implied_clips
+from edgekit.quant.passes import capture, drop_implied_clips, export
 from edgekit.quant.quantizer import EdgeQuantizer
 from edgekit.quant.rounding import round_weights
 from edgekit.quant.smooth import smooth
@@ -62,7 +62,7 @@ def float32(
     module: torch.nn.Module, example: Batch, batches: Iterable[Batch] = (), keep_float: frozenset[str] = frozenset()
 ) -> Compressed:
     """Captures `module` unchanged but for graph canonicalization."""
-    return Compressed(torch.export.export(capture(module, example), example, strict=False))
+    return Compressed(export(capture(module, example), example))
 
 
 def int8_static(
@@ -141,7 +141,7 @@ def observe(prepared: GraphModule, batches: Iterable[Batch]) -> None:
 def convert(calibrated: Calibrated) -> Compressed:
     """Converts a calibrated network to int8; `calibrated.prepared` is used up."""
     converted = drop_implied_clips(convert_pt2e(calibrated.prepared))
-    return Compressed(torch.export.export(converted, calibrated.example, strict=False), calibrated.notes)
+    return Compressed(export(converted, calibrated.example), calibrated.notes)
 
 
 def int8_dynamic(
@@ -169,7 +169,7 @@ def int8_dynamic(
     recurrent = Counter({name: count for name, count in quantizer.quantized.items() if name in RECURRENT.values()})
     if recurrent:
         notes.append(f"int8-dynamic computes {counted(recurrent)} in float, from int8 weights")
-    return Compressed(torch.export.export(convert_pt2e(prepared), example, strict=False), tuple(notes))
+    return Compressed(export(convert_pt2e(prepared), example), tuple(notes))
 
 
 def int8_weight_only(
@@ -187,7 +187,7 @@ def int8_weight_only(
             "int8-weight-only stores the weights of layers as int8, and this model has none", "use --precision fp16"
         )
     notes = ("int8-weight-only makes files smaller, not faster: the arithmetic is that of fp32",)
-    return Compressed(torch.export.export(convert_pt2e(prepared), example, strict=False), notes)
+    return Compressed(export(convert_pt2e(prepared), example), notes)
 
 
 def half_compute(module: torch.nn.Module, example: Batch) -> ExportedProgram:
@@ -199,7 +199,7 @@ def half_compute(module: torch.nn.Module, example: Batch) -> ExportedProgram:
         if makes and isinstance(made := node.meta["val"], torch.Tensor) and made.dtype == torch.float32:
             node.kwargs = {**node.kwargs, "dtype": torch.float16}
     halved.recompile()
-    return torch.export.export(capture(HalfCompute(halved), example), example, strict=False)
+    return export(capture(HalfCompute(halved), example), example)
 
 
 def _halved(argument: Any) -> Any:

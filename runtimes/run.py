@@ -52,7 +52,7 @@ class Timing:
 
 @dataclass(frozen=True, eq=False)
 class RunResult:
-    """What one artifact did in one fresh process on one device.
+    """What one artifact did in one process of its own on one device.
 
     `outputs` are stacked (runs, *shape). `latency_ms` holds every timed run in order, empty when none were asked for.
     `load_ms`, `first_ms` and `import_ms` are the load, the first run and the import of the runtime. `peak_rss_bytes` is
@@ -97,7 +97,7 @@ def run_artifact(
     trace_runs: int = 0,
     timeout_s: float | None = None,
 ) -> RunResult:
-    """Run the file at `path` once per sample, in order, in a fresh pinned process; with `timing`, then measure it.
+    """Run the file at `path` once per sample, in order, in a pinned process of its own; with `timing`, then measure it.
 
     `feeds` holds one array (runs, *input shape) per input, in the order of `inputs`, or of the file without them. A
     file that has names has to have those in `inputs` and `outputs`; a .pte has none and takes them. `runtime` is a name

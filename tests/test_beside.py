@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgekit.beside import beside, deal, share
+from edgekit.beside import beside, deal, is_copy, share
 from edgekit.errors import EdgeKitError
 
 forks = pytest.mark.skipif(
@@ -120,6 +120,49 @@ def test_it_does_not_outlive_the_block(tmp_path: Path) -> None:
         raise KeyboardInterrupt
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+@forks
+def test_it_cleans_up_after_itself_where_nobody_waits(tmp_path: Path) -> None:
+    def work() -> None:
+        try:
+            (tmp_path / "begun").touch()
+            time.sleep(60)
+        finally:
+            (tmp_path / "begun").unlink()
+
+    with pytest.raises(KeyboardInterrupt), beside(work):
+        while not (tmp_path / "begun").is_file():
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+    assert not (tmp_path / "begun").exists()
+
+
+@forks
+def test_a_copy_that_cannot_be_interrupted_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgekit.beside.GRACE_S", 0.1)
+
+    def work() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # as a long call of a C library does
+        (tmp_path / "pid").write_text(str(os.getpid()))
+        time.sleep(60)
+
+    with pytest.raises(KeyboardInterrupt), beside(work):
+        while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text():
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+@forks
+def test_it_is_known_which_processes_are_copies() -> None:
+    """A worker of a user's own pool is none: it may have threads."""
+    assert not is_copy()
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply(is_copy) is False
+    with beside(is_copy) as result:
+        assert result() is True
 
 
 class Kept:

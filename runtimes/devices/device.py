@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import re
 import selectors
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import IO, Literal, NamedTuple, Protocol, runtime_checkable
 
 STALL_S = 20.0
 GRACE_S = (
@@ -29,6 +28,18 @@ class Exit(NamedTuple):
 
     code: int
     output: str
+
+
+class Process(Protocol):
+    """A running command, as subprocess.Popen knows it."""
+
+    pid: int
+    stdout: IO[bytes] | None
+    stderr: IO[bytes] | None
+
+    def wait(self) -> int:
+        """Wait for its end; how it ended, as in Exit."""
+        ...
 
 
 class Device(Protocol):
@@ -88,7 +99,7 @@ class Emulator(Device, Protocol):
         ...
 
 
-def listen(process: subprocess.Popen[bytes], timeout_s: float) -> tuple[bytes, bytes]:
+def listen(process: Process, timeout_s: float) -> tuple[bytes, bytes]:
     """Read what a process prints until it ends: its standard output, without the times it allows itself, and errors.
 
     Raises TimeoutError after `timeout_s`, and Stalled as `Device.exec` does; the process then still runs.

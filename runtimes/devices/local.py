@@ -16,7 +16,7 @@ from typing import Literal
 from edgekit.errors import EdgeKitError
 
 from . import facts
-from .device import STALL_S, Device, Exit, listen
+from .device import STALL_S, Device, Exit, Process, listen
 
 PROBE_TIMEOUT_S = 30
 
@@ -63,13 +63,7 @@ class LocalDevice:
     def exec(self, argv: Sequence[str], timeout_s: float) -> Exit:
         """Run a command in a process group of its own. Raises TimeoutError or Stalled when it was stopped."""
         try:
-            process = subprocess.Popen(
-                argv,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            process = self._start(argv)
         except OSError as error:
             raise EdgeKitError(f"cannot start {argv[0]}: {error.strerror}") from error
         try:
@@ -80,7 +74,12 @@ class LocalDevice:
         finally:
             if process.stdout is not None:
                 process.stdout.close()
-        return Exit(process.returncode, output.decode(errors="replace"))
+        return Exit(process.wait(), output.decode(errors="replace"))
+
+    def _start(self, argv: Sequence[str]) -> Process:
+        return subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        )
 
     def pull(self, job: str, names: Sequence[str], into: Path) -> None:
         """Move the files."""
@@ -100,8 +99,9 @@ class LocalDevice:
             shutil.rmtree(self._jobs.pop(), ignore_errors=True)
 
 
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
+def _kill_group(process: Process) -> None:
     """End the process and its children."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    for kill in (os.killpg, os.kill):  # it may not lead its group yet
+        with contextlib.suppress(ProcessLookupError):
+            kill(process.pid, signal.SIGKILL)
     process.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -204,6 +205,31 @@ def test_names_are_the_given_ones(inputs: tuple[str, ...], outputs: tuple[str, .
     assert io_names(model) == (list(inputs), list(outputs))
     for expected, got in zip(module(*example), run(model, *example), strict=True):
         torch.testing.assert_close(got, expected)
+
+
+class Assorted(nn.Module):
+    """Has what the exporter looks for: mixed types, numbers for tensors, views, a branch, and ops to take apart."""
+
+    def forward(self, x: torch.Tensor, i: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        branch = torch.cond(x.sum() > 0, lambda x: torch.relu(x * 2).t(), lambda x: (x + 1).t(), (x[0],))
+        return branch, x * 2 + i, i / 2, x.max(1)[0], F.max_pool2d(x[None], 2), F.huber_loss(x, x + i), F.silu(x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["residual", "concat", "squeeze_excite", "conv1d", "two_inputs", "assorted"])
+def test_lean_passes_make_the_same_file(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "assorted":
+        program = float32(Assorted(), (torch.ones(3, 8, 8), torch.arange(8))).program
+    else:
+        program = quantized(name).program
+    signature = program.graph_signature
+    names = [f"x{i}" for i in range(len(signature.user_inputs))], [f"y{i}" for i in range(len(signature.user_outputs))]
+    before = str(program)
+    lean_file = to_onnx(program, *names).SerializeToString()
+    assert str(program) == before
+    for part in ("unread_notes", "needed_decompositions"):
+        monkeypatch.setattr(f"edgekit.exporters.to_onnx.{part}", nullcontext)
+    assert to_onnx(program, *names).SerializeToString() == lean_file
 
 
 def test_opset_and_nothing_of_the_exporter_is_left() -> None:

@@ -7,11 +7,12 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import flatbuffers
@@ -20,13 +21,16 @@ import onnx
 import pytest
 from ai_edge_litert import schema_py_generated as schema
 from conformance import INPUTS, OUTPUTS
-from jobs import SPOILED, Spoil, artifact, endless_onnx, stacked
+from jobs import SPOILED, Spoil, artifact, endless_onnx, stacked, wait_for
 from servers import skip
 
 from edgekit import measure, ops
+from edgekit.beside import beside
 from edgekit.errors import EdgeKitError
-from edgekit.runtimes import RUNTIMES, Timing, open_device, pte_runner, run_artifact, table
+from edgekit.runtimes import RUNTIMES, Timing, open_device, pte_runner, run_artifact, table, worker
 from edgekit.runtimes.devices import device as device_module
+from edgekit.runtimes.devices.device import Device
+from edgekit.runtimes.devices.forked import ForkedDevice
 
 QUICK = Timing(warmup_runs=2, seconds=0.0, min_runs=5, max_runs=5)
 HERE = tuple(name for name in RUNTIMES if name != "tflite-runtime")
@@ -134,24 +138,35 @@ def recursive_tflite(path: Path) -> None:
     path.write_bytes(bytes(builder.Output()))
 
 
-def test_crash(tmp_path: Path) -> None:
+def fresh() -> Device:
+    return open_device("local:")
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
+processes = pytest.mark.parametrize("local", [fresh, pytest.param(ForkedDevice, marks=linux)])
+
+
+@processes
+def test_crash(local: Callable[[], Device], tmp_path: Path) -> None:
     recursive_tflite(tmp_path / "crash.tflite")
     with pytest.raises(EdgeKitError, match=r"litert crashed with SIGSEGV while loading crash\.tflite") as caught:
-        run_artifact(tmp_path / "crash.tflite", [np.zeros((1, 1), bool)])
+        run_artifact(tmp_path / "crash.tflite", [np.zeros((1, 1), bool)], device=local())
     assert caught.value.help
 
 
-def test_hang(tmp_path: Path) -> None:
+@processes
+def test_hang(local: Callable[[], Device], tmp_path: Path) -> None:
     endless_onnx(tmp_path / "endless.onnx")
     with pytest.raises(EdgeKitError, match=r"onnxruntime did not finish endless\.onnx within 3 s"):
-        run_artifact(tmp_path / "endless.onnx", [np.zeros((1, 1), "float32")], timeout_s=3)
+        run_artifact(tmp_path / "endless.onnx", [np.zeros((1, 1), "float32")], timeout_s=3, device=local())
     assert not _running(tmp_path)
 
 
-def test_a_runtime_without_progress_is_ended(tmp_path: Path) -> None:
+@processes
+def test_a_runtime_without_progress_is_ended(local: Callable[[], Device], tmp_path: Path) -> None:
     """By the worker itself, long before the time limit of the whole job."""
     endless_onnx(tmp_path / "endless.onnx")
-    device = open_device("local:")
+    device = local()
     device.stall_s = 2.0
     start = time.monotonic()
     with pytest.raises(EdgeKitError, match=r"hangs with endless\.onnx: nothing has happened for 2 s") as caught:
@@ -159,6 +174,61 @@ def test_a_runtime_without_progress_is_ended(tmp_path: Path) -> None:
     assert time.monotonic() - start < 30 and "--timeout" in (caught.value.help or "")
     device.cleanup()
     assert not _running(tmp_path)
+
+
+@linux
+@pytest.mark.parametrize("runtime", HERE)
+def test_a_copy_of_this_process_computes_what_a_fresh_one_does(runtime: str, files: Path) -> None:
+    path, feeds = artifact(files, "pair", runtime), stacked(files, "pair", 3)
+    names = {"inputs": INPUTS["pair"], "outputs": OUTPUTS["pair"]}
+    alone, forked = (run_artifact(path, feeds, device=local(), **names) for local in (fresh, ForkedDevice))
+    for expected, got in zip(alone.outputs, forked.outputs, strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+@linux
+def test_a_copy_that_fails_tells_why(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "run_job", lambda *args: 1 / 0)
+    with pytest.raises(EdgeKitError, match="stopped with exit code 1") as caught:
+        run_artifact(artifact(files, "pair", "onnxruntime"), stacked(files, "pair", 1), device=ForkedDevice())
+    assert "ZeroDivisionError" in (caught.value.help or "")
+
+
+@linux
+def test_a_job_beside_this_process_ends_where_nobody_waits(tmp_path: Path) -> None:
+    endless_onnx(tmp_path / "endless.onnx")
+    jobs = Path(tempfile.gettempdir())
+
+    def work() -> None:
+        run_artifact(tmp_path / "endless.onnx", [np.zeros((1, 1), "float32")])
+
+    with pytest.raises(KeyboardInterrupt), beside(work):
+        wait_for(lambda: bool(list(jobs.glob("*/log.txt"))), seconds=30)
+        raise KeyboardInterrupt
+    assert not _running(tmp_path)
+
+
+@linux
+def test_a_job_ends_with_the_copy_that_waits_for_it(tmp_path: Path) -> None:
+    """As when the kernel ends the copy because memory runs out."""
+    endless_onnx(tmp_path / "endless.onnx")
+    jobs = Path(tempfile.gettempdir())
+    here = os.getpid()
+
+    def work() -> str:
+        if os.getpid() == here:
+            return "here"
+        (jobs / "pid").write_text(str(os.getpid()))
+        run_artifact(tmp_path / "endless.onnx", [np.zeros((1, 1), "float32")], device=ForkedDevice())
+        return "there"
+
+    with beside(work) as result:
+        wait_for(lambda: bool(list(jobs.glob("*/log.txt"))), seconds=30)
+        os.kill(int((jobs / "pid").read_text()), signal.SIGKILL)
+        start = time.monotonic()
+        assert result() == "here" and time.monotonic() - start < 10
+    shutil.rmtree(jobs)
+    jobs.mkdir()
 
 
 def test_a_hang_ends_within_half_a_minute_by_default() -> None:
