@@ -13,7 +13,7 @@ from typing import Any
 
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.fx.graph import _PyTreeCodeGen
 from torch.fx.traceback import NodeSource
 
@@ -57,6 +57,13 @@ def copied(program: ExportedProgram) -> ExportedProgram:
     return program._update(module, program.graph_signature, state_dict=state, constants=constants)
 
 
+def all_nodes(module: GraphModule) -> Iterator[Node]:
+    """Yields the nodes of a graph and of the branches of its control flow."""
+    for part in module.modules():
+        if isinstance(part, GraphModule):
+            yield from part.graph.nodes
+
+
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Gives an attribute another value for a while."""
@@ -97,6 +104,5 @@ def _is_functional(program: ExportedProgram) -> bool:
 
 def _has_any(program: ExportedProgram, ops: Any) -> bool:
     """Whether the program, or a branch of its control flow, has one of `ops`, also where ExecuTorch has wrapped it."""
-    graphs = [part.graph for part in program.graph_module.modules() if isinstance(part, GraphModule)]
-    targets = {node.target for graph in graphs for node in graph.nodes if node.op == "call_function"}
+    targets = {node.target for node in all_nodes(program.graph_module) if node.op == "call_function"}
     return any((op if isinstance(op, OpOverload) else getattr(op, "_op", op)) in ops for op in targets)

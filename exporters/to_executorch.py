@@ -42,7 +42,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from edgekit.errors import EdgeKitError
 from edgekit.exporters.pte_weights import prepare_weights
-from edgekit.lean import copied, needed_decompositions, replaced, unread_notes
+from edgekit.lean import all_nodes, copied, needed_decompositions, replaced, unread_notes
 from edgekit.quant.passes import CONVOLUTIONS, convolution_arguments
 
 aten = torch.ops.aten
@@ -201,8 +201,7 @@ def lean() -> Iterator[None]:
 
 def _is_needed(row: type, module: GraphModule) -> bool:
     """Whether a pass has something to do in `module` or in the branches of its control flow."""
-    graphs = [part.graph for part in module.modules() if isinstance(part, GraphModule)]
-    return row not in NEEDS or any(NEEDS[row](node) for graph in graphs for node in graph.nodes)
+    return row not in NEEDS or any(map(NEEDS[row], all_nodes(module)))
 
 
 @dataclass(frozen=True)

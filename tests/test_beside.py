@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -108,16 +108,21 @@ def test_where_it_is_killed_the_work_is_done_here() -> None:
         assert result() == here
 
 
+def interrupted(work: Callable[[], None], begun: Path) -> None:
+    """Interrupts the block around `work` when that has written something into the file `begun`."""
+    with pytest.raises(KeyboardInterrupt), beside(work):
+        while not begun.is_file() or not begun.read_text():
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+
 @forks
 def test_it_does_not_outlive_the_block(tmp_path: Path) -> None:
     def work() -> None:
         (tmp_path / "pid").write_text(str(os.getpid()))
         time.sleep(60)
 
-    with pytest.raises(KeyboardInterrupt), beside(work):
-        while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text():
-            time.sleep(0.01)
-        raise KeyboardInterrupt
+    interrupted(work, tmp_path / "pid")
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
@@ -126,15 +131,12 @@ def test_it_does_not_outlive_the_block(tmp_path: Path) -> None:
 def test_it_cleans_up_after_itself_where_nobody_waits(tmp_path: Path) -> None:
     def work() -> None:
         try:
-            (tmp_path / "begun").touch()
+            (tmp_path / "begun").write_text("yes")
             time.sleep(60)
         finally:
             (tmp_path / "begun").unlink()
 
-    with pytest.raises(KeyboardInterrupt), beside(work):
-        while not (tmp_path / "begun").is_file():
-            time.sleep(0.01)
-        raise KeyboardInterrupt
+    interrupted(work, tmp_path / "begun")
     assert not (tmp_path / "begun").exists()
 
 
@@ -147,10 +149,7 @@ def test_a_copy_that_cannot_be_interrupted_is_killed(tmp_path: Path, monkeypatch
         (tmp_path / "pid").write_text(str(os.getpid()))
         time.sleep(60)
 
-    with pytest.raises(KeyboardInterrupt), beside(work):
-        while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text():
-            time.sleep(0.01)
-        raise KeyboardInterrupt
+    interrupted(work, tmp_path / "pid")
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
