@@ -63,9 +63,10 @@ class OnnxReference(torch.nn.Module):
         if self.session is None:
             import onnxruntime
 
+            from edgekit import watchdog
             from edgekit.runtimes.ort import session_options
 
-            options = session_options(0)  # as many threads as ONNX Runtime likes
+            options = session_options(int(watchdog.is_inside()))  # 0: as many threads as ONNX Runtime likes
             self.session = onnxruntime.InferenceSession(self.content, options, providers=["CPUExecutionProvider"])
         names = [i.name for i in self.session.get_inputs()]
         feeds = {name: tensor.detach().numpy() for name, tensor in zip(names, tensors, strict=True)}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from edgekit.contents import ITEM_BITS
 from edgekit.errors import EdgeKitError
+from edgekit.limits import budget
 from edgekit.results import TensorSpec
 
 if TYPE_CHECKING:
@@ -61,16 +64,24 @@ def load(
     from torch import nn
 
     from edgekit.bind import Bound, bind, copied, tidy
-    from edgekit.openers import Opened, open_source
+    from edgekit.openers import Opened, open_source, runs_user_code
+    from edgekit.watchdog import rehearse
 
     specs = [parse_spec(text) for text in inputs]
-    if isinstance(source, nn.Module):
-        opened = Opened(copied(source), type(source).__name__, "object")
-    else:
-        opened = open_source(str(source), code)
-    if opened.onnx is None:
-        tidy(opened)
-    bound: Bound = bind(opened, specs, example)
+
+    def opened_and_bound() -> tuple[Opened, Bound]:
+        if isinstance(source, nn.Module):
+            opened = Opened(copied(source), type(source).__name__, "object")
+        else:
+            opened = open_source(str(source), code)
+        if opened.onnx is None:
+            tidy(opened)
+        return opened, bind(opened, specs, example)
+
+    if not isinstance(source, nn.Module) and not runs_user_code(str(source), code):
+        path = Path(source)
+        rehearse(opened_and_bound, path.name, budget([path], _bytes(specs, example)))
+    opened, bound = opened_and_bound()
     return Model(
         bound.module,
         opened.name,
@@ -81,6 +92,13 @@ def load(
         tuple(opened.notes),
         opened.onnx,
     )
+
+
+def _bytes(specs: Sequence[TensorSpec], example: Sequence[Any] | Mapping[str, Any] | None) -> int:
+    """The bytes of the inputs that the caller gives."""
+    arrays = list(example.values() if isinstance(example, Mapping) else example or ())
+    asked = sum(math.prod(spec.shape) * ITEM_BITS[spec.dtype] // 8 for spec in specs)
+    return max(asked, sum(int(getattr(array, "nbytes", 0)) for array in arrays))
 
 
 def parse_spec(text: str) -> TensorSpec:

@@ -10,8 +10,10 @@ from typing import Any
 
 from edgekit.code import UserCode, import_code, is_code
 from edgekit.errors import EdgeKitError, reason
+from edgekit.limits import budget
 from edgekit.results import TensorSpec
 from edgekit.unpickle import LEGACY_MAGIC, globals_of, read_pickle, refusal
+from edgekit.watchdog import rehearse
 from edgekit.weights import build, find_weights, fit
 
 _FORMS_HELP = "give a .pt/.pth, .pt2, .safetensors or .onnx file, or FILE.py:factory"
@@ -52,6 +54,11 @@ def open_source(source: str, code: str | None) -> Opened:
     if code is not None and user is None:
         opened.notes.append(f"--code is not needed for {kind} files, and was left aside")
     return opened
+
+
+def runs_user_code(source: str, code: str | None) -> bool:
+    """Whether `source` is the user's own code, or a file that is filled into what `code` names."""
+    return is_code(source) or (code is not None and sniff(Path(source)) in ("torch", "safetensors"))
 
 
 def sniff(path: Path) -> str:
@@ -131,6 +138,8 @@ def _plain_pickle(path: Path) -> EdgeKitError:
 
 
 def _open_torch(path: Path, code: UserCode | None) -> Opened:
+    if code is not None:  # without it, the whole of what comes of the file is rehearsed
+        rehearse(lambda: read_pickle(path, code), path.name, budget([path]))
     loaded, inert = read_pickle(path, code)
     form, found, notes = find_weights(loaded, path.name)
     if not isinstance(found, dict):
