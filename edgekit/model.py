@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from edgekit.contents import ITEM_BITS
 from edgekit.errors import EdgeKitError
-from edgekit.limits import budget
 from edgekit.results import TensorSpec
 
 if TYPE_CHECKING:
@@ -64,8 +63,7 @@ def load(
     from torch import nn
 
     from edgekit.bind import Bound, bind, copied, tidy
-    from edgekit.openers import Opened, open_source, runs_user_code
-    from edgekit.watchdog import rehearse
+    from edgekit.openers import Opened, open_source, rehearsed, runs_user_code
 
     specs = [parse_spec(text) for text in inputs]
 
@@ -79,8 +77,7 @@ def load(
         return opened, bind(opened, specs, example)
 
     if not isinstance(source, nn.Module) and not runs_user_code(str(source), code):
-        path = Path(source)
-        rehearse(opened_and_bound, path.name, budget([path], _bytes(specs, example)))
+        rehearsed(str(source), opened_and_bound, _bytes(specs, example))
     opened, bound = opened_and_bound()
     return Model(
         bound.module,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import struct
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,14 @@ def open_source(source: str, code: str | None) -> Opened:
     if code is not None and user is None:
         opened.notes.append(f"--code is not needed for {kind} files, and was left aside")
     return opened
+
+
+def rehearsed(source: str, work: Callable[[], object], input_bytes: int) -> None:
+    """Does `work` on the file `source` in a copy of this process first; see `edgekit.watchdog`."""
+    path = Path(source)
+    for name in _NEEDED.get(sniff(path), ()):
+        import_module(name)  # here, as the copy keeps what it imports to itself
+    rehearse(work, path.name, budget([path], input_bytes))
 
 
 def runs_user_code(source: str, code: str | None) -> bool:
@@ -139,7 +149,7 @@ def _plain_pickle(path: Path) -> EdgeKitError:
 
 def _open_torch(path: Path, code: UserCode | None) -> Opened:
     if code is not None:  # without it, the whole of what comes of the file is rehearsed
-        rehearse(lambda: read_pickle(path, code), path.name, budget([path]))
+        rehearsed(str(path), lambda: read_pickle(path, code), 0)
     loaded, inert = read_pickle(path, code)
     form, found, notes = find_weights(loaded, path.name)
     if not isinstance(found, dict):
@@ -325,6 +335,11 @@ def _onnx_specs(proto: Any, notes: list[str]) -> tuple[TensorSpec, ...]:
     return tuple(specs)
 
 
+_NEEDED = {
+    "torchscript": ("torch._export.converter",),
+    "pt2": ("torch.export.pt2_archive._package", "torch._export.serde.serialize"),
+    "onnx": ("onnx", "onnxruntime", "edgekit.runtimes.ort"),
+}
 _OPENERS = {
     "torch": _open_torch,
     "torchscript": _open_torchscript,

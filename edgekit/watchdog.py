@@ -17,7 +17,8 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, NoReturn, TypeVar
+from pathlib import Path
+from typing import NoReturn, TypeVar
 
 from edgekit import limits
 from edgekit.errors import EdgeKitError
@@ -26,6 +27,7 @@ from edgekit.limits import Budget
 T = TypeVar("T")
 
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
+SMALL_FILE = 4096  # bytes: tempfile tries a folder by writing into it
 MEMORY_RAN_OUT = ("can't allocate memory", "bad_alloc", "Failed to allocate memory", "Unable to allocate")
 _inside = False
 
@@ -146,14 +148,14 @@ def _pickled(error: BaseException) -> bytes:
 
 
 def limit_process(budget: Budget) -> None:
-    """Holds this process to `budget`, and to writing no files and no core dumps."""
+    """Holds this process to `budget`, and to writing neither files of any size nor core dumps."""
     import resource
 
     for kind, most in (
         (resource.RLIMIT_DATA, _data_bytes() + budget.memory),
         (resource.RLIMIT_CPU, max(1, round(budget.seconds))),
         (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_FSIZE, SMALL_FILE),
     ):
         _, hard = resource.getrlimit(kind)
         soft = most if hard == resource.RLIM_INFINITY else min(most, hard)
@@ -163,8 +165,8 @@ def limit_process(budget: Budget) -> None:
 
 def _data_bytes() -> int:
     """The bytes of this process that its limit of data counts."""
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) << 10 for line in file if line.startswith("VmData:"))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmData:"))
 
 
 def _death(what: str, code: int, budget: Budget) -> EdgeKitError:
