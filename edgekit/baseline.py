@@ -74,7 +74,7 @@ def key(original: Model, feeds: Sequence[np.ndarray], device: str, *options: Any
 def _content(original: Model) -> Iterator[bytes | memoryview]:
     import torch
 
-    yield repr(original.inputs).encode()
+    yield repr((original.inputs, original.state)).encode()
     if original.onnx is not None:
         yield original.onnx.SerializeToString()
         return

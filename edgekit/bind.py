@@ -16,7 +16,8 @@ from torch.utils import _pytree as pytree
 from edgekit.errors import EdgeKitError, reason
 from edgekit.flat import SLOT, Flat, OnnxReference, leaves
 from edgekit.openers import Opened, release_modes
-from edgekit.results import TensorSpec
+from edgekit.results import State, TensorSpec
+from edgekit.state import Buffers, explicit, run_watched, state_note
 
 _SHAPES_HELP = "give one --input per input, such as --input 1x3x224x224, or --data with samples"
 _NUMBERS_HELP = "export a model that takes numbers, and prepare its text outside of it"
@@ -25,12 +26,13 @@ _FLOAT_HELP = "load the float model: EdgeKit quantizes it"
 
 @dataclass(frozen=True)
 class Bound:
-    """A flat module with the example it was run on, and the specs of both sides."""
+    """A flat module with the example it was run on, and the specs of both sides; see `edgekit.model.Model`."""
 
     module: torch.nn.Module
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     example: tuple[torch.Tensor, ...]
+    state: tuple[State, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -164,23 +166,31 @@ def bind(opened: Opened, specs: Sequence[TensorSpec], example: Sequence[Any] | M
     as_dict = _is_one_dict(given, signature) and not specs
     inputs = given if as_dict else _arranged(given, signature, opened.name)
     tensors = tuple(t for _, t in inputs)
+    states: tuple[State, ...] = ()
     if isinstance(opened.module, OnnxReference):
         module: torch.nn.Module = opened.module
         results = _run(module, tensors, inputs, opened.name)
         pairs = list(zip([o.name for o in opened.onnx.graph.output], results, strict=True))
     else:
         in_spec, template = opened.call or _call(inputs, signature, as_dict)
-        module = Flat(opened.module, in_spec, template)
-        raw = _run(module.raw, tensors, inputs, opened.name)
+        flat = Flat(opened.module, in_spec, template)
         if opened.form == "torchscript":
-            module = _converted(opened, module, tensors, raw)
+            raw, buffers = _run_script(flat, tensors, inputs, opened.name), Buffers(())
+            flat = _converted(opened, flat, tensors, raw)
+        else:
+            raw, buffers = run_watched(opened.module, lambda: _run(flat.raw, tensors, inputs, opened.name), opened.name)
         pairs = _outputs(raw, opened)
+        module = flat
+        if buffers.read:
+            module, states = explicit(flat, buffers, [name for name, _ in (*inputs, *pairs)])
+            opened.notes.append(state_note(states))
     for parameter in module.parameters():  # only now: lazy ones came to be in the run
         parameter.requires_grad_(False)
     input_specs = tuple(_spec(name, t) for name, t in inputs)
     taken = {name for name, _ in inputs}
     outputs = tuple(_spec(f"{name}_out" if name in taken else name, t) for name, t in pairs)
-    return Bound(module, input_specs, outputs, tensors)
+    example = (*tensors, *(torch.from_numpy(state.value.copy()) for state in states))
+    return Bound(module, input_specs, outputs, example, states)
 
 
 def _signature(opened: Opened) -> Signature:
@@ -341,6 +351,23 @@ def _run(call: Any, tensors: tuple[torch.Tensor, ...], inputs: Named, what: str)
             f"{what} does not run on {shapes or 'no inputs'}: {reason(error)}",
             "give the shapes and types it was trained with: --input, or --data",
         ) from error
+
+
+def _run_script(script: Flat, tensors: tuple[torch.Tensor, ...], inputs: Named, what: str) -> Any:
+    """What a TorchScript module returns; EdgeKitError for one with state, which the conversion would freeze."""
+    before = {key: tensor.clone() for key, tensor in script.inner.named_buffers()}
+    raw = _run(script.raw, tensors, inputs, what)
+    changed = [key for key, tensor in script.inner.named_buffers() if not _same(before[key], tensor)]
+    if changed:
+        raise EdgeKitError(
+            f"{what} is TorchScript that keeps state in its buffer '{changed[0]}', which cannot be taken out of it",
+            "load the model from its state_dict with --code, or save it with torch.export.save",
+        )
+    return raw
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a, b)
 
 
 def _outputs(raw: object, opened: Opened) -> Named:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import platform
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekit import files
 from edgekit.errors import EdgeKitError
-from edgekit.results import LAYOUTS, SUFFIXES, Artifact, Layout, TensorSpec
+from edgekit.results import LAYOUTS, SUFFIXES, Artifact, Layout, State, TensorSpec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,6 +22,7 @@ MANIFEST = "edgekit.json"
 GOLDEN = "golden.npz"
 FILES = {MANIFEST, GOLDEN, *(f"model{suffix}" for suffix in SUFFIXES.values())}  # all that a bundle ever holds
 GOLDEN_SAMPLES = 8
+KEEPS_STATE = ("executorch",)  # formats whose files hold the state in themselves
 SCHEMA = 1
 VERSIONED = (
     "edgekit",
@@ -48,10 +50,31 @@ class Bundle:
         inputs, outputs = (_specs(self.manifest[key]) for key in ("inputs", "outputs"))
         precision = self.manifest["precision"]
         pruned = str(self.manifest["model"].get("pruned", {}).get("fingerprint") or "") or None
+        state = self.state
         return tuple(
-            Artifact(self.path / entry["file"], entry["format"], precision, inputs, outputs, _layout(entry), pruned)
+            Artifact(
+                self.path / entry["file"],
+                entry["format"],
+                precision,
+                inputs,
+                outputs,
+                _layout(entry),
+                pruned,
+                state=() if entry["format"] in KEEPS_STATE else state,
+            )
             for entry in self.manifest["artifacts"]
         )
+
+    @property
+    def state(self) -> tuple[State, ...]:
+        """What the files take and give beside their inputs and outputs, from call to call."""
+        found = []
+        for entry in self.manifest.get("state", ()):
+            (spec,) = _specs([{**entry, "name": entry["input"]}])
+            found.append(State(spec, entry["output"], base64.b64decode(entry["initial"]) or bytes(spec.nbytes)))
+            if len(found[-1].initial) != spec.nbytes:
+                raise ValueError(f"the state '{spec.name}' has an initial value of another size")
+        return tuple(found)
 
     @property
     def made_here(self) -> bool:
@@ -111,6 +134,7 @@ def describe(
     recipe: Mapping[str, Any],
     inputs: Sequence[TensorSpec],
     outputs: Sequence[TensorSpec],
+    state: Sequence[State],
     preprocessing: Mapping[str, Any] | None,
     labels: Sequence[str],
     qparams: Mapping[str, Any],
@@ -134,6 +158,7 @@ def describe(
             "made_on": this_machine(),
             "inputs": [asdict(spec) for spec in inputs],
             "outputs": [asdict(spec) for spec in outputs],
+            **({"state": [_described(part) for part in state]} if state else {}),
             "layout": "NCHW",
             "preprocessing": preprocessing,
             "labels": list(labels),
@@ -218,6 +243,13 @@ def read(path: Path) -> Bundle:
         what = f"a bundle has no file '{strange[0]}'" if strange else "it names no files"
         raise EdgeKitError(f"{manifest} is damaged: {what}", "export the model again")
     return bundle
+
+
+def _described(state: State) -> dict[str, Any]:
+    """Returns the manifest's form; the initial value is base64 of little-endian numbers, empty where all are zero."""
+    initial = base64.b64encode(state.initial).decode() if any(state.initial) else ""
+    spec = state.input
+    return {"input": spec.name, "output": state.output, "dtype": spec.dtype, "shape": spec.shape, "initial": initial}
 
 
 def _layout(entry: Mapping[str, Any]) -> Layout:

@@ -53,7 +53,7 @@ def explain(
     """
     feeds = [feed[: bundles.GOLDEN_SAMPLES] for feed in feeds]
     with progress.step("Explaining: the graphs"):
-        reference = stages.run_module(original.module, feeds)
+        reference = stages.run_module(original.module, feeds, state=original.state)
     rungs: list[Rung] = []
     captured: Graph | None = None
     if original.onnx is None:
@@ -134,7 +134,7 @@ def _graph(
 ) -> Graph:
     compressed = stages.compress(original, source, precision, progress, keep_float)
     assert compressed is not None
-    outputs = stages.run_module(compressed.program.module(check_guards=False), feeds)
+    outputs = stages.run_module(compressed.program.module(check_guards=False), feeds, state=original.state)
     return Graph(compressed, _parities(reference, outputs, original))
 
 

@@ -84,7 +84,7 @@ def _key(artifact: Artifact, feeds: Sequence[np.ndarray], device: Device, number
         digest.update(feed.tobytes())
     names = [spec.name for spec in (*artifact.inputs, *artifact.outputs)]
     hashes = [files.sha256(path) for path in (artifact.path, *artifact.weight_files)]
-    about = [hashes, artifact.layout, names, device.uri, number, sorted(options.items())]
+    about = [hashes, artifact.layout, names, artifact.state, device.uri, number, sorted(options.items())]
     digest.update(repr(about).encode())
     return digest.hexdigest()[:32]
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekit.contents import ITEM_BITS
 from edgekit.errors import EdgeKitError
-from edgekit.results import TensorSpec
+from edgekit.results import State, TensorSpec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,6 +32,8 @@ class Model:
     `form` is `state_dict`, `checkpoint`, `module`, `torchscript`, `pt2`, `safetensors`, `onnx`, `factory` or `object`.
     `example` holds one tensor per input: the caller's samples, or made-up values. `notes` tell what was done to the
     model. For the form `onnx`, `onnx` is the checked graph, and `module` runs it in ONNX Runtime (not exportable).
+    Where a model has `state`, `module` takes it behind the inputs and gives its next value behind the outputs, and the
+    tensors of `example` end with its initial value.
     """
 
     module: torch.nn.Module
@@ -42,6 +44,17 @@ class Model:
     example: tuple[torch.Tensor, ...]
     notes: tuple[str, ...]
     onnx: onnx.ModelProto | None
+    state: tuple[State, ...] = ()
+
+    @property
+    def all_inputs(self) -> tuple[TensorSpec, ...]:
+        """What `module` takes: the inputs, then the state."""
+        return (*self.inputs, *(state.input for state in self.state))
+
+    @property
+    def all_outputs(self) -> tuple[TensorSpec, ...]:
+        """What `module` gives: the outputs, then the next state."""
+        return (*self.outputs, *(replace(state.input, name=state.output) for state in self.state))
 
 
 def load(
@@ -88,6 +101,7 @@ def load(
         bound.example,
         tuple(opened.notes),
         opened.onnx,
+        bound.state,
     )
 
 

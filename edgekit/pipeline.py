@@ -107,6 +107,8 @@ def export(
     tune.check(recipe.name, max_drop, sensitivity)
     with progress.step("Loading"):
         original, source = stages.load(model, data=data, inputs=inputs, code=code, mean=mean, std=std)
+    if original.state and (qat is not None or prune is not None or sensitivity or max_drop is not None):
+        raise stages.no_state(original, "--qat, --prune, --sensitivity and --max-drop")
     about: dict[str, Any] = {"name": original.name, "form": original.form}
     pruned_notes: tuple[str, ...] = ()
     if prune is not None:
@@ -139,20 +141,21 @@ def export(
         program = compressed.program if compressed is not None else None
         feeds, samples = stages.golden_feeds(original, source)
 
-        def artifact_of(format: str) -> Artifact:
+        def building_of(format: str) -> Artifact:
             path = building / bundles.file_name(format)
-            return Artifact(path, format, recipe.name, original.inputs, original.outputs, layouts[format])
+            return artifact_of(original, path, format, recipe.name, layouts[format])
 
         def try_out(format: str, exported: stages.Exported) -> Any:
-            files.write(artifact_of(format).path, exported.data)
-            return stages.try_out(artifact_of(format), feeds, exported)
+            files.write(building_of(format).path, exported.data)
+            return stages.try_out(building_of(format), feeds, exported)
 
         exports = stack.enter_context(
             stages.emitting(original, program, chosen, recipe.half_weights, progress, layouts, source, try_out)
         )
         with progress.step("Running the original"):
-            reference = stages.run_module(original.module, feeds)
-            graph = stages.run_module(program.module(check_guards=False), feeds) if program is not None else reference
+            reference = graph = stages.run_module(original.module, feeds, state=original.state)
+            if program is not None:
+                graph = stages.run_module(program.module(check_guards=False), feeds, state=original.state)
         graph_parity = judge.parities(stages.flat(reference, batch), stages.flat(graph, batch))
         results, entries = {"original": reference}, []
         notes = [*assumed, *original.notes, *pruned_notes]
@@ -161,7 +164,7 @@ def export(
         notes += made.notes if made else ()
         notes += judge.loss(recipe.name, judge.worst(graph_parity))
         for format, exported in exports:
-            artifact, tried = artifact_of(format), exported.checked
+            artifact, tried = building_of(format), exported.checked
             results[format] = tried.outputs
             each = judge.parities(stages.flat(reference, batch), stages.flat(results[format], batch))
             why = judge.faithful(recipe.name, each, graph_parity)
@@ -188,6 +191,7 @@ def export(
             recipe={"name": recipe.name, "summary": recipe.summary, **(made.to_dict() if made else {})},
             inputs=original.inputs,
             outputs=original.outputs,
+            state=original.state,
             preprocessing=source.preprocessing.to_dict() if source and source.preprocessing else None,
             labels=source.labels if source else (),
             qparams=stages.qparams(original, program),
@@ -197,6 +201,12 @@ def export(
     if trained is not None:
         checkpoint.unlink(missing_ok=True)
     return bundles.read(folder)
+
+
+def artifact_of(original: Model, path: Path, format: str, precision: str, layout: Layout) -> Artifact:
+    """Returns the file at `path` as one that was exported from `original`."""
+    state = () if format in bundles.KEEPS_STATE else original.state
+    return Artifact(path, format, precision, original.inputs, original.outputs, layout, state=state)
 
 
 def find_layouts(tflite_layout: str, formats: Sequence[str]) -> dict[str, Layout]:
@@ -272,7 +282,7 @@ def compare(
             kept = baselines.recall(key) if cache else None
             outcome = kept.outputs if kept is not None else None
             if outcome is None:
-                outcome = stages.run_module(original.module, evaluation.feeds, baseline_device, threads)
+                outcome = stages.run_module(original.module, evaluation.feeds, baseline_device, threads, original.state)
             reference = evaluation.cut(outcome)
             scores = None if evaluation.target is None else scale.score(reference, evaluation.target)
         outputs: dict[Artifact, list[np.ndarray]] = {}
@@ -419,7 +429,7 @@ def fp32_references(
         for format, exported in exports:
             path = folder / bundles.file_name(format)
             files.write(path, exported.data)
-            references[format] = Artifact(path, format, "fp32", original.inputs, original.outputs, layouts[format])
+            references[format] = artifact_of(original, path, format, "fp32", layouts[format])
     return references, notes
 
 
@@ -446,7 +456,9 @@ def race(
     with progress.step("Measuring latency", rounds * (len(artifacts) + (kept is None))) as advance:
         for count in range(rounds):
             if kept is None:
-                eager.append(stages.time_module(original.module, feeds, baseline_device, threads, TIMING))
+                eager.append(
+                    stages.time_module(original.module, feeds, baseline_device, threads, TIMING, original.state)
+                )
                 advance()
             for artifact in artifacts:
                 if count == 0 or device.timing == "measured":

@@ -224,7 +224,9 @@ def prune(
 
 
 def check_form(original: Model) -> None:
-    """Raises EdgeKitError for a model that is a graph, in which every shape is a constant already."""
+    """Raises EdgeKitError for a model that is a graph, whose shapes are constants already, or that has state."""
+    if original.state:
+        raise stages.no_state(original, "pruning and its training")
     if original.form not in OWN_MODULES:
         raise EdgeKitError(
             f"{original.name} is a graph ({original.form}) with every shape built in: its layers cannot lose channels",

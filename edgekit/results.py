@@ -6,7 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
 
 SUFFIXES = {"executorch": ".pte", "onnx": ".onnx", "tflite": ".tflite"}  # format → what its files' names end in
 Layout = Literal["nchw", "nhwc"]
@@ -32,10 +35,36 @@ class TensorSpec:
     def __str__(self) -> str:
         return f"{self.name}:{self.dtype}[{','.join(map(str, self.shape))}]"
 
+    @property
+    def nbytes(self) -> int:
+        """The size of such a tensor in bytes."""
+        import numpy as np
+
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
 
 def axis_order(rank: int, layout: Layout) -> tuple[int, ...]:
     """Returns the NCHW axes in the order in which a file of `layout` has them: rank 4 is moved, all else stays."""
     return (0, 2, 3, 1) if layout == "nhwc" and rank == 4 else tuple(range(rank))
+
+
+@dataclass(frozen=True)
+class State:
+    """One tensor that a model carries from call to call: it reads `input`, and gives the next value as `output`.
+
+    `initial` is its value before the first call: little-endian numbers in C order, of the dtype and shape of `input`.
+    """
+
+    input: TensorSpec
+    output: str
+    initial: bytes
+
+    @property
+    def value(self) -> np.ndarray:
+        """The initial value as an array of the shape of `input`."""
+        import numpy as np
+
+        return np.frombuffer(self.initial, np.dtype(self.input.dtype)).reshape(self.input.shape)
 
 
 @dataclass(frozen=True)
@@ -44,7 +73,8 @@ class Artifact:
 
     The shapes in the specs are NCHW; `layout` says how the file itself takes and gives rank-4 tensors. `pruned` is the
     fingerprint of the pruned network that it was exported from, None where it was not pruned. `weight_files` lie beside
-    an ONNX file that names them, and hold weights of it.
+    an ONNX file that names them, and hold weights of it. `state` are inputs and outputs beside those: whoever runs the
+    file gives back as input what the run before gave as output. A file that keeps its state in itself has none.
     """
 
     path: Path
@@ -55,6 +85,7 @@ class Artifact:
     layout: Layout = "nchw"
     pruned: str | None = None
     weight_files: tuple[Path, ...] = ()
+    state: tuple[State, ...] = ()
 
     @property
     def size_bytes(self) -> int:

@@ -15,7 +15,7 @@ from edgekit import judge
 from edgekit.beside import beside, is_copy
 from edgekit.errors import EdgeKitError, reason
 from edgekit.progress import Progress
-from edgekit.results import Artifact, Layout, TensorSpec, axis_order
+from edgekit.results import Artifact, Layout, State, TensorSpec, axis_order
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,7 +74,16 @@ def load(
         example = {key: array.repeat(max(shape[0], 1), axis=0) for key, array in example.items()}
     loaded = load_model(model, code=code, inputs=inputs, example=_named(example))
     first = next(iter(sources.batches(source.evaluation, loaded.inputs)))[0]  # tells now whether the data fits
-    return replace(loaded, example=_tensors(first)), source
+    return replace(loaded, example=(*_tensors(first), *loaded.example[len(first) :])), source
+
+
+def no_state(original: Model, what: str) -> EdgeKitError:
+    """Returns the error for a model whose state `what` does not know how to carry from sample to sample."""
+    names = ", ".join(state.input.name for state in original.state)
+    return EdgeKitError(
+        f"{what} take samples in any order, and {original.name} has state from call to call ({names})",
+        "leave them out; --precision int8 calibrates along the stream of samples",
+    )
 
 
 def image_size(shape: Sequence[int], channels_last: bool = False) -> tuple[int, int, int] | None:
@@ -121,7 +130,7 @@ def compress(
             return recipe.apply(original.module, original.example, (), keep_float)
     assert source is not None
     with progress.step(f"Calibrating {precision}"), quickest_threads(original):
-        return recipe.apply(original.module, original.example, Calibration(source, original.inputs), keep_float)
+        return recipe.apply(original.module, original.example, calibration_of(original, source), keep_float)
 
 
 @contextmanager
@@ -159,15 +168,33 @@ def quickest_threads(original: Model) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Batches for a recipe, which may read them any number of times; each time one at a time."""
+    """Batches for a recipe, which may read them any number of times; each time one at a time.
+
+    A `module` with state is run along: each batch ends with the state that the ones before it left.
+    """
 
     source: sources.Data
     inputs: tuple[TensorSpec, ...]
+    module: torch.nn.Module | None = None
+    state: tuple[torch.Tensor, ...] = ()
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        import torch
+
         most = -(-sources.CALIBRATION_SAMPLES // batch_of(self.inputs))
+        state = self.state
         for arrays, _, _ in islice(sources.batches(self.source.calibration, self.inputs), most):
-            yield _tensors(arrays)
+            yield (*_tensors(arrays), *state)
+            if self.module is not None:
+                with torch.no_grad():
+                    state = self.module(*_tensors(arrays), *state)[-len(state) :]
+
+
+def calibration_of(original: Model, source: sources.Data) -> Calibration:
+    """Returns the batches of `source` that `original` is calibrated on."""
+    if not original.state:
+        return Calibration(source, original.inputs)
+    return Calibration(source, original.inputs, original.module, original.example[-len(original.state) :])
 
 
 @contextmanager
@@ -239,7 +266,7 @@ def _tflite(
     notes = converted.notes
     if converted.places:
         with progress.step("Checking the int8 operators"):
-            pairs = zip(original.inputs, original.example, strict=True)
+            pairs = zip(original.all_inputs, original.example, strict=True)
             feeds = {spec.name: tensor.numpy() for spec, tensor in pairs}
             notes += check_int8(proto, converted, feeds, layout=layout)
     facts = {"min_runtime": converted.min_runtime}
@@ -263,7 +290,7 @@ def _onnx(original: Model, program: ExportedProgram | None, half_weights: bool) 
 
     if program is None:
         return halve(original.onnx) if half_weights else original.onnx
-    names = [spec.name for spec in original.inputs], [spec.name for spec in original.outputs]
+    names = [spec.name for spec in original.all_inputs], [spec.name for spec in original.all_outputs]
     return to_onnx(program, *names, half_weights=half_weights)
 
 
@@ -274,6 +301,8 @@ def _executorch(original: Model, program: ExportedProgram, half_weights: bool) -
         from edgekit.quant.recipes import half_compute
 
         program = half_compute(original.module, original.example)
+    if original.state:
+        program = keeps_state(program, original)
     lowered = to_executorch(program)
     notes = []
     if lowered.undelegated:
@@ -286,6 +315,16 @@ def _executorch(original: Model, program: ExportedProgram, half_weights: bool) -
         )
     notes += [f"ExecuTorch: {note}" for note in lowered.notes]
     return Exported(lowered.data, {"delegates": lowered.delegates, "undelegated": lowered.undelegated}, tuple(notes))
+
+
+def keeps_state(program: ExportedProgram, original: Model) -> ExportedProgram:
+    """Returns the program of a model with state as one that keeps it in buffers, from their initial values on."""
+    from edgekit.quant.passes import export
+    from edgekit.state import StateInBuffers
+
+    count = len(original.inputs)
+    module = StateInBuffers(program.module(check_guards=False), original.example[count:])
+    return export(module, original.example[:count])
 
 
 def golden_feeds(original: Model, source: sources.Data | None) -> tuple[tuple[np.ndarray, ...], int]:
@@ -331,7 +370,7 @@ def qparams(original: Model, program: ExportedProgram | None) -> dict[str, Any]:
         return {}
     from edgekit.quant.recipes import io_qparams
 
-    return io_qparams(program, [s.name for s in original.inputs], [s.name for s in original.outputs])
+    return io_qparams(program, [s.name for s in original.all_inputs], [s.name for s in original.all_outputs])
 
 
 def output_scales(qparams: Mapping[str, Any], outputs: Sequence[TensorSpec]) -> list[float]:
@@ -358,9 +397,16 @@ def in_process(module: torch.nn.Module, device: str, threads: int) -> Iterator[A
 
 
 def run_module(
-    module: torch.nn.Module, feeds: Sequence[np.ndarray], device: str = "cpu", threads: int = 1
+    module: torch.nn.Module,
+    feeds: Sequence[np.ndarray],
+    device: str = "cpu",
+    threads: int = 1,
+    state: Sequence[State] = (),
 ) -> tuple[np.ndarray, ...]:
     """Runs a torch module in this process on (runs, *shape) inputs; returns (runs, *shape) outputs.
+
+    A module with `state` takes it behind the inputs and gives its next value behind the outputs: it is at its initial
+    value in the first run, and each run goes on where the one before it ended.
 
     One thread is the default because torch's spin at every op: on a machine with other work, two took ten times
     as long as one. Raises EdgeKitError where the module fails on a sample.
@@ -369,26 +415,41 @@ def run_module(
 
     with in_process(module, device, threads) as session:
         results = []
+        values = [part.value for part in state]
         for run in range(len(feeds[0])):
             try:
-                results.append(session.run({f"input_{i}": feed[run] for i, feed in enumerate(feeds)}))
+                given = enumerate((*(feed[run] for feed in feeds), *values))
+                found = list(session.run({f"input_{i}": array for i, array in given}).values())
+                results.append(found[: len(found) - len(state)])
+                values = found[len(found) - len(state) :]
             except (IndexError, ValueError, RuntimeError) as error:
                 raise EdgeKitError(
                     f"the model fails on batch {run} of the data: {reason(error)}", "check the values in --data"
                 ) from error
-    return tuple(np.stack([result[name] for result in results]) for name in results[0])
+    return tuple(np.stack(arrays) for arrays in zip(*results, strict=True))
 
 
 def run(artifact: Artifact, feeds: Sequence[np.ndarray], **options: Any) -> Any:
-    """Runs an artifact in a process of its own, on NCHW feeds and to NCHW outputs whatever the file's layout is."""
+    """Runs an artifact in a process of its own, on NCHW feeds and to NCHW outputs whatever the file's layout is.
+
+    One with state starts at its initial value, and each run goes on where the one before it ended.
+    """
     import numpy as np
 
     from edgekit.runtimes import run_artifact
 
     inputs, outputs = ([spec.name for spec in specs] for specs in (artifact.inputs, artifact.outputs))
     there = [feed.transpose(_stacked_order(feed, artifact)) for feed in feeds]
-    beside = artifact.weight_files
-    result = run_artifact(artifact.path, there, inputs=inputs, outputs=outputs, weight_files=beside, **options)
+    state = [(part, part.value.transpose(axis_order(part.value.ndim, artifact.layout))) for part in artifact.state]
+    result = run_artifact(
+        artifact.path,
+        there,
+        inputs=inputs,
+        outputs=outputs,
+        state=[(part.input.name, part.output, value) for part, value in state],
+        weight_files=artifact.weight_files,
+        **options,
+    )
     back = [array.transpose(np.argsort(_stacked_order(array, artifact))) for array in result.outputs]
     return replace(result, outputs=tuple(np.ascontiguousarray(array) for array in back))
 
@@ -478,9 +539,16 @@ def evaluation_set(source: sources.Data, original: Model, stream: Iterable[sourc
 
 
 def time_module(
-    module: torch.nn.Module, feeds: Sequence[np.ndarray], device: str, threads: int, timing: Timing
+    module: torch.nn.Module,
+    feeds: Sequence[np.ndarray],
+    device: str,
+    threads: int,
+    timing: Timing,
+    state: Sequence[State] = (),
 ) -> tuple[float, ...]:
     """Times the original in this process, on `device` with `threads` threads; returns latencies in ms.
+
+    Every run starts from the initial `state`.
 
     On "cuda" they are those of the forward pass by CUDA events, without the copies to the GPU and back.
     """
@@ -489,7 +557,11 @@ def time_module(
 
     from edgekit import measure
 
-    samples = [{f"input_{i}": feed[run] for i, feed in enumerate(feeds)} for run in range(len(feeds[0]))]
+    values = [part.value for part in state]
+    samples = [
+        {f"input_{i}": array for i, array in enumerate((*(feed[run] for feed in feeds), *values))}
+        for run in range(len(feeds[0]))
+    ]
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
     with in_process(module, device, threads) as session:
         try:
@@ -577,6 +649,7 @@ def fitted(artifact: Artifact, original: Model) -> Artifact:
     A dimension that the file leaves open is the original's. Raises EdgeKitError where the two do not take the same
     inputs or do not give as many outputs.
     """
+    artifact = _with_state(artifact, original)
     inputs, outputs = (
         _arranged(specs, wanted)
         for specs, wanted in ((artifact.inputs, original.inputs), (artifact.outputs, original.outputs))
@@ -596,6 +669,16 @@ def fitted(artifact: Artifact, original: Model) -> Artifact:
         )
     inputs = [replace(spec, shape=other.shape) for spec, other in zip(inputs, original.inputs, strict=True)]
     return replace(artifact, inputs=tuple(inputs), outputs=tuple(outputs))
+
+
+def _with_state(artifact: Artifact, original: Model) -> Artifact:
+    """Returns a file without a bundle with the original's state told apart from its inputs and outputs, by name."""
+    into, out_of = {part.input.name for part in original.state}, {part.output for part in original.state}
+    if artifact.state or not original.state or not into <= {spec.name for spec in artifact.inputs}:
+        return artifact
+    inputs = tuple(spec for spec in artifact.inputs if spec.name not in into)
+    outputs = tuple(spec for spec in artifact.outputs if spec.name not in out_of)
+    return replace(artifact, inputs=inputs, outputs=outputs, state=original.state)
 
 
 def _arranged(specs: Sequence[TensorSpec], wanted: Sequence[TensorSpec]) -> list[TensorSpec]:

@@ -29,6 +29,7 @@ from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_
 from executorch.exir.dialects._ops import ops as exir_ops
 from executorch.exir.error import ExportError, InternalError
 from executorch.exir.pass_base import ExportPass, NodeMetadata, ProxyValue
+from executorch.exir.passes.init_mutable_pass import InitializedMutableBufferPass
 from executorch.exir.passes.legalize_portable_dim_order_pass import LegalizePortableDimOrderPass
 from executorch.exir.passes.memory_format_ops_pass import DimOrderOpsRevertPass, MemoryFormatOpsPass
 from executorch.exir.passes.normalize_transpose_pass import NormalizeTransposePass
@@ -37,6 +38,7 @@ from executorch.exir.passes.replace_broken_ops_with_function_ops_pass import Rep
 from executorch.exir.passes.scalar_to_tensor_pass import ScalarToTensorPass
 from executorch.exir.passes.sym_to_tensor_pass import SymToTensorPass
 from torch.export import ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
@@ -54,7 +56,7 @@ NOTES = ("from_node", "nn_module_stack", "stack_trace", "source_fn_stack")
 ALIGNMENT = 16
 
 PAD_DEFAULTS = ("constant", None)  # mode, value
-BOOKKEEPING = {"executorch_call_delegate", "getitem", "alloc"}  # graph nodes that compute nothing
+BOOKKEEPING = {"executorch_call_delegate", "getitem", "alloc", "copy_"}  # graph nodes that compute nothing
 
 
 class QuantizedPadConfig(ConstantPadConfig):
@@ -217,6 +219,8 @@ class Lowered:
 def to_executorch(program: ExportedProgram) -> Lowered:
     """Lowers a captured `program` to ExecuTorch, with XNNPACK taking every op that it can.
 
+    Buffers that the program changes are stored with their values: without, ExecuTorch leaves them as memory was.
+
     Raises EdgeKitError for an operator that ExecuTorch has no kernel for.
     """
     program = copied(program)
@@ -233,7 +237,10 @@ def to_executorch(program: ExportedProgram) -> Lowered:
                 partitioner=[XnnpackPartitioner(configs=PARTITIONER_CONFIGS)],
                 compile_config=EdgeCompileConfig(_check_ir_validity=False),
             )
-            lowered = edge.to_executorch(ExecutorchBackendConfig(segment_alignment=ALIGNMENT))
+            signature = edge.exported_program().graph_signature
+            state = [n for n, target in signature.inputs_to_buffers.items() if target in _mutated(signature)]
+            config = ExecutorchBackendConfig(passes=[InitializedMutableBufferPass(state)], segment_alignment=ALIGNMENT)
+            lowered = edge.to_executorch(config)
     except (RuntimeError, NotImplementedError, ExportError, InternalError) as error:
         raise EdgeKitError(
             f"ExecuTorch cannot lower this model: {error}", "leave it out with --format onnx,tflite"
@@ -241,6 +248,10 @@ def to_executorch(program: ExportedProgram) -> Lowered:
     names = [_name(n) for n in edge.exported_program().graph.nodes if n.op == "call_function"]
     outside = Counter(name for name in names if name not in BOOKKEEPING)
     return Lowered(lowered.buffer, names.count("executorch_call_delegate"), dict(outside), notes)
+
+
+def _mutated(signature: ExportGraphSignature) -> set[str]:
+    return set(signature.buffers_to_mutate.values())
 
 
 def spell_as_core(program: ExportedProgram) -> None:

@@ -91,6 +91,7 @@ def run_artifact(
     threads: int = 1,
     inputs: Sequence[str] = (),
     outputs: Sequence[str] = (),
+    state: Sequence[tuple[str, str, np.ndarray]] = (),
     weight_files: Sequence[Path] = (),
     timing: Timing | None = None,
     runtime: str | None = None,
@@ -101,8 +102,9 @@ def run_artifact(
 
     `feeds` holds one array (runs, *input shape) per input, in the order of `inputs`, or of the file without them. A
     file that has names has to have those in `inputs` and `outputs`; a .pte has none and takes them. `runtime` is a name
-    in RUNTIMES, by default the one for the file's format; `weight_files` are those that an ONNX file names. Latency is
-    measured on the first 8 samples in turn.
+    in RUNTIMES, by default the one for the file's format; `weight_files` are those that an ONNX file names. `state` has
+    the name of an input, of the output that is that input in the next run, and the input's first value; neither is one
+    of `inputs` and `outputs`. Latency is measured on the first 8 samples in turn, each from the first state.
     With `trace_runs` the file runs so many times more under the runtime's profiler, in a session of its own.
 
     Raises EdgeKitError for a file that is corrupt or not for this runtime, feeds that do not match it, a runtime that
@@ -138,9 +140,10 @@ def run_artifact(
                 "label": path.name,
                 "sha256": files.sha256(path),
                 "threads": threads,
-                "inputs": list(inputs),
-                "outputs": list(outputs),
+                "inputs": [*inputs, *(name for name, _, _ in state if inputs)],
+                "outputs": [*outputs, *(name for _, name, _ in state if outputs)],
                 "feeds": len(feeds),
+                "state": {name: output for name, output, _ in state},
                 # Under an emulator milliseconds say nothing: instructions are counted instead.
                 "timing": None if timing is None or emulated else vars(timing),
                 "count": COUNTED if timing is not None and emulated else 0,
@@ -149,7 +152,8 @@ def run_artifact(
             }
             counting = opened.counting() if isinstance(opened, Emulator) and job["count"] else nullcontext(list)
             with counting as marks:
-                result, arrays = _run_job(opened, here, (path, *weight_files), job, feeds, longest)
+                first = {name: value for name, _, value in state}
+                result, arrays = _run_job(opened, here, (path, *weight_files), job, feeds, first, longest)
                 instructions = _per_run(marks())
             trace = (here / TRACE).read_bytes() if trace_runs else None
     finally:
@@ -183,11 +187,15 @@ def _run_job(
     model: Sequence[Path],
     job: Mapping[str, Any],
     feeds: Sequence[np.ndarray],
+    state: Mapping[str, np.ndarray],
     timeout_s: float,
 ) -> tuple[dict[str, Any], tuple[np.ndarray, ...]]:
     """Send the job from the folder `here`, wait for it, and bring its result and outputs back into that folder."""
     native = job["runtime"] == "executorch" and device.runner is not None
-    there = device.push(native_job.files(here, model[0], job, feeds) if native else _files(here, model, job, feeds))
+    if native:
+        there = device.push(native_job.files(here, model[0], job, feeds))
+    else:
+        there = device.push(_files(here, model, job, feeds, state))
     try:
         argv = native_job.command(device, there) if native else [device.python, f"{there}/worker.py", there]
         try:
@@ -214,7 +222,13 @@ def _run_job(
     return result, tuple(np.load(here / name, allow_pickle=False) for name in names)
 
 
-def _files(here: Path, model: Sequence[Path], job: Mapping[str, Any], feeds: Sequence[np.ndarray]) -> dict[str, Path]:
+def _files(
+    here: Path,
+    model: Sequence[Path],
+    job: Mapping[str, Any],
+    feeds: Sequence[np.ndarray],
+    state: Mapping[str, np.ndarray],
+) -> dict[str, Path]:
     """Write the job's files into the folder `here`; what to push, by name. `model` is its file and those of weights."""
     runtime = RUNTIMES[job["runtime"]]
     (here / "job.json").write_text(json.dumps(job))
@@ -226,9 +240,11 @@ def _files(here: Path, model: Sequence[Path], job: Mapping[str, Any], feeds: Seq
         "measure.py": Path(measure.__file__),
         **{f"{module}.py": HERE / f"{module}.py" for module in (runtime.module, *runtime.helpers)},
     }
-    for i, feed in enumerate(feeds):
-        sent[f"in_{i}.npy"] = here / f"in_{i}.npy"
-        np.save(sent[f"in_{i}.npy"], np.ascontiguousarray(feed), allow_pickle=False)
+    arrays = {f"in_{i}.npy": feed for i, feed in enumerate(feeds)}
+    arrays |= {f"state_{i}.npy": state[name] for i, name in enumerate(job["state"])}
+    for name, array in arrays.items():
+        sent[name] = here / name
+        np.save(sent[name], np.array(array, order="C", copy=None), allow_pickle=False)
     return sent
 
 

@@ -1,9 +1,10 @@
 """Runs one artifact in a process of its own: `python worker.py JOBDIR`.
 
-JOBDIR holds job.json, the artifact, in_<i>.npy of shape (runs, *input shape), and beside them the modules that the
-worker loads (session.py, measure.py, and those of the runtime). It leaves out_<i>.npy of shape (runs, *output shape),
-log.txt with what the runtime printed, and last of all result.json. Meanwhile it prints how long it may take until the
-next such line or the end: `edgekit allows 20.0 s`.
+JOBDIR holds job.json, the artifact, in_<i>.npy of shape (runs, *input shape), state_<i>.npy with the first value of an
+input that later runs take from an output, and beside them the modules that the worker loads (session.py, measure.py,
+and those of the runtime). It leaves out_<i>.npy of shape (runs, *output shape), log.txt with what the runtime printed,
+and last of all result.json. Meanwhile it prints how long it may take until the next such line or the end: `edgekit
+allows 20.0 s`.
 
 It runs on devices: the standard library, numpy and one runtime, Python 3.10 or later.
 """
@@ -107,22 +108,23 @@ def run_job(folder: Path, job: dict[str, Any], watch: _Watch) -> dict[str, Any]:
     slowest = 0.0
 
     _stage("run")
-    if len(session.inputs) != job["feeds"]:
-        wanted = ", ".join(f"{info.name}:{info}" for info in session.inputs)
-        raise Failure(f"{job['label']} takes {len(session.inputs)} inputs ({wanted}), not {job['feeds']}")
-    samples = _Samples(numpy, folder, [info.name for info in session.inputs])
-    writers = [_Writer(numpy, folder / f"out_{i}.npy", samples.runs) for i in range(len(session.outputs))]
+    inputs, outputs = _parts(session, job)
+    samples = _Samples(numpy, folder, [info.name for info in inputs], list(job["state"]))
+    writers = [_Writer(numpy, folder / f"out_{i}.npy", samples.runs) for i in range(len(outputs))]
     first_ms = 0.0
-    for i, feeds in enumerate(samples):
+    state: dict[str, Any] = {}
+    for i, sample in enumerate(samples):
+        feeds = {**sample, **state}
         watch.allow(job["stall_s"])
         start_run = time.perf_counter()
-        outputs = _run(session, feeds, job)
+        given = _run(session, feeds, job)
         took = time.perf_counter() - start_run
         slowest = max(slowest, took)
         if i == 0:
             first_ms = took * 1e3
-        for info, writer in zip(session.outputs, writers, strict=True):
-            writer.append(outputs[info.name])
+        for info, writer in zip(outputs, writers, strict=True):
+            writer.append(given[info.name])
+        state = {name: given[output] for name, output in job["state"].items()}
     for writer in writers:
         writer.close()
 
@@ -157,9 +159,22 @@ def run_job(folder: Path, job: dict[str, Any], watch: _Watch) -> dict[str, Any]:
         "python": platform.python_version(),
         "numpy": numpy.__version__,
         "machine": platform.machine(),
-        "inputs": [info._asdict() for info in session.inputs],
-        "outputs": [info._asdict() for info in session.outputs],
+        "inputs": [info._asdict() for info in inputs],
+        "outputs": [info._asdict() for info in outputs],
     }
+
+
+def _parts(session: Any, job: dict[str, Any]) -> tuple[list[Any], list[Any]]:
+    """The inputs that are fed and the outputs that are kept: those that are not state."""
+    state = job["state"]
+    inputs = [info for info in session.inputs if info.name not in state]
+    outputs = [info for info in session.outputs if info.name not in state.values()]
+    if len(session.inputs) - len(inputs) != len(state) or len(session.outputs) - len(outputs) != len(state):
+        raise Failure(f"{job['label']} lacks the state {', '.join(map(' → '.join, state.items()))}")
+    if len(inputs) != job["feeds"]:
+        wanted = ", ".join(f"{info.name}:{info}" for info in inputs)
+        raise Failure(f"{job['label']} takes {len(inputs)} inputs ({wanted}), not {job['feeds']}")
+    return inputs, outputs
 
 
 def trace(runtime: types.ModuleType, folder: Path, job: dict[str, Any], feeds: list[dict[str, Any]]) -> None:
@@ -211,16 +226,20 @@ class _Watch:
 
 
 class _Samples:
-    """The samples of in_<i>.npy, read one at a time: what was read does not stay in memory and count as the model's."""
+    """The samples of in_<i>.npy, read one at a time: what was read does not stay in memory and count as the model's.
 
-    def __init__(self, numpy: types.ModuleType, folder: Path, names: list[str]) -> None:
+    Each has the first value of the state beside it.
+    """
+
+    def __init__(self, numpy: types.ModuleType, folder: Path, names: list[str], state: list[str]) -> None:
         self._numpy = numpy
         self._tables = [(name, _Table.open(numpy, folder / f"in_{i}.npy")) for i, name in enumerate(names)]
+        self._state = {name: numpy.load(folder / f"state_{i}.npy") for i, name in enumerate(state)}
         self.runs = self._tables[0][1].shape[0]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for i in range(self.runs):
-            yield {name: self._read(table, i) for name, table in self._tables}
+            yield {**{name: self._read(table, i) for name, table in self._tables}, **self._state}
 
     def _read(self, table: _Table, i: int) -> Any:
         count = math.prod(table.shape[1:])

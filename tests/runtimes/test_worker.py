@@ -377,6 +377,7 @@ def test_worker_leaves_a_result_file_and_a_log(files: Path, tmp_path: Path) -> N
                 "inputs": [],
                 "outputs": [],
                 "feeds": 1,
+                "state": {},
                 "timing": None,
                 "count": 0,
                 "trace": 0,
