@@ -34,6 +34,11 @@ LARGEST = 2**31 - 1
 SMALL = 64
 
 
+def number(value: float, like: Tensor, dtype: Any = np.float32) -> np.ndarray:
+    """A number as an operand beside `like`, without more axes: kernels give a scalar the axes of the other operand."""
+    return np.full((1,) * min(1, len(like.shape)), value, dtype)
+
+
 class Builder:
     """Collects TFLite ops while the lowerings run; converts layout and representation lazily, and each once."""
 
@@ -247,13 +252,30 @@ class Builder:
         key = (tensor, "float")
         if key not in self._converted:
             if tensor.data is not None and (tensor.size < SMALL or tensor.dtype == INT32):
-                data = tensor.q.dequantize(tensor.data) if tensor.q else tensor.data.astype(np.float32)
-                result = Tensor(self._unique(tensor.name), tensor.shape, FLOAT, data)
+                result = self.real_constant(tensor)
             else:
                 result = self.op("DEQUANTIZE", [tensor], tensor.shape, FLOAT)
                 result.name = self._unique(f"{tensor.name}_float")
             self._converted[key] = result
         return self._converted[key]
+
+    def real_constant(self, tensor: Tensor) -> Tensor:
+        """A constant as real numbers in the file: what XNNPACK dequantizes of constants never reaches an output."""
+        if tensor.q is None and tensor.dtype != np.float16:
+            return tensor
+        assert tensor.data is not None
+        data = tensor.q.dequantize(tensor.data) if tensor.q else tensor.data.astype(np.float32)
+        return Tensor(self._unique(tensor.name), tensor.shape, FLOAT, data)
+
+    def maker(self, tensor: Tensor) -> Op | None:
+        """The op that makes a tensor."""
+        return next((op for op in reversed(self.ops) if tensor in op.outputs), None)
+
+    def stored_constant(self, tensor: Tensor) -> Tensor | None:
+        """What a DEQUANTIZE of a constant reads, or None for every other tensor."""
+        maker = self.maker(tensor)
+        source = maker.inputs[0] if maker is not None and maker.kind == "DEQUANTIZE" else None
+        return source if source is not None and source.data is not None else None
 
     def as_q(self, tensor: Tensor, q: QParams) -> Tensor:
         """The tensor as int8 with the given per-tensor parameters: QUANTIZE from float, or from other parameters."""
@@ -404,7 +426,9 @@ class Builder:
                 raise EdgeKitError(f"the output '{name}' of the ONNX model is empty, with shape {list(value.shape)}")
             tensor = self.in_layout(value, axis_order(len(value.shape), self.image_layout))
             if self.graph.info[name].dtype != INT8:
-                tensor = self.as_float(tensor)
+                tensor = self.real_constant(tensor) if tensor.data is not None else self.as_float(tensor)
+                stored = self.stored_constant(tensor)
+                tensor = tensor if stored is None else self.real_constant(stored)
             if tensor in taken or tensor.data is not None:
                 # A graph output needs a tensor of its own: a copy is the cheapest op that makes one.
                 tensor = self.op(

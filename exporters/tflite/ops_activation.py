@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from edgekit.exporters.tflite.builder import FLOAT, Builder
+from edgekit.exporters.tflite.builder import FLOAT, INT8, Builder, number
 from edgekit.exporters.tflite.ir import Node, Perm, QParams, Tensor, channels_last
 from edgekit.exporters.tflite.registry import lowers, unsupported
 
@@ -125,7 +125,7 @@ def clamp(b: Builder, node: Node, low: float, high: float) -> None:
     # ONNX lets the maximum win where the bounds cross.
     for kind, bound in (("MAXIMUM", low), ("MINIMUM", high)):
         if not math.isinf(bound):
-            real = np.array([bound], np.float32)
+            real = number(bound, x)
             limit = b.const(q.quantize(real), q) if q else b.const(real)
             x = b.op(kind, [x, limit], x.shape, q=q)
     b.bind(node.outputs[0], x, value.perm)
@@ -157,7 +157,7 @@ def prelu(b: Builder, node: Node) -> None:
         b.bind(node.outputs[0], b.op("PRELU", [*operands], x.shape, q=b.target(node) if int8 else None), perm)
         return
     x, perm = operand(b, node, False)
-    below = b.op("MINIMUM", [x, np.zeros(1, np.float32)], x.shape)
+    below = b.op("MINIMUM", [x, number(0, x)], x.shape)
     sloped = b.op("MUL", [below, b.broadcastable(node.inputs[1], perm, None)], x.shape, fusedActivationFunction="NONE")
     b.bind(node.outputs[0], add(b, b.op("RELU", [x], x.shape), sloped), perm)
 
@@ -186,14 +186,14 @@ def hard_sigmoid(b: Builder, node: Node, *, alpha: float = 0.2, beta: float = 0.
 
 def _gate(b: Builder, x: Tensor, held: QParams, line: tuple[float, float], q: QParams) -> Tensor:
     """Int8 max(0, min(1, αx + β)): αx changes the scale and no number, so that only the sum rounds."""
-    slope, offset = (b.const(np.array([127], np.int8), QParams.of(term / 127 or 1.0, 0)) for term in line)
+    slope, offset = (b.const(number(127, x, INT8), QParams.of(term / 127 or 1.0, 0)) for term in line)
     if line[1] == 0:
-        offset = b.const(np.zeros(1, np.int8), QParams.of(1.0, 0))
+        offset = b.const(number(0, x, INT8), QParams.of(1.0, 0))
     steeper = QParams.of(held.scale[0] * line[0], held.zero_point[0])
     y = b.op("MUL", [x, slope], x.shape, q=steeper, fusedActivationFunction="NONE")
     y = b.op("ADD", [y, offset], x.shape, q=q, fusedActivationFunction="RELU")
-    one = q.quantize(np.ones(1, np.float32))
-    return y if one[0] == 127 else b.op("MINIMUM", [y, b.const(one, q)], x.shape, q=q)
+    one = q.quantize(number(1, x))
+    return y if one.item() == 127 else b.op("MINIMUM", [y, b.const(one, q)], x.shape, q=q)
 
 
 @lowers("HardSwish")
@@ -241,7 +241,7 @@ def elu_like(b: Builder, x: Tensor, positive: float, negative: float) -> Tensor:
     if positive == negative == 1:
         return b.op("ELU", [x], x.shape)
     up = b.op("RELU", [x], x.shape)
-    down = b.op("ELU", [b.op("MINIMUM", [x, np.zeros(1, np.float32)], x.shape)], x.shape)
+    down = b.op("ELU", [b.op("MINIMUM", [x, number(0, x)], x.shape)], x.shape)
     return add(b, scaled(b, up, positive) if positive != 1 else up, scaled(b, down, negative))
 
 
@@ -276,7 +276,7 @@ def softsign(b: Builder, node: Node) -> None:
 def mish(b: Builder, node: Node) -> None:
     """x · tanh(softplus(x)) = x · n / (n + 2) with n = e(e + 2), e = exp(min(x, 20)): beyond 20 the quotient is 1."""
     x, perm = operand(b, node, False)
-    e = b.op("EXP", [b.op("MINIMUM", [x, np.array([20], np.float32)], x.shape)], x.shape)
+    e = b.op("EXP", [b.op("MINIMUM", [x, number(20, x)], x.shape)], x.shape)
     n = mul(b, e, scaled(b, e, 1, 2.0))
     ratio = b.op("DIV", [n, scaled(b, n, 1, 2.0)], x.shape, fusedActivationFunction="NONE")
     b.bind(node.outputs[0], mul(b, x, ratio), perm)
@@ -297,7 +297,7 @@ def erf(b: Builder, node: Node) -> None:
     """
     x, perm = operand(b, node, False)
     size = b.op("ABS", [x], x.shape)
-    t = b.op("DIV", [np.ones(1, np.float32), scaled(b, size, 0.3275911, 1.0)], x.shape, fusedActivationFunction="NONE")
+    t = b.op("DIV", [number(1, x), scaled(b, size, 0.3275911, 1.0)], x.shape, fusedActivationFunction="NONE")
     poly = scaled(b, t, 1.061405429, -1.453152027)
     for coefficient in (1.421413741, -0.284496736, 0.254829592):
         poly = scaled(b, mul(b, poly, t), 1, coefficient)
@@ -310,8 +310,8 @@ def erf(b: Builder, node: Node) -> None:
 def thresholded_relu(b: Builder, node: Node, *, alpha: float = 1.0) -> None:
     """x where x > α, else 0."""
     x, perm = operand(b, node, False)
-    above = b.op("GREATER", [x, np.array([alpha], np.float32)], x.shape, np.bool_)
-    b.bind(node.outputs[0], b.op("SELECT_V2", [above, x, np.zeros(1, np.float32)], x.shape, x.dtype), perm)
+    above = b.op("GREATER", [x, number(alpha, x)], x.shape, np.bool_)
+    b.bind(node.outputs[0], b.op("SELECT_V2", [above, x, number(0, x)], x.shape, x.dtype), perm)
 
 
 @lowers("Softmax")

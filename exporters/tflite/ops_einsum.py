@@ -34,9 +34,10 @@ def einsum(b: Builder, node: Node, *, equation: str) -> None:
     batch = [axis for axis in result if axis in x and axis in y]
     left, right = ([axis for axis in result if axis in term and axis not in batch] for term in (x, y))
     inner = [axis for axis in x if axis in y and axis not in batch]
-    sizes = dict(zip(x, operands[0].shape, strict=True)) | {
-        axis: size for axis, size in zip(y, operands[1].shape, strict=True) if size != 1
-    }
+    sizes: dict[str, int] = {}
+    for term, operand in zip(terms, operands, strict=True):
+        for axis, size in zip(term, operand.shape, strict=True):
+            sizes[axis] = size if sizes.get(axis, 1) == 1 else sizes[axis]
     for term, operand in zip(terms, operands, strict=True):
         if operand.shape != tuple(sizes[axis] for axis in term):
             raise unsupported(node, f"broadcasting within '{equation}'")

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from edgekit.exporters.tflite.builder import FLOAT, INT32, Builder
+from edgekit.exporters.tflite.builder import FLOAT, INT32, Builder, number
 from edgekit.exporters.tflite.ir import Node, QParams, Tensor, channels_last
 from edgekit.exporters.tflite.kernels import WIDER, rescales, takes
 from edgekit.exporters.tflite.registry import lowers, unsupported
@@ -134,7 +134,7 @@ def total(b: Builder, node: Node) -> None:
         shape = np.broadcast_shapes(result.shape, other.shape)
         result = b.op("ADD", [result, other], shape, fusedActivationFunction="NONE")
     if node.op == "Mean":
-        share = np.array([1 / len(node.inputs)], np.float32)
+        share = number(1 / len(node.inputs), result)
         result = b.op("MUL", [result, share], result.shape, fusedActivationFunction="NONE")
     b.bind(out, result, perm if len(result.shape) == len(perm) else None)
 
@@ -204,7 +204,7 @@ def is_inf(b: Builder, node: Node, *, detect_negative: int = 1, detect_positive:
     sign = 1 if detect_positive else -1
     if not (detect_negative or detect_positive):
         raise unsupported(node, "detection of neither sign")
-    infinity = np.array([sign * np.inf], np.float32)
+    infinity = number(sign * np.inf, x)
     b.bind(node.outputs[0], b.op("EQUAL", [x, infinity], x.shape, np.bool_), value.perm)
 
 

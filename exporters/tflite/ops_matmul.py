@@ -140,8 +140,13 @@ def batched(b: Builder, node: Node, x: Value, w: Value) -> tuple[Tensor, tuple[i
     adj_y, right = _matrix(b, w)
     if not int8:
         left, right = b.as_float(left), b.as_float(right)
+    maker = b.maker(right) if left is right else None
+    if maker is not None and maker.kind == "TRANSPOSE":
+        # XNNPACK takes the product of one TRANSPOSE's result with itself for that with its transpose.
+        right = b.op("TRANSPOSE", [*maker.inputs], right.shape, right.dtype, right.q)
+    shape: Shape
     batch = np.broadcast_shapes(x.shape[:-2], w.shape[:-2])
-    shape: Shape = (*batch, x.shape[-2], w.shape[-1])
+    shape = (*batch, x.shape[-2], w.shape[-1])
     if len(shape) > 4 and x.shape[:-2] == w.shape[:-2]:
         count = int(np.prod(batch))
         left = b.raw_reshape(left, (count, *left.shape[-2:]))

@@ -54,7 +54,7 @@ def _never_wins(b: Builder, tensor: Tensor) -> float | None:
     """The padding value of a maximum: 0 (None) is one where nothing is negative, and PAD is faster than PADV2."""
     if tensor.q is not None:
         return None if tensor.q.zero_point[0] == -128 else lowest(tensor.q, tensor.dtype)
-    maker = next((op for op in reversed(b.ops) if tensor in op.outputs), None)
+    maker = b.maker(tensor)
     rectified = maker is not None and (
         maker.kind in ("RELU", "RELU6") or maker.options.get("fusedActivationFunction") in ("RELU", "RELU6")
     )
@@ -83,7 +83,9 @@ def average_pool(
     if len(axes) == 2 and all(axis.size == axis.kernel and axis.valid for axis in axes):
         reduce(b, node, "MEAN", [2, 3], keepdims=True)
         return
-    ends = list(pads)[len(axes) :] if pads and auto_pad == "NOTSET" else [axis.end for axis in axes]
+    # ONNX counts the padding that it names; what ceil_mode reads beyond it is not counted.
+    named = auto_pad in ("SAME_UPPER", "SAME_LOWER")
+    ends = [axis.end for axis in axes] if named else list(pads or [0] * 2 * len(axes))[len(axes) :]
     divisors = [_divisors(axis, end, bool(count_include_pad)) for axis, end in zip(axes, ends, strict=True)]
 
     def pool(tensor: Tensor, pair: tuple[int | None, int | None], activation: str) -> Tensor:

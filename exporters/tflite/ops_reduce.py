@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from edgekit.exporters.tflite.builder import FLOAT, Builder
+from edgekit.exporters.tflite.builder import FLOAT, Builder, number
 from edgekit.exporters.tflite.ir import Node, QParams, Tensor
 from edgekit.exporters.tflite.registry import lowers, unsupported
 
@@ -49,9 +49,9 @@ def _asked_for_infinity(b: Builder, node: Node) -> bool:
 def _with_infinity(b: Builder, kind: str, x: Tensor) -> Tensor:
     """The runtime's own kernels start from the largest finite number: where that is left, all was infinite."""
     sign = 1 if kind == "REDUCE_MIN" else -1
-    bound = np.array([sign * np.finfo(np.float32).max], np.float32)
+    bound = number(sign * np.finfo(np.float32).max, x)
     untouched = b.op("EQUAL", [x, bound], x.shape, np.bool_)
-    return b.op("SELECT_V2", [untouched, np.array([sign * np.inf], np.float32), x], x.shape, FLOAT)
+    return b.op("SELECT_V2", [untouched, number(sign * np.inf, x), x], x.shape, FLOAT)
 
 
 def reduced(

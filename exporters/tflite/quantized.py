@@ -118,7 +118,7 @@ def _pair_up(graph: Graph) -> None:
             if node.op in MOVES_CODES and node.inputs[0] in stored:
                 _move_real(graph, node, stored)
     graph.nodes = nodes
-    made = {name for node in nodes for name in node.outputs} | set(graph.inputs)
+    made = {name for node in nodes if node.op != "StoredOutput" for name in node.outputs} | set(graph.inputs)
     for node in nodes:
         if any(name in stored and name not in made for name in node.inputs):
             raise unsupported(node, "it computes on the integers of a quantized tensor")

@@ -1,0 +1,102 @@
+"""Graphs at the edges of ops: scalars, stored constants as outputs, shared values, windows beyond their padding."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto
+from tflite_tools import model, node, run_onnx, run_tflite
+
+from edgekit.errors import EdgeKitError
+from edgekit.exporters.tflite import convert
+
+RANDOM = np.random.default_rng(0)
+SCALAR = {"x": np.array(0.7, np.float32)}
+X = {"x": RANDOM.standard_normal((3, 3, 3)).astype(np.float32)}
+CODES = {"k": np.arange(-100, 100, dtype=np.int8), "s": np.float32(0.1), "z": np.int8(3)}
+Q = {"s": np.float32(0.05), "z": np.int8(3)}
+
+
+def agree(made: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> None:
+    """Values, shapes and types are ONNX Runtime's, with and without XNNPACK."""
+    expected, data = run_onnx(made, feeds, optimized=False), convert(made)
+    for xnnpack in (True, False):
+        actual = run_tflite(data, feeds, xnnpack)
+        for name, array in expected.items():
+            assert (actual[name].shape, actual[name].dtype) == (array.shape, array.dtype), name
+            np.testing.assert_allclose(actual[name], array, rtol=1e-5, atol=1e-5)
+
+
+PLAIN = [
+    "Abs", "Ceil", "Celu", "Cos", "Cosh", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish",
+    "LeakyRelu", "Log", "Mish", "Neg", "Reciprocal", "Relu", "Round", "Selu", "Sigmoid", "Sign", "Sin", "Sinh",
+    "Softplus", "Softsign", "Sqrt", "Tan", "Tanh", "ThresholdedRelu", "Acos", "Asin", "Atan", "Asinh", "Atanh",
+    "IsNaN", "IsInf", "Identity", "Sum", "Max", "Min", "Mean",
+]  # fmt: skip
+SCALARS: dict[str, dict[str, Any]] = {
+    **{op: {} for op in PLAIN},
+    "Elu": {"alpha": 0.5},
+    "Celu": {"alpha": 0.5},
+    "IsInf": {"detect_negative": 0},
+}
+
+
+@pytest.mark.parametrize("op", SCALARS)
+def test_a_scalar_stays_a_scalar(op: str) -> None:
+    names = ["x", "c"] if op in ("Sum", "Max", "Min", "Mean") else ["x"]
+    agree(model([node(op, names, **SCALARS[op])], SCALAR, {"c": np.float32(0.3)}), SCALAR)
+
+
+POOLS = [
+    {"kernel_shape": [3, 2], "strides": [2, 3], "ceil_mode": 1, "count_include_pad": 1} | more
+    for more in ({}, {"pads": [0, 0, 0, 0]}, {"pads": [1, 0, 1, 0]}, {"auto_pad": "SAME_LOWER"}, {"auto_pad": "VALID"})
+]
+
+
+@pytest.mark.parametrize("size", [(7, 5), (6, 6), (5, 8), (7, 3)], ids=str)
+@pytest.mark.parametrize("attributes", POOLS, ids=str)
+def test_averages_count_the_padding_that_is_named(attributes: dict[str, Any], size: tuple[int, int]) -> None:
+    feeds = {"x": RANDOM.standard_normal((1, 2, *size)).astype(np.float32)}
+    agree(model([node("AveragePool", ["x"], **attributes)], feeds, {}), feeds)
+
+
+@pytest.mark.parametrize("perm", [perm for perm in itertools.permutations(range(3)) if perm != (0, 1, 2)], ids=str)
+def test_the_product_of_a_transposed_matrix_with_itself(perm: tuple[int, ...]) -> None:
+    agree(model([node("Transpose", ["x"], "t", perm=perm), node("MatMul", ["t", "t"])], X, {}), X)
+
+
+STORED = {
+    "int8": (node("DequantizeLinear", ["k", "s", "z"], "c"), CODES),
+    "int8 per channel": (
+        node("DequantizeLinear", ["k", "s", "z"], "c", axis=0),
+        {"k": CODES["k"].reshape(2, 100), "s": np.array([0.1, 0.2], np.float32), "z": np.zeros(2, np.int8)},
+    ),
+    "float16": (node("Cast", ["k"], "c", to=TensorProto.FLOAT), {"k": np.linspace(-2, 2, 200, dtype=np.float16)}),
+}
+
+
+@pytest.mark.parametrize("kind", STORED)
+def test_a_stored_constant_is_an_output(kind: str) -> None:
+    made, constants = STORED[kind]
+    feeds = {"x": RANDOM.standard_normal(constants["k"].shape).astype(np.float32)}
+    nodes = [made, node("Add", ["x", "c"]), node("Relu", ["x"], "r")]
+    agree(model(nodes, feeds, constants, ("y", "c", "r")), feeds)
+
+
+READERS = {
+    "Cast": [node("Cast", ["q"], to=TensorProto.FLOAT)],
+    "Equal": [node("Equal", ["q", "z"])],
+    "Max": [node("Max", ["q", "q"])],
+    "DequantizeLinear with another scale": [node("DequantizeLinear", ["q", "t", "z"])],
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_integers_that_are_an_output_are_not_read_as_real_numbers(reader: str) -> None:
+    nodes = [node("QuantizeLinear", ["x", "s", "z"], "q"), *READERS[reader]]
+    with pytest.raises(EdgeKitError, match=r"integers|same parameters"):
+        convert(model(nodes, X, Q | {"t": np.float32(0.1)}, ("q", "y")))
