@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -72,8 +71,10 @@ Named = list[tuple[str, torch.Tensor]]
 
 def copied(module: torch.nn.Module) -> torch.nn.Module:
     """A deep copy, so that the caller's module stays as it is; EdgeKitError where it cannot be copied."""
+    from edgekit.quant.copies import deep_copy
+
     try:
-        return copy.deepcopy(module)
+        return deep_copy(module)
     except Exception as error:
         raise EdgeKitError(
             f"the {type(module).__name__} cannot be copied: {reason(error)}", "pass a factory instead"

@@ -15,7 +15,6 @@ fp32 original; both are graphs that take inputs by position.
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -105,8 +104,10 @@ def fine_tune(training: UserTraining, narrow: Any, original: Model, memory: Memo
     """
     import torch
 
-    student = copy.deepcopy(narrow.inner).requires_grad_(True).train()
-    teacher: Any = copy.deepcopy(original.module)
+    from edgekit.quant.copies import deep_copy
+
+    student = deep_copy(narrow.inner).requires_grad_(True).train()
+    teacher: Any = deep_copy(original.module)
     epochs: list[bool] = []  # whether the weights were kept at the beginning of each
 
     def begin() -> None:
@@ -125,7 +126,7 @@ def fine_tune(training: UserTraining, narrow: Any, original: Model, memory: Memo
     trained = student if returned is None else returned
     left = f"; {kept} holds the weights after epoch {_last(epochs)}" if _last(epochs) else ""
     _check(trained, narrow, training.text, left)
-    module = copy.deepcopy(narrow)
+    module = deep_copy(narrow)
     module.inner = trained.to("cpu").eval().requires_grad_(False)
     return Taught(module, training.text, len(epochs))
 
@@ -144,7 +145,9 @@ def _names(narrow: Any, original: Model) -> tuple[str, ...] | None:
 
 def _unsound(module: torch.nn.Module) -> str | None:
     """The first weight that is not finite."""
-    for name, tensor in module.state_dict().items():
+    from edgekit.quant.copies import state_tensors
+
+    for name, tensor in state_tensors(module).items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             return name
     return None
@@ -160,7 +163,9 @@ def _keep(student: torch.nn.Module, narrow: Any, kept: Path) -> bool:
 
 
 def _check(trained: torch.nn.Module, narrow: Any, text: str, left: str) -> None:
-    found, wanted = trained.state_dict(), narrow.inner.state_dict()
+    from edgekit.quant.copies import state_tensors
+
+    found, wanted = state_tensors(trained), state_tensors(narrow.inner)
     differ = sorted(k for k in found.keys() | wanted.keys() if k not in found or k not in wanted)
     differ += [k for k in found if k in wanted and found[k].shape != wanted[k].shape]
     if differ:

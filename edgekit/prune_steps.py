@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -142,6 +141,7 @@ class Job:
     def masks(self, checkpoint: Path, resume: bool) -> Changed:
         """Sets weights to zero in the steps of the schedule, with a training after each that keeps them there."""
         from edgekit.quant import masks
+        from edgekit.quant.copies import deep_copy
 
         options = self.options
         assert options.pattern is not None
@@ -151,7 +151,7 @@ class Job:
             with self.progress.step(f"Masking weights, {pattern}"):
                 batches = [inputs for inputs, _ in self.samples(SALIENCY_SAMPLES)] if options.method == "wanda" else []
                 found, kept = masks.find(module, pattern, options.method, batches)
-                sparse = copy.deepcopy(module)
+                sparse = deep_copy(module)
                 masks.apply(sparse, found)
             unrecovered = self.accuracy(sparse, "Measuring the masked network")
             masks.hold(sparse, found)

@@ -64,7 +64,9 @@ def weight_bytes(module: torch.nn.Module) -> bytes:
     """Returns the state_dict of the user's module, marked so that EdgeKit narrows the code's layers to its shapes."""
     from safetensors.torch import save
 
-    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in module.state_dict().items()}
+    from edgekit.quant.copies import state_tensors
+
+    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in state_tensors(module).items()}
     return save(tensors, metadata=dict([MARK, ("format", "pt")]))
 
 

@@ -257,11 +257,11 @@ def _finetuned(
     progress: Progress,
 ) -> torch.nn.Module:
     """Lets the user's function train a copy of `student`."""
-    import copy
-
     import torch
 
-    learned, guide = copy.deepcopy(student).requires_grad_(True).train(), copy.deepcopy(teacher)
+    from edgekit.quant.copies import deep_copy
+
+    learned, guide = deep_copy(student).requires_grad_(True).train(), deep_copy(teacher)
     learned.single = guide.single = True
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)

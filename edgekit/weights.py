@@ -165,13 +165,14 @@ def fill(module: torch.nn.Module, weights: dict[str, torch.Tensor], what: str, n
     """
     stripped, prefix, outside = _strip(module, weights)
     own = module.state_dict()
+    tensors = {name for name, value in own.items() if hasattr(value, "shape")}
     notes = [f"prefix {prefix!r} taken off the names of the weights"] if prefix else []
     if outside:
         notes.append(f"ignored beside the model's weights: {_some(outside)}")
     differ = [
         f"{k} is {list(v.shape)} in the file, {list(own[k].shape)} in {name}"
         for k, v in stripped.items()
-        if k in own and not _lazy(own[k]) and own[k].shape != v.shape
+        if k in tensors and not _lazy(own[k]) and own[k].shape != v.shape
     ]
     if differ:
         raise EdgeKitError(
@@ -186,7 +187,7 @@ def fill(module: torch.nn.Module, weights: dict[str, torch.Tensor], what: str, n
             f"the weights in {what} do not load into {name}: {str(error).splitlines()[-1].strip()}"
         ) from error
     # Files older than torch 0.4.1 have no such counters, and inference does not read them.
-    missing = [k for k in result.missing_keys if not k.endswith("num_batches_tracked")]
+    missing = [k for k in result.missing_keys if k in tensors and not k.endswith("num_batches_tracked")]
     if missing or result.unexpected_keys:
         parts = [f"missing: {_some(missing)}"] if missing else []
         parts += [f"unexpected: {_some(result.unexpected_keys)}"] if result.unexpected_keys else []
@@ -229,9 +230,10 @@ def _narrow(module: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
 def _fits(module: torch.nn.Module, weights: dict[str, torch.Tensor]) -> bool:
     own = module.state_dict()
     stripped, _, _ = _strip(module, weights)
-    missing = {k for k in own.keys() - stripped.keys() if not k.endswith("num_batches_tracked")}
+    tensors = {k for k, v in own.items() if hasattr(v, "shape")}
+    missing = {k for k in tensors - stripped.keys() if not k.endswith("num_batches_tracked")}
     return not missing and not stripped.keys() - own.keys() and all(
-        _lazy(own[k]) or own[k].shape == v.shape for k, v in stripped.items()
+        _lazy(own[k]) or own[k].shape == v.shape for k, v in stripped.items() if k in tensors
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ def for_onnxruntime(proto: onnx.ModelProto) -> onnx.ModelProto:
     Files for other readers, TFLite's lowering among them, start from `proto` itself.
     """
     model = ir.from_proto(proto)
+    fold_constant_codes(model)
     integer_layers(model)
     move_codes(model)
     shift_activations(model)
@@ -35,6 +36,22 @@ def for_onnxruntime(proto: onnx.ModelProto) -> onnx.ModelProto:
     result = ir.to_proto(model)
     onnx.checker.check_model(result, full_check=True)
     return result
+
+
+def fold_constant_codes(model: ir.Model) -> None:
+    """Stores a constant that is quantized as the codes that QuantizeLinear would make of it at every inference."""
+    for node in list(model.graph):
+        if node.op_type != "QuantizeLinear" or node.outputs[0].is_graph_output():
+            continue
+        stored = [ir.convenience.get_const_tensor(value) for value in node.inputs]
+        if len(stored) < 3 or any(tensor is None for tensor in stored) or stored[1].size != 1:
+            continue
+        value, scale, zero_point = (tensor.numpy() for tensor in stored)
+        limits = np.iinfo(zero_point.dtype)
+        steps = np.rint(value / scale.astype(np.float32)) + zero_point.astype(np.float32)
+        codes = np.clip(steps, limits.min, limits.max).astype(zero_point.dtype)
+        node.outputs[0].replace_all_uses_with(initializer(model, f"{node.outputs[0].name}_codes", codes))
+    sweep(model)
 
 
 def move_codes(model: ir.Model) -> None:
@@ -70,8 +87,8 @@ def shift_activations(model: ir.Model) -> None:
             continue
         if len(node.inputs) < 3 or constant(node.inputs[2]).dtype != np.int8:
             continue
-        stored = node.inputs[0]
-        for index in (0, 2) if stored.is_initializer() else (2,):
+        constant_codes = node.op_type == "DequantizeLinear" and node.inputs[0].is_initializer()
+        for index in (0, 2) if constant_codes else (2,):
             value = node.inputs[index]
             if value not in shifted:
                 codes = (constant(value).astype(np.int16) + 128).astype(np.uint8)

@@ -6,13 +6,13 @@ of its accuracy back from few samples (https://arxiv.org/abs/2202.07861).
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from edgekit.quant.copies import deep_copy
 from edgekit.quant.surgery import COMPUTING, RECURRENT, REMOVABLE, Group, Tensors
 
 aten = torch.ops.aten
@@ -38,7 +38,7 @@ def branches(module: nn.Module, example: Tensors) -> list[Group]:
     not proved yet.
     """
     try:
-        program = torch.export.export(copy.deepcopy(module), example, strict=False).run_decompositions({})
+        program = torch.export.export(deep_copy(module), example, strict=False).run_decompositions({})
     except Exception:  # whatever a forward raises that cannot be captured: then channels alone are pruned
         return []
     nodes = list(program.graph.nodes)

@@ -9,7 +9,6 @@ branches, which can go as a whole, are proved alike.
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from torch import nn
 
 from edgekit.errors import EdgeKitError, reason
 from edgekit.quant.branches import branches
+from edgekit.quant.copies import deep_copy
 from edgekit.quant.surgery import (
     BATCH_NORMS,
     COMPUTING,
@@ -248,7 +248,7 @@ def _proved(module: nn.Module, example: Tensors, groups: Sequence[Group]) -> tup
 
 def _objection(module: nn.Module, example: Tensors, groups: Sequence[Group]) -> str | None:
     """Why the network without half the units of `groups` is not the one with these units zeroed; None if it is."""
-    pruned, zeroed = copy.deepcopy(module), copy.deepcopy(module)
+    pruned, zeroed = deep_copy(module), deep_copy(module)
     generator = torch.Generator().manual_seed(0)
     orders = {group: torch.randperm(group.size, generator=generator).tolist() for group in groups}
     gone = {group: order[: 1 if group.branch else group.size // 2] for group, order in orders.items()}

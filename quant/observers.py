@@ -10,6 +10,7 @@ from torchao.quantization.pt2e import ObserverBase
 
 BINS = 2048
 LARGEST = 1e30  # of the magnitudes that are looked at
+SMALLEST = 2.0**-64  # of the ranges that are told apart: no scale is as small, and 1 / SMALLEST is a float32 number
 CANDIDATES = 64  # how many shrinkings of the range are tried at each end
 
 
@@ -50,7 +51,7 @@ class MSEObserver(ObserverBase):
         self.low, self.high = min(self.low, low), max(self.high, high)
         largest = max(-low, high)
         if largest > 0:
-            self._cover(2.0 ** math.frexp(largest)[1])
+            self._cover(max(2.0 ** math.frexp(largest)[1], SMALLEST))
             # torch's histc and count_nonzero take four times as long.
             bins = torch.add(torch.tensor(BINS / 2), values, alpha=BINS / (2 * self.limit)).int()
             counts = torch.bincount(bins, minlength=BINS + 1)

@@ -18,6 +18,8 @@ from torch.fx import GraphModule, Node
 
 from edgekit.lean import unread_notes
 from edgekit.quant.branches import drop_zero_branches
+from edgekit.quant.constants import fold_constants
+from edgekit.quant.fx import add_attribute, argument, attribute, calls, insert, is_attribute
 
 aten = torch.ops.aten
 q = torch.ops.quantized_decomposed
@@ -70,7 +72,7 @@ def canonicalize(model: GraphModule) -> GraphModule:
 
 def drop_no_ops(model: GraphModule) -> None:
     """Removes copies (what eval-mode dropout became) and pads of nothing."""
-    for node in _calls(model):
+    for node in calls(model):
         copies = node.target in (aten.clone.default, aten.alias.default) and not node.kwargs
         if copies or (node.target in PAD_VALUE_INDEX and not any(node.args[1])):
             if isinstance(node.args[0], Node) and node.args[0].op == "placeholder" and _is_output(node):
@@ -81,7 +83,7 @@ def drop_no_ops(model: GraphModule) -> None:
 
 def splits_to_slices(model: GraphModule) -> None:
     """Spells a split as one slice per part, which delegates take."""
-    for node in _calls(model):
+    for node in calls(model):
         if node.target not in (aten.split.Tensor, aten.split_with_sizes.default):
             continue
         source, dim = node.args[0], argument(node, 2, "dim", 0)
@@ -96,7 +98,7 @@ def splits_to_slices(model: GraphModule) -> None:
 
 def clamps_to_activations(model: GraphModule) -> None:
     """Spells clamp(low, high) as hardtanh and clamp(0) as relu: the names under which delegates fuse them."""
-    for node in _calls(model):
+    for node in calls(model):
         if node.target == aten.clamp.default:
             low, high = argument(node, 1, "min"), argument(node, 2, "max")
         elif node.target == aten.clamp_min.default:
@@ -113,7 +115,7 @@ def clamps_to_activations(model: GraphModule) -> None:
 
 def named_paddings_to_amounts(model: GraphModule) -> None:
     """Spells a convolution's padding "same" or "valid" as amounts, with a pad of one where "same" is asymmetric."""
-    for conv in _calls(model):
+    for conv in calls(model):
         if conv.target not in NAMED_PADDINGS:
             continue
         same = argument(conv, 4, "padding") == "same"
@@ -137,7 +139,7 @@ def named_paddings_to_amounts(model: GraphModule) -> None:
 
 def global_pools_to_mean(model: GraphModule) -> None:
     """Spells an average over the whole image as mean(dim=(2, 3), keepdim=True), which every delegate takes."""
-    for node in _calls(model):
+    for node in calls(model):
         if node.target not in (aten.adaptive_avg_pool2d.default, aten.avg_pool2d.default):
             continue
         source, result = node.args[0].meta["val"], node.meta["val"]
@@ -154,14 +156,14 @@ def global_pools_to_mean(model: GraphModule) -> None:
 
 def means_keep_dimensions(model: GraphModule) -> None:
     """Spells an average over the whole image without keepdim as one with it and a view, which delegates take."""
-    for node in _calls(model):
+    for node in calls(model):
         if node.target != aten.mean.dim or node.kwargs or argument(node, 2, "keepdim", False):
             continue
         source = node.args[0]
         if source.meta["val"].ndim != 4 or sorted(dim % 4 for dim in node.args[1] or ()) != [2, 3]:
             continue
         with model.graph.inserting_before(node):
-            kept = _insert(model, aten.mean.dim, source, [2, 3], True)
+            kept = insert(model, aten.mean.dim, source, [2, 3], True)
         _respell(node, aten.view.default, kept, list(node.meta["val"].shape))
 
 
@@ -171,7 +173,7 @@ def attention_to_products(model: GraphModule) -> None:
     Exporters would spell it with a guard for rows that a mask hides whole: ten small ops that no delegate takes. That
     guard does nothing without a mask, and with a causal one, which hides no row whole; any other mask is left alone.
     """
-    for node in _calls(model):
+    for node in calls(model):
         if node.target != aten.scaled_dot_product_attention.default:
             continue
         query, key, value = node.args[:3]
@@ -180,12 +182,12 @@ def attention_to_products(model: GraphModule) -> None:
             continue
         scale = node.kwargs.get("scale") or 1 / math.sqrt(query.meta["val"].shape[-1])
         with model.graph.inserting_before(node):
-            scaled = _insert(model, aten.mul.Tensor, query, scale)
-            scores = _insert(model, aten.matmul.default, scaled, _insert(model, aten.transpose.int, key, -2, -1))
+            scaled = insert(model, aten.mul.Tensor, query, scale)
+            scores = insert(model, aten.matmul.default, scaled, insert(model, aten.transpose.int, key, -2, -1))
             if argument(node, 5, "is_causal", False):
                 hidden = torch.full(scores.meta["val"].shape[-2:], -math.inf).triu(1).to(scores.meta["val"].dtype)
-                scores = _insert(model, aten.add.Tensor, scores, add_attribute(model, f"{node.name}_mask", hidden))
-            weights = _insert(model, aten.softmax.int, scores, -1)
+                scores = insert(model, aten.add.Tensor, scores, add_attribute(model, f"{node.name}_mask", hidden))
+            weights = insert(model, aten.softmax.int, scores, -1)
         _respell(node, aten.matmul.default, weights, value)
         _views_to_reshapes(node)
 
@@ -204,7 +206,7 @@ def fold_batch_norms(model: GraphModule) -> None:
 
     w' = w·γ/√(σ²+ε), b' = (b−μ)·γ/√(σ²+ε) + β, computed in float64.
     """
-    for node in _calls(model):
+    for node in calls(model):
         if node.target != aten._native_batch_norm_legit_no_training.default:
             continue
         source, gamma, beta, mean, variance, _, eps = node.args
@@ -242,7 +244,7 @@ def hard_sigmoids_to_clips(model: GraphModule) -> None:
 
     Quantized to 0..1, such a clip costs nothing, and no runtime has to compute a hard-sigmoid in float.
     """
-    for node in _calls(model):
+    for node in calls(model):
         if node.target != aten.hardsigmoid.default:
             continue
         layer = node.args[0]
@@ -264,7 +266,7 @@ def is_layer(node: object) -> bool:
 
 def fold_pads(model: GraphModule) -> None:
     """Folds a symmetric zero pad into the padding of the convolutions that are its only readers."""
-    for pad in _calls(model):
+    for pad in calls(model):
         if not is_zero_pad(pad) or not all(u.target in CONVOLUTIONS and u.args[0] is pad for u in pad.users):
             continue
         amounts = list(pad.args[1])
@@ -284,7 +286,7 @@ def strided_slices_to_convolutions(model: GraphModule) -> None:
 
     The values are the same, and delegates take convolutions where they take no strided slice.
     """
-    for node in _calls(model):
+    for node in calls(model):
         stride = _image_stride(node)
         if stride is None or (node.users and all(_image_stride(user) for user in node.users)):
             continue  # the last slice of a chain stands for all of them
@@ -318,7 +320,7 @@ def drop_implied_clips(model: GraphModule) -> GraphModule:
 
     Exact by monotonicity: Q(clip(x)) = Q(x) for all x where Q(low) is the lowest code and Q(high) the highest.
     """
-    for node in _calls(model):
+    for node in calls(model):
         if node.target == aten.relu.default:
             low, high = 0.0, math.inf
         elif node.target == aten.hardtanh.default:
@@ -351,38 +353,6 @@ def is_zero_pad(node: Node) -> bool:
     return constant and not argument(node, PAD_VALUE_INDEX[node.target], "value", 0)
 
 
-def argument(node: Node, index: int, name: str, default: Any = None) -> Any:
-    """Returns a node's argument, given by position or by name, or `default`."""
-    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
-
-
-def is_attribute(node: object) -> bool:
-    """Whether `node` reads a parameter or buffer."""
-    return isinstance(node, Node) and node.op == "get_attr"
-
-
-def attribute(model: GraphModule, node: Node) -> torch.Tensor:
-    """Returns the tensor that a get_attr `node` reads."""
-    value: Any = model
-    for part in node.target.split("."):
-        value = getattr(value, part)
-    return value.detach()
-
-
-def add_attribute(model: GraphModule, name: str, value: torch.Tensor) -> Node:
-    """Registers `value` as a buffer of `model` and returns a node, at the insertion point, that reads it.
-
-    The buffer is called `name`, with underscores behind it where the model has that name already.
-    """
-    while hasattr(model, name):
-        name += "_"
-    model.register_buffer(name, value)
-    node = model.graph.get_attr(name)
-    mode = next(n.meta["val"].fake_mode for n in model.graph.nodes if hasattr(n.meta.get("val"), "fake_mode"))
-    node.meta["val"] = mode.from_tensor(value, static_shapes=True)
-    return node
-
-
 def spread(value: Any, rank: int) -> tuple[int, ...]:
     """Returns an int, or a list of one or `rank` ints, as a tuple of `rank` ints."""
     values = list(value) if isinstance(value, (list, tuple)) else [value]
@@ -397,19 +367,8 @@ def convolution_arguments(conv: Node) -> list:
     return args
 
 
-def _calls(model: GraphModule) -> list[Node]:
-    return [n for n in model.graph.nodes if n.op == "call_function"]
-
-
 def _is_output(node: Node) -> bool:
     return any(user.op == "output" for user in node.users)
-
-
-def _insert(model: GraphModule, target: Any, *args: Any) -> Node:
-    """Returns a new node, at the insertion point, that calls `target`."""
-    node = model.graph.call_function(target, args)
-    node.meta["val"] = target(*(arg.meta["val"] if isinstance(arg, Node) else arg for arg in args))
-    return node
 
 
 def _respell(node: Node, target: object, *args: object) -> None:
@@ -419,6 +378,7 @@ def _respell(node: Node, target: object, *args: object) -> None:
 PASSES = (
     drop_no_ops,
     drop_zero_branches,
+    fold_constants,
     splits_to_slices,
     clamps_to_activations,
     named_paddings_to_amounts,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import nn
 
 from edgekit.errors import EdgeKitError
 from edgekit.quant.channels import Structure
+from edgekit.quant.copies import deep_copy
 from edgekit.quant.surgery import COMPUTING, CONVOLUTIONS, RECURRENT, Absent, Group, Tensors, remove, zero
 
 ALLOCATIONS = ("uniform", "global", "sensitivity")
@@ -299,7 +299,7 @@ def sensitivity(
 
     Runs `batches` for up to TRIED_LEVELS widths a group, and calls `advance` after each group.
     """
-    work = copy.deepcopy(module)
+    work = deep_copy(module)
     found: dict[Group, dict[int, float]] = {}
     with torch.no_grad():
         reference = [module(*batch) for batch in batches]
@@ -324,7 +324,7 @@ def least_salient(score: torch.Tensor, count: int) -> list[int]:
 
 def prune(module: nn.Module, gone: Mapping[Group, Iterable[int]]) -> nn.Module:
     """Returns a copy of `module` without the units `gone` of each group."""
-    pruned = copy.deepcopy(module)
+    pruned = deep_copy(module)
     remove(pruned, gone)
     return pruned
 

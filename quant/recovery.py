@@ -24,6 +24,7 @@ from torch import nn
 
 from edgekit import files
 from edgekit.errors import EdgeKitError
+from edgekit.quant.copies import deep_copy, state_tensors
 from edgekit.quant.pruning import divergence
 from edgekit.quant.surgery import BATCH_NORMS, Tensors
 
@@ -115,8 +116,8 @@ def recover(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rng = torch.random.get_rng_state()
     torch.manual_seed(plan.seed)
-    module = copy.deepcopy(student).to(device)
-    guide = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
+    module = deep_copy(student).to(device)
+    guide = deep_copy(teacher).to(device).eval().requires_grad_(False)
     module.requires_grad_(True)
     try:
         with ExitStack() as stack:
@@ -254,7 +255,7 @@ class _Training:
 
     def _key(self, model: str) -> str:
         """Tells this training from others. Not by its samples: a user's loader may shuffle them."""
-        shapes = {name: tuple(tensor.shape) for name, tensor in self.module.state_dict().items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in state_tensors(self.module).items()}
         return hashlib.sha256(repr((asdict(self.plan), shapes, self.samples.steps, model)).encode()).hexdigest()
 
 

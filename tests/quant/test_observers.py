@@ -72,6 +72,17 @@ def least_error(x: torch.Tensor) -> float:
     return min(errors)
 
 
+@pytest.mark.parametrize("size", [1e-45, 1e-39, 1e-37, 1e-30, 1e-20])
+def test_values_too_small_for_a_scale_become_zero(size: float) -> None:
+    x = normal() * size
+    first, second = observe(x), observe(x * 2)
+    first.merge(second)
+    for observer in (first, second, observe(x, normal() * size * 1e6)):
+        scale, zero_point = qparams(observer)
+        assert scale == observer.eps and -128 <= zero_point <= 127
+    assert qparams(observe(x, normal()))[0] == pytest.approx(qparams(observe(normal()))[0], rel=0.5)
+
+
 @pytest.mark.parametrize("name", SAMPLES)
 def test_the_range_is_within_5_percent_of_the_best_error(name: str) -> None:
     torch.manual_seed(0)
