@@ -302,3 +302,32 @@ def test_what_onnx_cannot_express_is_named() -> None:
         to_onnx(program, ["x"], ["y"])
     assert "Traceback" not in str(caught.value) and len(str(caught.value)) < 600
     assert "--format executorch" in str(caught.value)
+
+
+@pytest.mark.parametrize("codes", [np.int8, np.uint8])
+@pytest.mark.parametrize("stored", ["initializer", "Constant"])
+def test_constants_are_stored_as_their_codes(stored: str, codes: type) -> None:
+    """Coordinates, masks and caches that stand beside activations: a float constant is not taken for its codes."""
+    rng = np.random.default_rng(0)
+    plane = (rng.standard_normal((1, 2, 4, 4)) * 3).astype(np.float32)
+    scale, zero = np.array(0.03, np.float32), np.array(7, codes)
+    make, tensor = onnx.helper.make_node, numpy_helper.from_array
+    initializers = [tensor(scale, "scale"), tensor(zero, "zero")]
+    nodes = [make("Constant", [], ["plane"], value=tensor(plane))] if stored == "Constant" else []
+    initializers += [] if nodes else [tensor(plane, "plane")]
+    for name in ("x", "plane"):
+        nodes.append(make("QuantizeLinear", [name, "scale", "zero"], [f"{name}_codes"]))
+        nodes.append(make("DequantizeLinear", [f"{name}_codes", "scale", "zero"], [f"{name}_real"]))
+    nodes.append(make("Concat", ["x_real", "plane_real"], ["joined"], axis=1))
+    nodes.append(make("QuantizeLinear", ["joined", "scale", "zero"], ["joined_codes"]))
+    nodes.append(make("DequantizeLinear", ["joined_codes", "scale", "zero"], ["y"]))
+    x, y = (
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, (1, channels, 4, 4))
+        for name, channels in (("x", 3), ("y", 5))
+    )
+    graph = onnx.helper.make_graph(nodes, "planes", [x], [y], initializers)
+    proto = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=8)
+    made = for_onnxruntime(proto)
+    feed = torch.from_numpy(rng.standard_normal((1, 3, 4, 4)).astype(np.float32))
+    assert torch.equal(run(made, feed)[0], run(proto, feed)[0])
+    assert not any(numpy_helper.to_array(i).dtype == np.float32 and i.dims for i in made.graph.initializer)
