@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -398,6 +400,16 @@ class Builder:
     def note(self, text: str) -> None:
         """Record something worth saying to the user."""
         self.notes.append(text)
+
+    @contextmanager
+    def subgraph(self) -> Iterator[list[Op]]:
+        """Collect the ops of a loop's condition or body: what was converted outside is not read there."""
+        outside = self.ops, self._converted
+        self.ops, self._converted = [], {}
+        try:
+            yield self.ops
+        finally:
+            self.ops, self._converted = outside
 
     # ---- edges ------------------------------------------------------------------------------------------------
 

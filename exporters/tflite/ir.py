@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, count
 from typing import Any
@@ -142,7 +142,7 @@ class Graph:
 
 @dataclass(eq=False)
 class Tensor:
-    """A TFLite tensor: physical shape, stored dtype, constant data or None; a variable keeps its value.
+    """A TFLite tensor: physical shape, stored dtype, constant data or None.
 
     `signature` is the shape with −1 for a size that may be changed, where there is one.
     """
@@ -152,7 +152,6 @@ class Tensor:
     dtype: np.dtype
     data: np.ndarray | None = None
     q: QParams | None = None
-    variable: bool = False
     signature: Shape | None = None
 
     @property
@@ -195,13 +194,33 @@ class Value:
 
 @dataclass(eq=False)
 class Op:
-    """One TFLite operator; `source` is the ONNX node that it came from."""
+    """One TFLite operator; `source` is the ONNX node that it came from. A loop's options hold its subgraphs."""
 
     kind: str
     inputs: list[Tensor | None]
     outputs: list[Tensor]
     options: Mapping[str, Any]
     source: str
+
+
+@dataclass(eq=False)
+class Subgraph:
+    """The condition or the body of a loop: operators in order, and the tensors that it is given and gives."""
+
+    name: str
+    ops: list[Op]
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+
+
+def subgraphs(ops: Iterable[Op]) -> list[Subgraph]:
+    """The subgraphs of loops, each once."""
+    return list(dict.fromkeys(value for op in ops for value in op.options.values() if isinstance(value, Subgraph)))
+
+
+def all_ops(ops: Sequence[Op]) -> list[Op]:
+    """Operators, and those inside loops."""
+    return [*ops, *(op for subgraph in subgraphs(ops) for op in subgraph.ops)]
 
 
 def identity(rank: int) -> Perm:

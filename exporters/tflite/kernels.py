@@ -22,7 +22,9 @@ TYPES: dict[str, str] = {
     "DEPTH_TO_SPACE": f"{I32} {I64} int8 uint8",
     "DEQUANTIZE": "float16 int8",
     "DIV": I32,
+    "DYNAMIC_UPDATE_SLICE": COPIES,
     "EQUAL": f"{I32} {I64} {BOOL}",
+    "FILL": COPIES,
     "FLOOR_DIV": I32,
     "FLOOR_MOD": f"{I32} {I64}",
     "GATHER": COPIES,
@@ -67,11 +69,20 @@ TYPES: dict[str, str] = {
     "TILE": COPIES,
     "TOPK_V2": f"{I32} {I64} int8 uint8",
     "TRANSPOSE": f"{I32} {I64} {SMALL} {BOOL}",
+    "WHILE": I32,
 }
 # How many axes the kernels take, XNNPACK's included: it fails to prepare a graph with more.
 MAX_RANK = {"": 6, "PAD": 5, "PADV2": 5, "MIRROR_PAD": 5, "BATCH_MATMUL": 5}
 # The inputs that are data, where the first one is not, or not alone.
-DATA = {"SELECT_V2": 1, "TRANSPOSE_CONV": 2, "CONV_3D_TRANSPOSE": 2, "SPLIT": 1, "SCATTER_ND": 1, "ONE_HOT": 2}
+DATA = {
+    "SELECT_V2": 1,
+    "TRANSPOSE_CONV": 2,
+    "CONV_3D_TRANSPOSE": 2,
+    "SPLIT": 1,
+    "SCATTER_ND": 1,
+    "ONE_HOT": 2,
+    "FILL": 1,
+}
 # The next larger type that kernels of arithmetic take: results wrap around as the narrow type's do once cast back.
 WIDER = {
     np.dtype(narrow): np.dtype(wide)

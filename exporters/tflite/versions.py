@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from edgekit.exporters.tflite.ir import Op, Tensor
+from edgekit.exporters.tflite.ir import Op, Tensor, all_ops
 from edgekit.exporters.tflite.kernels import data_input
 
 # The last release of the package `tflite-runtime`; LiteRT came after it.
@@ -21,8 +21,8 @@ RELEASES: dict[str, tuple[int, ...]] = {
     "AVERAGE_POOL_2D": (0, 0), "BATCH_MATMUL": (3, 3), "BITWISE_XOR": (13,), "BROADCAST_TO": (5, 5, 5),
     "CAST": (0, 7, 8, 9, 12), "CEIL": (0,), "CONCATENATION": (0, 0, 3), "CONV_2D": (0, 0, 0, 3, 4, 9),
     "CONV_3D": (5,), "CONV_3D_TRANSPOSE": (6,), "COS": (0,), "CUMSUM": (4,), "DEPTHWISE_CONV_2D": (0, 0, 0),
-    "DEPTH_TO_SPACE": (1, 5), "DEQUANTIZE": (0, 0, 0, 2, 7), "DIV": (0, 3), "ELU": (0,), "EQUAL": (0, 0),
-    "EXP": (0, 12), "FLOOR": (0,), "FLOOR_DIV": (0, 0), "FLOOR_MOD": (0,),
+    "DEPTH_TO_SPACE": (1, 5), "DEQUANTIZE": (0, 0, 0, 2, 7), "DIV": (0, 3), "DYNAMIC_UPDATE_SLICE": (9,),
+    "ELU": (0,), "EQUAL": (0, 0), "EXP": (0, 12), "FILL": (0,), "FLOOR": (0,), "FLOOR_DIV": (0, 0), "FLOOR_MOD": (0,),
     "FULLY_CONNECTED": (0, 0, 0, 0, 0, 1, 3, 3, 3, 11, 15, 17),
     "GATHER": (0, 0, 0, 4, 5), "GATHER_ND": (0, 3, 5, 13, 16), "GELU": (9, 9), "GREATER": (0, 0),
     "GREATER_EQUAL": (0, 0), "HARD_SWISH": (0,), "LEAKY_RELU": (0, 3), "LESS": (0, 0), "LESS_EQUAL": (0, 0),
@@ -38,7 +38,7 @@ RELEASES: dict[str, tuple[int, ...]] = {
     "SPACE_TO_DEPTH": (0, 0), "SPLIT": (0, 0, 0, 3), "SPLIT_V": (0, 3), "SQRT": (0,), "SQUARE": (0,),
     "SQUARED_DIFFERENCE": (0, 5), "STRIDED_SLICE": (0, 0, 1, 2, 5, 6), "SUB": (0, 0, 3, 4), "SUM": (0, 0),
     "TANH": (0, 0), "TILE": (0, 2, 8), "TOPK_V2": (0, 0), "TRANSPOSE": (0, 0, 0, 3, 4, 12),
-    "TRANSPOSE_CONV": (0, 2, 3), "UNIDIRECTIONAL_SEQUENCE_LSTM": (0,),
+    "TRANSPOSE_CONV": (0, 2, 3), "WHILE": (0,),
 }  # fmt: skip
 # Type of the data input or of an output → operator → the version that such data need. float32 needs the first.
 TYPES: dict[str, dict[str, int]] = {
@@ -122,13 +122,15 @@ def _per_channel(tensor: Tensor) -> bool:
 
 def min_runtime(ops: Sequence[Op]) -> str:
     """Returns the oldest 2.x release of the TFLite runtime that has a kernel for every operator, `2.9.0` say."""
-    return f"2.{max((RELEASES[op.kind][version(op) - 1] for op in ops), default=0)}.0"
+    return f"2.{max((RELEASES[op.kind][version(op) - 1] for op in all_ops(ops)), default=0)}.0"
 
 
 def too_new(ops: Sequence[Op]) -> tuple[str, ...]:
     """Returns a note naming the operators that no tflite-runtime has; nothing where one runs the file."""
     last = int(LAST_TFLITE_RUNTIME.split(".")[1])
-    new = dict.fromkeys(f"{op.kind} version {version(op)}" for op in ops if RELEASES[op.kind][version(op) - 1] > last)
+    new = dict.fromkeys(
+        f"{op.kind} version {version(op)}" for op in all_ops(ops) if RELEASES[op.kind][version(op) - 1] > last
+    )
     if not new:
         return ()
     return (

@@ -11,7 +11,7 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from edgekit.errors import EdgeKitError
-from edgekit.exporters.tflite.ir import Op, Tensor
+from edgekit.exporters.tflite.ir import Op, Subgraph, Tensor, all_ops, subgraphs
 from edgekit.exporters.tflite.versions import version
 
 DTYPES = {
@@ -49,7 +49,6 @@ OPTIONS = {
     "TOPK_V2": "TopKV2Options",
     "REVERSE_V2": "ReverseV2Options",
     "BATCH_MATMUL": "BatchMatMulOptions",
-    "UNIDIRECTIONAL_SEQUENCE_LSTM": "UnidirectionalSequenceLSTMOptions",
 }
 ENUMS = {
     "padding": schema.Padding,
@@ -108,12 +107,12 @@ def write(
     names: tuple[list[str], list[str]],
     metadata: Mapping[str, bytes],
 ) -> bytes:
-    """Write a model with one subgraph; `names` are the input and output names of signature `serving_default`.
+    """Write a model of one subgraph and those of its loops.
 
-    `metadata` goes into buffers that the file lists by name. The tensors lose their data, so that memory holds each
-    constant once.
+    `names` are the input and output names of signature `serving_default`. `metadata` goes into
+    buffers that the file lists by name. The tensors lose their data, so that memory holds each constant once.
     """
-    tensors = {tensor for op in ops for tensor in op.inputs if tensor is not None}
+    tensors = {tensor for op in all_ops(ops) for tensor in op.inputs if tensor is not None}
     check_size(sum(tensor.data.nbytes for tensor in tensors if tensor.data is not None))
     return _Writer().model(ops, inputs, outputs, names, metadata)
 
@@ -126,8 +125,10 @@ def check_size(size: int) -> None:
 
 class _Writer:
     def __init__(self) -> None:
-        self.tensors: list[schema.TensorT] = []
+        self.tensors: list[schema.TensorT] = []  # of the subgraph that is being written
         self.index: dict[Tensor, int] = {}
+        self.numbers: dict[Subgraph, int] = {}
+        self.held: dict[Tensor, int] = {}  # constant → buffer
         self.buffers: list[schema.BufferT] = [_Buffer()]
         self.shared: dict[bytes, int] = {}  # digest of the content → buffer
         self.codes: dict[tuple[str, int], int] = {}
@@ -140,30 +141,38 @@ class _Writer:
         names: tuple[list[str], list[str]],
         metadata: Mapping[str, bytes],
     ) -> bytes:
-        subgraph = schema.SubGraphT()
-        subgraph.name = "main"
-        subgraph.inputs = [self.tensor(tensor) for tensor in inputs]
-        subgraph.operators = [self.operator(op) for op in ops]
-        subgraph.outputs = [self.tensor(tensor) for tensor in outputs]
-        subgraph.tensors = self.tensors
+        self.numbers = {subgraph: number for number, subgraph in enumerate(subgraphs(ops), start=1)}
+        main = self.subgraph(Subgraph("main", ops, inputs, outputs))
+        places = self.index
         signature = schema.SignatureDefT()
         signature.signatureKey = "serving_default"
         signature.subgraphIndex = 0
-        signature.inputs = [_named(name, self.index[tensor]) for name, tensor in zip(names[0], inputs, strict=True)]
-        signature.outputs = [_named(name, self.index[tensor]) for name, tensor in zip(names[1], outputs, strict=True)]
+        signature.inputs = [_named(name, places[tensor]) for name, tensor in zip(names[0], inputs, strict=True)]
+        signature.outputs = [_named(name, places[tensor]) for name, tensor in zip(names[1], outputs, strict=True)]
         model = schema.ModelT()
         model.version = 3
         model.description = "EdgeKit"
-        model.subgraphs = [subgraph]
+        model.subgraphs = [main, *map(self.subgraph, self.numbers)]
         model.metadata = [self.metadata(name, content) for name, content in metadata.items()]
         model.buffers = self.buffers
         model.operatorCodes = [_code(kind, version) for kind, version in self.codes]
         model.signatureDefs = [signature]
         size = sum(buffer.data.nbytes for buffer in self.buffers if buffer.data is not None)
-        scales = sum(len(tensor.q.scale) for tensor in self.index if tensor.q is not None)
-        builder = _Shared(size + 65536 + 512 * (len(self.tensors) + len(ops)) + 16 * scales)
+        written = [tensor for subgraph in model.subgraphs for tensor in subgraph.tensors]
+        scales = sum(len(tensor.quantization.scale) for tensor in written if tensor.quantization is not None)
+        builder = _Shared(size + 65536 + 512 * (len(written) + len(all_ops(ops))) + 16 * scales)
         builder.Finish(model.Pack(builder), b"TFL3")
         return memoryview(builder.Bytes)[builder.Head() :].tobytes()
+
+    def subgraph(self, subgraph: Subgraph) -> schema.SubGraphT:
+        self.tensors, self.index = [], {}
+        written = schema.SubGraphT()
+        written.name = subgraph.name
+        written.inputs = [self.tensor(tensor) for tensor in subgraph.inputs]
+        written.operators = [self.operator(op) for op in subgraph.ops]
+        written.outputs = [self.tensor(tensor) for tensor in subgraph.outputs]
+        written.tensors = self.tensors
+        return written
 
     def operator(self, op: Op) -> schema.OperatorT:
         operator = schema.OperatorT()
@@ -182,22 +191,24 @@ class _Writer:
         for key, value in op.options.items():
             if not hasattr(operator.builtinOptions, key):
                 raise ValueError(f"{name} has no field {key}")
+            if isinstance(value, Subgraph):
+                value = self.numbers[value]
             setattr(operator.builtinOptions, key, getattr(ENUMS[key], value) if isinstance(value, str) else value)
         return operator
 
     def tensor(self, tensor: Tensor) -> int:
         if tensor in self.index:
             return self.index[tensor]
-        buffer = NO_BUFFER if tensor.data is None else self.buffer(tensor.data)
-        tensor.data = None
+        if tensor.data is not None:
+            self.held[tensor] = self.buffer(tensor.data)
+            tensor.data = None
         written = schema.TensorT()
         written.name = tensor.name or f"tensor_{len(self.tensors)}"
         written.shape = np.array(tensor.shape, np.int32)
         written.hasRank = True
         written.type = DTYPES[tensor.dtype]
-        written.buffer = buffer
+        written.buffer = self.held.get(tensor, NO_BUFFER)
         written.quantization = _quantization(tensor)
-        written.isVariable = tensor.variable
         if tensor.signature is not None and -1 in tensor.signature:
             written.shapeSignature = np.array(tensor.signature, np.int32)
         self.index[tensor] = len(self.tensors)

@@ -99,10 +99,10 @@ def test_dynamic_quantization_that_is_read_otherwise_is_refused() -> None:
 def int8_bytes(data: bytes) -> int:
     """Bytes of int8 constants in a file."""
     root = schema.Model.GetRootAs(data, 0)
-    graph = root.Subgraphs(0)
-    tensors = [graph.Tensors(index) for index in range(graph.TensorsLength())]
-    int8 = [tensor for tensor in tensors if tensor.Type() == schema.TensorType.INT8]
-    return sum(root.Buffers(tensor.Buffer()).DataLength() for tensor in int8)
+    graphs = [root.Subgraphs(index) for index in range(root.SubgraphsLength())]
+    tensors = [graph.Tensors(index) for graph in graphs for index in range(graph.TensorsLength())]
+    buffers = {tensor.Buffer() for tensor in tensors if tensor.Type() == schema.TensorType.INT8}
+    return sum(root.Buffers(buffer).DataLength() for buffer in buffers)
 
 
 WEIGHT_ONLY = [
