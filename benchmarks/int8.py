@@ -38,6 +38,7 @@ from rich.console import Console
 
 from edgekit import data as sources
 from edgekit import judge, metrics, pipeline, report, stages
+from edgekit.evaluation import Chunk, whole
 from edgekit.model import Model
 from edgekit.results import SUFFIXES, Artifact, Latency
 from edgekit.runtimes import Timing
@@ -161,7 +162,7 @@ def benchmark(name: str, options: argparse.Namespace, console: Console) -> None:
             rows.append(Row("ExecuTorch recipe", executorch_recipe(folder, calibration, original)))
         if "tflite" in options.format and options.litert_python:
             rows += litert_torch(options.litert_python, name, folder, images, original)
-        evaluation = stages.evaluation_set(source, original)
+        evaluation = whole(source, original)
         reference = evaluation.cut(stages.run_module(original.module, evaluation.feeds))
         latencies = race([row.run for row in rows], evaluation.feeds, ROUNDS, TIMING)
         console.print(_table(title, rows, evaluation, reference, latencies, trained))
@@ -187,7 +188,7 @@ def _ops_table(format: str, bundles: Sequence[Path]) -> Any:
 def _table(
     name: str,
     rows: list[Row],
-    evaluation: stages.Evaluation,
+    evaluation: Chunk,
     reference: list[np.ndarray],
     latencies: list[Latency],
     trained: bool,

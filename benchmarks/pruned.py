@@ -26,6 +26,7 @@ from rich.console import Console
 
 from edgekit import data as sources
 from edgekit import judge, metrics, pipeline, prune_report, pruning, report, stages
+from edgekit.evaluation import Chunk, whole
 from edgekit.progress import Terminal
 from edgekit.results import Artifact
 from edgekit.runtimes import Timing
@@ -75,10 +76,10 @@ def measure(options: argparse.Namespace, folder: Path, console: Console) -> Any:
         files[kind] = bundle.artifacts
     original, source = stages.load(network, data=options.data, inputs=(), code=code, mean=(), std=())
     assert source is not None
-    return _table(files, stages.evaluation_set(source, original), original)
+    return _table(files, whole(source, original), original)
 
 
-def _table(files: dict[str, tuple[Artifact, ...]], evaluation: stages.Evaluation, original: Any) -> Any:
+def _table(files: dict[str, tuple[Artifact, ...]], evaluation: Chunk, original: Any) -> Any:
     table = report.table("network", "format", "top-1", "drop", "p50 ms", "vs fp32", "size", "vs fp32")
     assert evaluation.target is not None
     reference = evaluation.cut(stages.run_module(original.module, evaluation.feeds))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from edgekit import detection
 from edgekit.errors import EdgeKitError
 from edgekit.results import TensorSpec
+from edgekit.spool import Rows, Spool
 
 if TYPE_CHECKING:
     import numpy as np
@@ -80,6 +81,15 @@ class Data:
     separate: bool = False
     training: Iterable[Batch] | None = None
 
+    def read_once(self) -> Iterable[Batch]:
+        """Returns the evaluation samples to be read as a whole for the last time.
+
+        Those of a generator, beyond what calibration reads, are then not kept on disk.
+        """
+        if isinstance(self.evaluation, _Iterable) and isinstance(self.evaluation.make, Replay):
+            self.evaluation.make.samples_to_keep = CALIBRATION_SAMPLES
+        return self.evaluation
+
     def example(self) -> Arrays:
         """Returns the first sample, with a batch dimension of 1."""
         for batch in self.calibration:
@@ -124,8 +134,48 @@ def load(
 
 
 def rereadable(source: Any) -> Any:
-    """Returns `source`, or all that it gives where it is an iterator, which can be read once only."""
-    return list(source) if isinstance(source, Iterator) else source
+    """Returns `source`, or where it is an iterator, which can be read once only, its batches as what can be again."""
+    return Replay(source) if isinstance(source, Iterator) else source
+
+
+class Replay:
+    """The batches of an iterator, any number of times: those that were read lie in a temporary file."""
+
+    def __init__(self, items: Iterator[Any]) -> None:
+        """`items` are pairs (inputs, target)."""
+        self._items = items
+        self._kept: list[tuple[dict[str | int, Rows], Rows | np.ndarray | None]] = []
+        self._read = 0
+        self._spool: Spool | None = None
+        self.samples_to_keep = math.inf
+        """How many samples at least stay readable; the rest is given once, and then forgotten."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        number = samples = 0
+        while True:
+            if number < len(self._kept):
+                inputs, target = self._kept[number]
+                target = target[:] if isinstance(target, Rows) else target
+                batch = Batch({key: rows[:] for key, rows in inputs.items()}, target)
+            elif number < self._read:
+                raise RuntimeError("batches of a generator are asked for that were not kept")
+            else:
+                item = next(self._items, None)
+                if item is None:
+                    return
+                batch = _as_batch("the given iterable", item)
+                self._read += 1
+                if samples < self.samples_to_keep:
+                    self._keep(batch)
+            yield batch
+            number += 1
+            samples += len(batch)
+
+    def _keep(self, batch: Batch) -> None:
+        spool = self._spool = self._spool or Spool()
+        target = batch.target
+        kept = target if target is None or target.dtype == object else spool.put(target)
+        self._kept.append(({key: spool.put(array) for key, array in batch.inputs.items()}, kept))
 
 
 def check_normalization(mean: Sequence[float], std: Sequence[float]) -> None:
@@ -143,31 +193,54 @@ def batches(
 ) -> Iterator[tuple[tuple[np.ndarray, ...], int, np.ndarray | None]]:
     """Cuts a stream into batches of the model's own size.
 
-    Yields (one array per model input shaped exactly as `inputs` say, how many of its samples are real, their
-    targets). The last batch is padded by repeating its last sample. Raises EdgeKitError where samples do not fit
-    the model's inputs.
+    Yields (one array per model input shaped exactly as `inputs` say, how many of its samples are real, their targets,
+    or None where one of them has none). The last batch is padded by repeating its last sample. Raises EdgeKitError
+    where samples do not fit the model's inputs.
     """
     import numpy as np
 
     size = inputs[0].shape[0] if inputs[0].shape else 1
     held: list[np.ndarray] = []
-    held_target: np.ndarray | None = None
+    targets: list[tuple[int, np.ndarray | None]] = []  # of the samples that are held: how many, and their targets
     for batch in stream:
         arrays = [conform(array, spec) for array, spec in zip(_in_order(batch.inputs, inputs), inputs, strict=True)]
-        held = [np.concatenate(pair) for pair in zip(held, arrays, strict=True)] if held else arrays
-        if batch.target is not None:
-            held_target = batch.target if held_target is None else np.concatenate([held_target, batch.target])
+        held = [np.concatenate(pair) for pair in zip(held, arrays, strict=True)] if held and len(held[0]) else arrays
+        targets.append((len(arrays[0]), batch.target))
         start = 0
         while len(held[0]) - start >= size:
             stop = start + size
-            yield tuple(a[start:stop] for a in held), size, None if held_target is None else held_target[start:stop]
+            yield tuple(a[start:stop] for a in held), size, _take(targets, size)
             start = stop
         held = [a[start:] for a in held]
-        held_target = None if held_target is None else held_target[start:]
     rest = len(held[0]) if held else 0
     if rest:
         fill = [np.concatenate([a, np.repeat(a[-1:], size - rest, axis=0)]) for a in held]
-        yield tuple(fill), rest, held_target
+        yield tuple(fill), rest, _take(targets, rest)
+
+
+def _take(targets: list[tuple[int, np.ndarray | None]], count: int) -> np.ndarray | None:
+    """Takes the targets of the first `count` samples out of `targets`; None where a sample has none."""
+    parts: list[np.ndarray | None] = []
+    while count:
+        there, target = targets.pop(0)
+        taken = min(there, count)
+        parts.append(None if target is None else target[:taken])
+        if taken < there:
+            targets.insert(0, (there - taken, None if target is None else target[taken:]))
+        count -= taken
+    known = [part for part in parts if part is not None]
+    return joined(known) if len(known) == len(parts) else None
+
+
+def joined(targets: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns targets (n, …) of several batches as one array; raises EdgeKitError where they differ in shape."""
+    import numpy as np
+
+    shapes = {target.shape[1:] for target in targets}
+    if len(shapes) > 1:
+        told = " and ".join("x".join(map(str, shape)) or "scalars" for shape in sorted(shapes)[:2])
+        raise EdgeKitError(f"the labels of the data differ in shape: {told}", "give each sample a label of one shape")
+    return np.concatenate(targets) if len(targets) > 1 else targets[0]
 
 
 def conform(array: np.ndarray, spec: TensorSpec) -> np.ndarray:
@@ -215,6 +288,9 @@ class _Slices:
     target: np.ndarray | None
     preprocessing: Preprocessing | None = None
     indices: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(next(iter(self.arrays.values())) if self.indices is None else self.indices)
 
     def __iter__(self) -> Iterator[Batch]:
         import numpy as np
@@ -385,6 +461,9 @@ class _Images:
     size: tuple[int, int, int]
     preprocessing: Preprocessing
 
+    def __len__(self) -> int:
+        return len(self.files)
+
     def __iter__(self) -> Iterator[Batch]:
         import numpy as np
 
@@ -490,6 +569,8 @@ def _from_iterable(source: str, made: Any, mean: Sequence[float]) -> Data:
 
 
 def _as_batch(source: str, item: Any) -> Batch:
+    if isinstance(item, Batch):
+        return item
     if not isinstance(item, (tuple, list)) or len(item) != 2:
         raise EdgeKitError(f"{source} must give pairs (inputs, target), not {type(item).__name__}", HELP)
     inputs, target = item

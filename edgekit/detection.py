@@ -162,8 +162,19 @@ class AveragePrecision:
         )
 
 
-def score(outputs: Sequence[np.ndarray], target: np.ndarray) -> Scores:
-    """Scores detections: outputs boxes (N, D, 4), scores (N, D) and labels (N, D); a score of 0 stands for none.
+@dataclass(frozen=True, eq=False)
+class Matched:
+    """What COCOeval finds in some images: by class, (image, objects there, scores of detections, which are hits).
+
+    Hits are (overlaps, detections). `images` is how many there are, those with nothing in them included.
+    """
+
+    classes: Mapping[int, Sequence[tuple[int, int, np.ndarray, np.ndarray]]]
+    images: int
+
+
+def matched(outputs: Sequence[np.ndarray], target: np.ndarray) -> Matched:
+    """Matches detections: outputs boxes (N, D, 4), scores (N, D) and labels (N, D); a score of 0 stands for none.
 
     The model drops overlapping boxes itself. Boxes are matched to objects by pycocotools (COCOeval), up to 100 an
     image. Raises EdgeKitError where outputs or targets have another form.
@@ -172,22 +183,45 @@ def score(outputs: Sequence[np.ndarray], target: np.ndarray) -> Scores:
 
     if target.dtype != object:
         raise EdgeKitError(f"map needs boxes and labels as targets, not {target.dtype} values", FORMS)
-    if not any(len(image.labels) for image in target):
-        raise EdgeKitError("the targets hold no object", FORMS)
     boxes, scores, labels = _detections(outputs, len(target))
-    evaluated = _matched(boxes, scores, labels, target)
+    classes = {}
+    for category, images in _matched(boxes, scores, labels, target).items():
+        classes[category] = [
+            (i, len(image["gtIds"]), np.asarray(image["dtScores"]), image["dtMatches"] > 0)
+            for i, image in enumerate(images)
+            if image is not None
+        ]
+    return Matched(classes, len(target))
+
+
+def ranked(parts: Sequence[Matched]) -> AveragePrecision:
+    """Ranks the detections of all images, those of each part behind those of the one before.
+
+    Classes of which there is no object do not count. Raises EdgeKitError where there is none at all.
+    """
+    import numpy as np
+
+    images = sum(part.images for part in parts)
+    starts = np.cumsum([0, *(part.images for part in parts)])
     classes = []
-    for images in evaluated:
-        there = {i: image for i, image in enumerate(images) if image is not None}
-        counts = np.zeros(len(target))
-        counts[list(there)] = [len(image["gtIds"]) for image in there.values()]
-        found = [np.asarray(image["dtScores"]) for image in there.values()]
-        every = np.concatenate(found)
-        order = np.argsort(-every, kind="mergesort")
-        places = np.repeat(list(there), [len(part) for part in found]).astype(np.int64)
-        hit = np.concatenate([image["dtMatches"] > 0 for image in there.values()], axis=1)
+    for category in sorted(set().union(*(part.classes for part in parts))):
+        there = [
+            (int(start) + i, *rest)
+            for start, part in zip(starts[:-1], parts, strict=True)
+            for i, *rest in part.classes.get(category, ())
+        ]
+        counts = np.zeros(images)
+        counts[[i for i, *_ in there]] = [objects for _, objects, _, _ in there]
+        if not counts.any():
+            continue
+        found = [scores for *_, scores, _ in there]
+        order = np.argsort(-np.concatenate(found), kind="mergesort")
+        places = np.repeat([i for i, *_ in there], [len(part) for part in found]).astype(np.int64)
+        hit = np.concatenate([hits for *_, hits in there], axis=1)
         classes.append(Ranked(places[order], tuple(map(np.flatnonzero, hit[:, order])), counts))
-    return AveragePrecision(tuple(classes), len(target))
+    if not classes:
+        raise EdgeKitError("the targets hold no object", FORMS)
+    return AveragePrecision(tuple(classes), images)
 
 
 def _detections(outputs: Sequence[np.ndarray], count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -218,8 +252,8 @@ def _detections(outputs: Sequence[np.ndarray], count: int) -> tuple[np.ndarray, 
 
 def _matched(
     boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, target: np.ndarray
-) -> list[list[dict[str, Any] | None]]:
-    """Returns what COCOeval finds of each class in each image."""
+) -> dict[int, list[dict[str, Any] | None]]:
+    """Returns what COCOeval finds of each class, of an object or of a detection, in each image."""
     try:
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
@@ -231,7 +265,9 @@ def _matched(
         there = scores[i] > 0
         rows = zip(boxes[i][there], labels[i][there], scores[i][there], strict=True)
         found += [{**_annotation(i, box, label), "score": float(score)} for box, label, score in rows]
-    categories = sorted({entry["category_id"] for entry in true})
+    categories = sorted({entry["category_id"] for entry in (*true, *found)})
+    if not categories:
+        return {}
     with redirect_stdout(StringIO()):  # it prints its progress
         tables = []
         for entries in (true, found):
@@ -248,7 +284,10 @@ def _matched(
         evaluation.params.maxDets = [MOST]
         evaluation.evaluate()
     images = len(target)
-    return [evaluation.evalImgs[start : start + images] for start in range(0, len(categories) * images, images)]
+    return {
+        category: evaluation.evalImgs[number * images : (number + 1) * images]
+        for number, category in enumerate(categories)
+    }
 
 
 def _annotation(image: int, box: np.ndarray, label: int) -> dict[str, Any]:

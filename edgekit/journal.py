@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from edgekit.runtimes.devices.device import Device
 
 KEPT_DAYS = 7
+LARGEST = 2 << 30  # bytes of outputs that one command keeps; with --resume those of further runs are computed anew
 SPECS = ("input_specs", "output_specs")
 KEPT = "what was measured so far is kept: add --resume to go on from there"
 
@@ -38,6 +39,7 @@ class Journal:
         self._folder = root() / "journal"
         self._resume = resume
         self._entries: list[Path] = []
+        self._room = LARGEST
         self.reused = 0
         _forget_old(self._folder)
 
@@ -60,10 +62,21 @@ class Journal:
         return (f"{self.reused} results are those of the command before, and their times of another moment",)
 
     def run(
-        self, artifact: Artifact, feeds: Sequence[np.ndarray], *, device: Device, number: int = 0, **options: Any
+        self,
+        artifact: Artifact,
+        feeds: Sequence[np.ndarray],
+        *,
+        device: Device,
+        number: int = 0,
+        digest: str | None = None,
+        **options: Any,
     ) -> RunResult:
-        """`stages.run`, or its result of before. `number` tells runs apart that are alike otherwise."""
-        path = self._folder / f"{_key(artifact, feeds, device, number, options)}.zip"
+        """`stages.run`, or its result of before. `number` tells runs apart that are alike otherwise.
+
+        `digest` is that of the feeds where it is known.
+        """
+        samples = stages.digest_of(feeds) if digest is None else digest
+        path = self._folder / f"{_key(artifact, samples, device, number, options)}.zip"
         if self._resume:
             with suppress(OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
                 result = _load(path)
@@ -71,22 +84,19 @@ class Journal:
                 self.reused += 1
                 return result
         result = stages.run(artifact, feeds, device=device, **options)
-        with suppress(OSError, EdgeKitError):  # a full disk here is no reason to end a measurement there
-            _save(path, result)
-            self._entries.append(path)
+        self._room -= sum(array.nbytes for array in result.outputs)
+        if self._room >= 0:
+            with suppress(OSError, EdgeKitError):  # a full disk here is no reason to end a measurement there
+                _save(path, result)
+                self._entries.append(path)
         return result
 
 
-def _key(artifact: Artifact, feeds: Sequence[np.ndarray], device: Device, number: int, options: dict[str, Any]) -> str:
-    digest = hashlib.sha256()
-    for feed in feeds:
-        digest.update(f"{feed.dtype.str}{feed.shape}".encode())
-        digest.update(feed.tobytes())
+def _key(artifact: Artifact, samples: str, device: Device, number: int, options: dict[str, Any]) -> str:
     names = [spec.name for spec in (*artifact.inputs, *artifact.outputs)]
     hashes = [files.sha256(path) for path in (artifact.path, *artifact.weight_files)]
-    about = [hashes, artifact.layout, names, artifact.state, device.uri, number, sorted(options.items())]
-    digest.update(repr(about).encode())
-    return digest.hexdigest()[:32]
+    about = [samples, hashes, artifact.layout, names, artifact.state, device.uri, number, sorted(options.items())]
+    return hashlib.sha256(repr(about).encode()).hexdigest()[:32]
 
 
 def _save(path: Path, result: RunResult) -> None:

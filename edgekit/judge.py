@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgekit import intervals, metrics
@@ -27,6 +28,7 @@ MIN_SPEEDUP = 0.97  # below, int8 is slower than fp32 by more than its smaller f
 INT8_ARITHMETIC = ("int8", "int8-dynamic")  # which has to pay in speed; weight-only int8 is for size
 MOST_ASKED = 10_000_000  # samples beyond which none are asked for
 MOST_ROUNDS = 30  # likewise
+SLICE_VALUES = 1 << 20  # values that are compared at once, in float64
 
 
 def parity(reference: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> Parity:
@@ -52,40 +54,88 @@ def parities(reference: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> 
     Integer outputs are compared as they are; outputs with NaN are as far from the reference as can be. Raises
     EdgeKitError where the number or the shapes of outputs differ, or where the reference itself holds NaN.
     """
-    if len(reference) != len(outputs):
-        raise EdgeKitError(f"the file gives {len(outputs)} outputs, the original {len(reference)}", ANOTHER_MODEL)
-    return tuple(_parity(ref, out) for ref, out in zip(reference, outputs, strict=True))
+    sums = ParitySums()
+    sums.add(reference, outputs)
+    return sums.parities()
 
 
-def _parity(ref: np.ndarray, out: np.ndarray) -> Parity:
-    import numpy as np
+class ParitySums:
+    """What the parity of each output follows from, taken in over parts of the samples one after another."""
 
-    if ref.shape != out.shape:
-        shapes = ("x".join(map(str, array.shape)) for array in (out, ref))
-        raise EdgeKitError("an output of the file is {}, the original's is {}".format(*shapes), ANOTHER_MODEL)
-    a, b = ref.astype(np.float64).reshape(len(ref), -1), out.astype(np.float64).reshape(len(out), -1)
-    if not np.isfinite(a).all():
-        raise EdgeKitError(
-            "the original model's own outputs hold NaN or infinite values", "check its weights and --data"
-        )
-    if not np.isfinite(b).all():
-        return Parity(-math.inf, math.inf, math.inf, -1.0, 0.0, len(ref))
-    error, signal = float(((b - a) ** 2).sum()), float((a**2).sum())
-    if not error:
-        return Parity(math.inf, 0.0, 0.0, 1.0, _agreement(ref, out), len(ref))
-    sqnr = 10 * math.log10(signal / error) if signal else -math.inf
-    largest, scale = float(np.abs(b - a).max()), float(np.abs(a).max())
-    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    products = (a * b).sum(axis=1)
-    cosine = float(np.divide(products, norms, out=np.ones_like(norms), where=norms > 0).mean())
-    max_rel = largest / scale if scale else math.inf
-    return Parity(sqnr, largest, max_rel, cosine, _agreement(ref, out), len(ref))
+    def __init__(self) -> None:
+        self._outputs: list[_Sums] | None = None
+
+    def add(self, reference: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> None:
+        """Takes in some samples, as `parities` does."""
+        if len(reference) != len(outputs):
+            raise EdgeKitError(f"the file gives {len(outputs)} outputs, the original {len(reference)}", ANOTHER_MODEL)
+        self._outputs = self._outputs or [_Sums() for _ in outputs]
+        for sums, ref, out in zip(self._outputs, reference, outputs, strict=True):
+            sums.add(ref, out)
+
+    @property
+    def finite(self) -> bool:
+        """Whether no output so far held NaN or infinite values."""
+        return all(sums.finite for sums in self._outputs or ())
+
+    def parities(self) -> tuple[Parity, ...]:
+        """Returns the parity of each output on all samples so far."""
+        return tuple(sums.parity() for sums in self._outputs or ())
 
 
-def _agreement(reference: np.ndarray, output: np.ndarray) -> float | None:
-    if reference.ndim != 2 or reference.shape[1] < 2:
-        return None
-    return float((reference.argmax(axis=1) == output.argmax(axis=1)).mean())
+@dataclass
+class _Sums:
+    """Of one output: Σ (out − ref)², Σ ref², the largest |out − ref| and |ref|, Σ cosines, and equal arg maxima."""
+
+    error: float = 0.0
+    signal: float = 0.0
+    largest: float = 0.0
+    scale: float = 0.0
+    cosines: float = 0.0
+    alike: int | None = None
+    samples: int = 0
+    finite: bool = True
+
+    def add(self, ref: np.ndarray, out: np.ndarray) -> None:
+        if ref.shape != out.shape:
+            shapes = ("x".join(map(str, array.shape)) for array in (out, ref))
+            raise EdgeKitError("an output of the file is {}, the original's is {}".format(*shapes), ANOTHER_MODEL)
+        if ref.ndim == 2 and ref.shape[1] >= 2:
+            self.alike = (self.alike or 0) + int((ref.argmax(axis=1) == out.argmax(axis=1)).sum())
+        self.samples += len(ref)
+        rows = max(SLICE_VALUES // max(ref[:1].size, 1), 1)
+        for start in range(0, len(ref), rows):
+            self._add(ref[start : start + rows], out[start : start + rows])
+
+    def _add(self, ref: np.ndarray, out: np.ndarray) -> None:
+        import numpy as np
+
+        a, b = (array.astype(np.float64).reshape(len(array), -1) for array in (ref, out))
+        if not np.isfinite(a).all():
+            raise EdgeKitError(
+                "the original model's own outputs hold NaN or infinite values", "check its weights and --data"
+            )
+        if not np.isfinite(b).all():
+            self.finite = False
+            return
+        products, norms = (a * b).sum(axis=1), np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+        self.cosines += float(np.divide(products, norms, out=np.ones_like(norms), where=norms > 0).sum())
+        self.signal += float((a**2).sum())
+        self.scale = max(self.scale, float(np.abs(a).max(initial=0)))
+        b -= a
+        self.error += float((b**2).sum())
+        self.largest = max(self.largest, float(np.abs(b, out=b).max(initial=0)))
+
+    def parity(self) -> Parity:
+        """Returns the parity on all samples so far."""
+        if not self.finite:
+            return Parity(-math.inf, math.inf, math.inf, -1.0, 0.0, self.samples)
+        agreement = None if self.alike is None else self.alike / self.samples
+        if not self.error:
+            return Parity(math.inf, 0.0, 0.0, 1.0, agreement, self.samples)
+        sqnr = 10 * math.log10(self.signal / self.error) if self.signal else -math.inf
+        max_rel = self.largest / self.scale if self.scale else math.inf
+        return Parity(sqnr, self.largest, max_rel, self.cosines / self.samples, agreement, self.samples)
 
 
 def accuracy(metric: Metric, original: Scores, artifact: Scores) -> Accuracy:

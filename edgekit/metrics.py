@@ -59,14 +59,20 @@ class Sums:
 class Metric:
     """One row: its name, the unit of its drop, what it needs, and how samples are scored.
 
-    `unit` is None for a user's own function, whose scores tell it. `score` takes the model's outputs and the targets,
-    one row a sample, and raises EdgeKitError where they do not fit each other.
+    `unit` is None for a user's own function, whose scores tell it. `part` takes the model's outputs and the targets of
+    some samples, one row each, and raises EdgeKitError where they do not fit each other; `join` makes the scores of all
+    samples out of such parts, in their order, and raises EdgeKitError where they say nothing.
     """
 
     name: str
     unit: Unit | None
     needs: str
-    score: Callable[[Sequence[np.ndarray], np.ndarray], Scores]
+    part: Callable[[Sequence[np.ndarray], np.ndarray], Any]
+    join: Callable[[Sequence[Any]], Scores] = lambda parts: joined(parts)
+
+    def score(self, outputs: Sequence[np.ndarray], target: np.ndarray) -> Scores:
+        """Returns the scores of samples that are all at hand."""
+        return self.join([self.part(outputs, target)])
 
     def unit_of(self, original: Scores) -> Unit:
         """Returns the unit of a drop from `original`: points for shares, a user's own unit for scores beyond 0..1."""
@@ -119,6 +125,13 @@ def per_sample(scores: np.ndarray) -> Sums:
     return Sums(np.stack([scores.astype(np.float64), np.ones(len(scores))], axis=1), _mean)
 
 
+def joined(parts: Sequence[Sums]) -> Sums:
+    """Returns the scores of all samples from those of parts of them."""
+    import numpy as np
+
+    return Sums(np.concatenate([part.statistics for part in parts]), parts[0].of_sums)
+
+
 def _mean(sums: np.ndarray) -> np.ndarray:
     return sums[..., 0] / sums[..., 1]
 
@@ -139,7 +152,7 @@ def _mean_ratio(sums: np.ndarray) -> np.ndarray:
     return ratios.sum(axis=-1) / np.maximum(there.sum(axis=-1), 1)
 
 
-def _top(k: int, outputs: Sequence[np.ndarray], target: np.ndarray) -> Scores:
+def _top(k: int, outputs: Sequence[np.ndarray], target: np.ndarray) -> Sums:
     """Scores classifiers: outputs (N, classes), target (N,) class indices; a sample with NaN scores is wrong."""
     import numpy as np
     import torch
@@ -183,7 +196,7 @@ def _check_range(labels: np.ndarray, classes: int) -> None:
         )
 
 
-def _mean_iou(outputs: Sequence[np.ndarray], target: np.ndarray) -> Scores:
+def _mean_iou(outputs: Sequence[np.ndarray], target: np.ndarray) -> Sums:
     """Scores segmentation: outputs (N, classes, H, W) or labels (N, H, W), target (N, H, W) with 255 for no class.
 
     Intersections and unions are summed over all samples, as Pascal VOC and Cityscapes do; classes that are neither
@@ -204,9 +217,7 @@ def _mean_iou(outputs: Sequence[np.ndarray], target: np.ndarray) -> Scores:
             OTHER_METRIC,
         )
     asked = target[target != VOID]
-    if not asked.size:
-        raise EdgeKitError(f"every label is {VOID}, which stands for no class", "give labels from 0")
-    classes = first.shape[1] if scored else max(int(asked.max()), int(labels.max())) + 1
+    classes = first.shape[1] if scored else max(int(asked.max(initial=0)), int(labels.max(initial=0))) + 1
     _check_range(asked, classes)
     rows = []
     for found, true in zip(labels, target, strict=True):
@@ -222,33 +233,76 @@ def _mean_iou(outputs: Sequence[np.ndarray], target: np.ndarray) -> Scores:
     return Sums(np.stack(rows).astype(np.float64), _mean_ratio)
 
 
-def _f1(outputs: Sequence[np.ndarray], target: np.ndarray) -> Scores:
+def _join_ious(parts: Sequence[Sums]) -> Sums:
+    """Joins parts of as many classes as each has seen."""
+    import numpy as np
+
+    classes = max(part.statistics.shape[1] for part in parts) // 2
+    rows = []
+    for part in parts:
+        both = np.stack(np.split(part.statistics, 2, axis=1), axis=1)
+        more = classes - both.shape[2]
+        rows.append(np.pad(both, ((0, 0), (0, 0), (0, more))).reshape(len(both), -1))
+    statistics = np.concatenate(rows)
+    if not statistics.any():
+        raise EdgeKitError(f"every label is {VOID}, which stands for no class", "give labels from 0")
+    return Sums(statistics, _mean_ratio)
+
+
+@dataclass(frozen=True, eq=False)
+class _Labels:
+    """Scores of labels (N, labels) with their outputs read as shares and as logits, and the range of the outputs."""
+
+    of_shares: Sums
+    of_logits: Sums
+    lowest: float
+    highest: float
+
+
+def _join_f1(parts: Sequence[Sums | _Labels]) -> Sums:
+    """Joins parts, of whose outputs all are logits where any is none of a share."""
+    of_classes = [part for part in parts if isinstance(part, Sums)]
+    if of_classes:
+        return joined(of_classes)
+    labels = [part for part in parts if isinstance(part, _Labels)]
+    shares = min(part.lowest for part in labels) >= -BEYOND_SHARES
+    shares = shares and max(part.highest for part in labels) <= 1 + BEYOND_SHARES
+    return joined([part.of_shares if shares else part.of_logits for part in labels])
+
+
+def _f1(outputs: Sequence[np.ndarray], target: np.ndarray) -> Sums | _Labels:
     """Scores F1, the mean over classes: target (N,) with outputs (N, classes); 0 and 1 (N, labels) with the same.
 
     Outputs (N,) or (N, 1) are those of the one class 1. A label is found where its probability is above 0.5, or its
     logit above 0: outputs are logits where any lies outside 0..1. Labels that are nowhere do not count.
     """
     import numpy as np
-    import torch
     from torchmetrics.functional.classification import multiclass_stat_scores, multilabel_stat_scores
 
     first = _finite(outputs[0])
     if first.ndim == 2 and first.shape[1] > 1 and target.ndim == 1 and len(first) == len(target):
         _check_classes(target, first.shape[1])
         found, true = first.argmax(axis=1)[:, None], target[:, None]
-        score, classes = multiclass_stat_scores, {"num_classes": first.shape[1]}
-    else:
-        first, true = (array[:, None] if array.ndim == 1 else array for array in (first, target))
-        if first.ndim != 2 or first.shape != true.shape or not np.isin(true, (0, 1)).all():
-            raise EdgeKitError(
-                "f1 needs class scores (N, classes) and class indices (N,), or scores and 0 or 1 of the same shape "
-                f"(N, labels); the model's first output is {_shape(first)}, the labels {target.dtype} of "
-                f"{_shape(target)}",
-                OTHER_METRIC,
-            )
-        shares = first.min() >= -BEYOND_SHARES and first.max() <= 1 + BEYOND_SHARES
-        found, true = (first > (0.5 if shares else 0))[:, :, None], true[:, :, None]
-        score, classes = multilabel_stat_scores, {"num_labels": first.shape[1]}
+        return _f1_sums(multiclass_stat_scores, found, true, num_classes=first.shape[1])
+    first, true = (array[:, None] if array.ndim == 1 else array for array in (first, target))
+    if first.ndim != 2 or first.shape != true.shape or not np.isin(true, (0, 1)).all():
+        raise EdgeKitError(
+            "f1 needs class scores (N, classes) and class indices (N,), or scores and 0 or 1 of the same shape "
+            f"(N, labels); the model's first output is {_shape(first)}, the labels {target.dtype} of "
+            f"{_shape(target)}",
+            OTHER_METRIC,
+        )
+    of_shares, of_logits = (
+        _f1_sums(multilabel_stat_scores, (first > limit)[:, :, None], true[:, :, None], num_labels=first.shape[1])
+        for limit in (0.5, 0)
+    )
+    return _Labels(of_shares, of_logits, float(first.min()), float(first.max()))
+
+
+def _f1_sums(score: Callable[..., torch.Tensor], found: np.ndarray, true: np.ndarray, **classes: int) -> Sums:
+    import numpy as np
+    import torch
+
     counts = score(
         torch.from_numpy(found.astype(np.int64)),
         torch.from_numpy(true.astype(np.int64)),
@@ -256,13 +310,13 @@ def _f1(outputs: Sequence[np.ndarray], target: np.ndarray) -> Scores:
         multidim_average="samplewise",
         validate_args=False,  # they are checked above, and one label would not pass
         **classes,
-    ).reshape(len(first), -1, 5)
-    counts = counts.numpy()
+    ).numpy()
+    counts = counts.reshape(len(found), -1, 5)
     hits, false, missed = counts[..., 0], counts[..., 1], counts[..., 3]
     return Sums(np.concatenate([2 * hits, 2 * hits + false + missed], axis=1).astype(np.float64), _mean_ratio)
 
 
-def _mae(outputs: Sequence[np.ndarray], target: np.ndarray) -> Scores:
+def _mae(outputs: Sequence[np.ndarray], target: np.ndarray) -> Sums:
     """Scores regression by |output − target|: both of one shape (N, …)."""
     from torchmetrics.functional.regression import mean_absolute_error
 
@@ -270,7 +324,7 @@ def _mae(outputs: Sequence[np.ndarray], target: np.ndarray) -> Scores:
     return per_sample(mean_absolute_error(found, true, num_outputs=found.shape[1]).reshape(-1).numpy())
 
 
-def _rmse(outputs: Sequence[np.ndarray], target: np.ndarray) -> Scores:
+def _rmse(outputs: Sequence[np.ndarray], target: np.ndarray) -> Sums:
     """Scores regression by (output − target)², of whose mean the root is taken: both of one shape (N, …)."""
     from dataclasses import replace
 
@@ -281,7 +335,7 @@ def _rmse(outputs: Sequence[np.ndarray], target: np.ndarray) -> Scores:
     return replace(per_sample(squares), of_sums=_root_of_mean)
 
 
-def _cosine(outputs: Sequence[np.ndarray], target: np.ndarray) -> Scores:
+def _cosine(outputs: Sequence[np.ndarray], target: np.ndarray) -> Sums:
     """Scores vectors (N, …) by the cosine of the angle to their target; one without a direction counts as 0."""
     import numpy as np
     from torchmetrics.functional.regression import cosine_similarity
@@ -307,7 +361,7 @@ def _values_across(name: str, output: np.ndarray, target: np.ndarray) -> tuple[t
     return torch.from_numpy(np.ascontiguousarray(found)), torch.from_numpy(np.ascontiguousarray(true))
 
 
-def _own(name: str, function: Any, folder: Any, outputs: Sequence[np.ndarray], target: np.ndarray) -> Scores:
+def _own(name: str, function: Any, folder: Any, outputs: Sequence[np.ndarray], target: np.ndarray) -> Sums:
     """Scores by the user's own function: outputs (n, …), a tuple of them where the model gives several, and targets."""
     import numpy as np
 
@@ -350,9 +404,15 @@ METRICS = {
     for metric in (
         Metric("top1", "points", "class scores (N, classes); class indices (N,)", lambda o, t: _top(1, o, t)),
         Metric("top5", "points", "class scores (N, classes); class indices (N,)", lambda o, t: _top(5, o, t)),
-        Metric("f1", "points", "class scores (N, classes); class indices (N,), or 0 and 1 (N, labels)", _f1),
-        Metric("miou", "points", "class scores (N, classes, H, W); class indices (N, H, W)", _mean_iou),
-        Metric("map", "points", "boxes (N, D, 4), scores and labels (N, D); boxes and labels", detection.score),
+        Metric("f1", "points", "class scores (N, classes); class indices (N,), or 0 and 1 (N, labels)", _f1, _join_f1),
+        Metric("miou", "points", "class scores (N, classes, H, W); class indices (N, H, W)", _mean_iou, _join_ious),
+        Metric(
+            "map",
+            "points",
+            "boxes (N, D, 4), scores and labels (N, D); boxes and labels",
+            detection.matched,
+            detection.ranked,
+        ),
         Metric("cosine", "points", "vectors (N, …); vectors of the same shape", _cosine),
         Metric("mae", "percent", "numbers (N, …); numbers of the same shape", _mae),
         Metric("rmse", "percent", "numbers (N, …); numbers of the same shape", _rmse),

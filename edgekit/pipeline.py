@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from math import isfinite
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from edgekit import files, judge, metrics, pruned_files, pruning, stages, steady
 from edgekit import ops as op_times
 from edgekit import qat as qats
 from edgekit.errors import EdgeKitError
+from edgekit.evaluation import Chunk, Evaluation, Tally, evaluate
 from edgekit.journal import Journal
 from edgekit.progress import Progress, Silent
 from edgekit.results import (
@@ -272,38 +272,27 @@ def compare(
                     "these files are of a pruned network, which differs from the original from the start",
                     "name the pruned network in the place of the original: NAME-pruned/model.pt2",
                 )
-            evaluation = stages.evaluation_set(source, original)
+            evaluation = Evaluation(source, original, once=True)
         if max_drop is not None and evaluation.target is None:
             raise EdgeKitError(
                 "a largest drop cannot be proven: the data has no labels", "add labels, or drop --max-drop"
             )
-        with progress.step("Running the original"):
-            key = baselines.key(original, evaluation.feeds, baseline_device, threads, rounds, TIMING)
-            kept = baselines.recall(key) if cache else None
-            outcome = kept.outputs if kept is not None else None
-            if outcome is None:
-                outcome = stages.run_module(original.module, evaluation.feeds, baseline_device, threads, original.state)
-            reference = evaluation.cut(outcome)
-            scores = None if evaluation.target is None else scale.score(reference, evaluation.target)
-        outputs: dict[Artifact, list[np.ndarray]] = {}
+        reference = baselines.Reference(original, baseline_device, threads, cache)
         settings: list[str] = []
         same_machine = device.startswith(SAME_MACHINE)
         journal = stack.enter_context(Journal(resume))
-        for artifact, name in labels(given).items():
-            with progress.step(f"Running {name}"):
-                run = journal.run(artifact, evaluation.feeds, device=there, threads=threads)
-            outputs[artifact] = evaluation.cut(run.outputs)
-            settings += stages.settings_notes(artifact, run)
+        scores, tallies = run_all(evaluation, reference, given, scale, settings, there, threads, journal, progress)
+        kept = reference.processes(rounds, TIMING)
         references, notes = fp32_references(original, given, stack, progress)
         ladder = None
         if explain:
-            ladder = explaining.explain(original, source, given, evaluation.feeds, there, same_machine, progress)
+            ladder = explaining.explain(original, source, given, evaluation.first, there, same_machine, progress)
         files_to_time = [*given, *(r for r in references.values() if r not in given)]
         baseline_latency, timed = race(
-            original, files_to_time, evaluation, there, baseline_device, threads, rounds, kept, journal, progress
+            original, files_to_time, evaluation.first, there, baseline_device, threads, rounds, kept, journal, progress
         )
         if kept is None:
-            baselines.keep(key, outcome, baseline_latency.processes)
+            reference.keep(baseline_latency.processes, rounds, TIMING)
         names = labels(files_to_time)
         latencies = {names[artifact]: latency for artifact, (_, latency) in timed.items()}
         if same_machine and kept is None:
@@ -316,10 +305,8 @@ def compare(
     measured = []
     for artifact in given:
         last, latency = timed[artifact]
-        near = judge.parity(reference, outputs[artifact])
-        result = None
-        if scores is not None and evaluation.target is not None and isfinite(near.max_abs):
-            result = judge.accuracy(scale, scores, scale.score(outputs[artifact], evaluation.target))
+        near, own = tallies[artifact].parity, tallies[artifact].scores()
+        result = judge.accuracy(scale, scores, own) if scores is not None and own is not None else None
         is_reference = artifact.precision == "fp32" and not artifact.pruned
         fp32_file = None if is_reference else references.get(artifact.format)
         fp32_last, fp32 = timed[fp32_file] if fp32_file is not None else (None, None)
@@ -433,24 +420,53 @@ def fp32_references(
     return references, notes
 
 
+def run_all(
+    evaluation: Evaluation,
+    original: baselines.Reference,
+    artifacts: Sequence[Artifact],
+    metric: metrics.Metric,
+    settings: list[str],
+    device: Device,
+    threads: int,
+    journal: Journal,
+    progress: Progress,
+) -> tuple[metrics.Scores | None, dict[Artifact, Tally]]:
+    """Runs the original and every file on all samples, chunk by chunk; notes on a runtime's settings go to `settings`.
+
+    Returns the scores of the original, and what is kept of each file's outputs.
+    """
+
+    def runner(artifact: Artifact) -> Any:
+        def run(chunk: Chunk) -> Sequence[np.ndarray]:
+            options = {"device": device, "threads": threads, "digest": chunk.digest}
+            result = journal.run(artifact, chunk.feeds, **options)
+            settings.extend(note for note in stages.settings_notes(artifact, result) if note not in settings)
+            return result.outputs
+
+        return run
+
+    total = None if evaluation.chunks is None else evaluation.chunks * (1 + len(artifacts))
+    with progress.step(f"Running the original and {', '.join(labels(artifacts).values())}", total) as advance:
+        return evaluate(evaluation, original, {a: runner(a) for a in artifacts}, metric, advance)
+
+
 def race(
     original: Model,
     artifacts: Sequence[Artifact],
-    evaluation: stages.Evaluation,
+    feeds: Sequence[np.ndarray],
     device: Device,
     baseline_device: str,
     threads: int,
     rounds: int,
-    kept: baselines.Kept | None,
+    kept: Sequence[tuple[float, ...]] | None,
     journal: Journal,
     progress: Progress,
 ) -> tuple[Latency, dict[Artifact, tuple[Any, Latency | None]]]:
     """Times the original and every artifact in turn, `rounds` times; returns latencies and each one's last result.
 
-    The original is not timed again where that is `kept` of an earlier command. On an emulated device each artifact runs
-    once, for its instructions, and has no latency.
+    The original is not timed again where its latencies are `kept` of an earlier command. On an emulated device each
+    artifact runs once, for its instructions, and has no latency.
     """
-    feeds = [feed[: bundles.GOLDEN_SAMPLES] for feed in evaluation.feeds]
     eager: list[tuple[float, ...]] = []
     results: dict[Artifact, list[Any]] = {artifact: [] for artifact in artifacts}
     with progress.step("Measuring latency", rounds * (len(artifacts) + (kept is None))) as advance:
@@ -463,10 +479,10 @@ def race(
             for artifact in artifacts:
                 if count == 0 or device.timing == "measured":
                     run = journal.run(artifact, feeds, device=device, number=count, threads=threads, timing=TIMING)
-                    results[artifact].append(run)
+                    results[artifact].append(replace(run, outputs=()))
                 advance()
     timed = {artifact: (runs[-1], latency_of(runs, threads)) for artifact, runs in results.items()}
-    return Latency(kept.processes if kept is not None else tuple(eager), threads), timed
+    return Latency(tuple(eager) if kept is None else tuple(kept), threads), timed
 
 
 def latency_of(runs: Sequence[Any], threads: int) -> Latency | None:

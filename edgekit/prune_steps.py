@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekit import data as sources
 from edgekit import finetune, judge, metrics, pruned_files, stages, training
+from edgekit.evaluation import Evaluation, score
 from edgekit.progress import Progress
 from edgekit.prune_options import Options
 from edgekit.results import Accuracy
@@ -88,12 +89,12 @@ class Job:
         self.original, self.source, self.lessons = original, source, lessons
         self.options, self.progress = options, progress
         self.specs = training.widened(original, BATCH)
-        self.evaluation: stages.Evaluation | None = None
+        self.evaluation: Evaluation | None = None
         self.unmeasured = False  # there are labels that top-1 is not for
         self._right: Scores | None = None  # what the original gets right
         self._memory: training.Memory | None = None
         if source is not None and evaluates:
-            found = stages.evaluation_set(source, replace(original, inputs=self.specs))
+            found = Evaluation(source, replace(original, inputs=self.specs))
             self.evaluation = found if self._classifies(found.target) else None
             self.unmeasured = found.target is not None and self.evaluation is None
 
@@ -259,9 +260,8 @@ class Job:
             return judge.accuracy(METRIC, self._right, self._correct(module))
 
     def _correct(self, module: torch.nn.Module) -> Scores:
-        given = self.evaluation
-        assert given is not None and given.target is not None
-        return METRIC.score(given.cut(stages.run_module(module, given.feeds)), given.target)
+        assert self.evaluation is not None
+        return score(self.evaluation, lambda chunk: stages.run_module(module, chunk.feeds), METRIC)
 
     def recover(
         self, narrow: torch.nn.Module, checkpoint: Path, resume: bool, number: int

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import islice, zip_longest
@@ -402,6 +402,7 @@ def run_module(
     device: str = "cpu",
     threads: int = 1,
     state: Sequence[State] = (),
+    start: int = 0,
 ) -> tuple[np.ndarray, ...]:
     """Runs a torch module in this process on (runs, *shape) inputs; returns (runs, *shape) outputs.
 
@@ -409,24 +410,29 @@ def run_module(
     value in the first run, and each run goes on where the one before it ended.
 
     One thread is the default because torch's spin at every op: on a machine with other work, two took ten times
-    as long as one. Raises EdgeKitError where the module fails on a sample.
+    as long as one. Raises EdgeKitError where the module fails on a sample; the first is number `start` of the data.
     """
     import numpy as np
 
+    runs = len(feeds[0])
+    values = [part.value for part in state]
+    outputs: list[np.ndarray] = []
     with in_process(module, device, threads) as session:
-        results = []
-        values = [part.value for part in state]
-        for run in range(len(feeds[0])):
+        for run in range(runs):
             try:
                 given = enumerate((*(feed[run] for feed in feeds), *values))
                 found = list(session.run({f"input_{i}": array for i, array in given}).values())
-                results.append(found[: len(found) - len(state)])
-                values = found[len(found) - len(state) :]
             except (IndexError, ValueError, RuntimeError) as error:
                 raise EdgeKitError(
-                    f"the model fails on batch {run} of the data: {reason(error)}", "check the values in --data"
+                    f"the model fails on batch {start + run} of the data: {reason(error)}", "check the values in --data"
                 ) from error
-    return tuple(np.stack(arrays) for arrays in zip(*results, strict=True))
+            found, values = found[: len(found) - len(state)], found[len(found) - len(state) :]
+            outputs = outputs or [np.empty((runs, *array.shape), array.dtype) for array in found]
+            for into, array in zip(outputs, found, strict=True):
+                if into.shape[1:] != array.shape:
+                    raise ValueError("all outputs of one model must have the same shape")
+                into[run] = array
+    return tuple(outputs)
 
 
 def run(artifact: Artifact, feeds: Sequence[np.ndarray], **options: Any) -> Any:
@@ -485,6 +491,19 @@ def try_out(artifact: Artifact, feeds: Sequence[np.ndarray], exported: Exported)
         ) from error
 
 
+def digest_of(feeds: Sequence[np.ndarray]) -> str:
+    """Returns a name for the content of feeds."""
+    import hashlib
+
+    import numpy as np
+
+    digest = hashlib.blake2b(digest_size=16)
+    for feed in feeds:
+        digest.update(f"{feed.dtype.str}{feed.shape}".encode())
+        digest.update(np.ascontiguousarray(feed).data)
+    return digest.hexdigest()
+
+
 def flat(outputs: Sequence[np.ndarray], batch: int) -> list[np.ndarray]:
     """Joins runs and batch, (runs, batch, …) → (runs·batch, …); outputs without the batch in front stay as they are."""
     return [a.reshape(-1, *a.shape[2:]) if a.ndim > 1 and a.shape[1] == batch else a for a in outputs]
@@ -505,37 +524,6 @@ def _tensors(arrays: Sequence[np.ndarray]) -> tuple[torch.Tensor, ...]:
     import torch
 
     return tuple(torch.from_numpy(array) for array in arrays)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """All evaluation samples as feeds of whole batches, and how many of the padded samples are real."""
-
-    feeds: tuple[np.ndarray, ...]
-    batch: int
-    count: int
-    target: np.ndarray | None
-
-    def cut(self, outputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Joins (runs, batch, …) outputs to one row a sample and drops the padding."""
-        return [array[: self.count] for array in flat(outputs, self.batch)]
-
-
-def evaluation_set(source: sources.Data, original: Model, stream: Iterable[sources.Batch] | None = None) -> Evaluation:
-    """Reads all evaluation samples of `source`, or those of `stream`, batched as the model takes them."""
-    import numpy as np
-
-    feeds, targets, count = [], [], 0
-    for arrays, real, target in sources.batches(source.evaluation if stream is None else stream, original.inputs):
-        feeds.append(arrays)
-        count += real
-        if target is not None:
-            targets.append(target[:real])
-    target = np.concatenate(targets) if targets else None
-    if target is not None and len(target) != count:
-        raise EdgeKitError(f"the data has {count} samples but {len(target)} labels", "give each sample one label")
-    stacked = tuple(np.stack(arrays) for arrays in zip(*feeds, strict=True))
-    return Evaluation(stacked, batch_of(original.inputs), count, target)
 
 
 def time_module(

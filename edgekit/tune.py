@@ -10,6 +10,7 @@ from edgekit import bundle as bundles
 from edgekit import data as sources
 from edgekit import judge, metrics, stages
 from edgekit.errors import EdgeKitError
+from edgekit.evaluation import Chunk, Evaluation, score
 from edgekit.progress import Progress
 from edgekit.results import Accuracy, Artifact
 
@@ -133,8 +134,7 @@ def _mixed(
 class _Scale:
     """What quantized networks are measured on: labeled samples, and which of them the original gets right."""
 
-    evaluation: stages.Evaluation
-    target: np.ndarray
+    evaluation: Evaluation
     right: Scores
     samples: str
     max_drop: float
@@ -156,15 +156,18 @@ class _Scale:
         import torch
 
         quantized = frozenset(simulation.units) - {layer.node for layer in in_float}
-        runs = len(self.evaluation.feeds[0])
-        logits: list[np.ndarray] = []
+        runs = -(-self.evaluation.count // self.evaluation.batch)
         with self.progress.step(f"Measuring accuracy: {name}", runs) as advance:
-            for run in range(runs):
-                batch = tuple(torch.from_numpy(feed[run]) for feed in self.evaluation.feeds)
-                logits.append(simulation.outputs(batch, quantized)[0].numpy())
-                advance()
-        outputs = self.evaluation.cut([np.stack(logits)])
-        return judge.accuracy(METRIC, self.right, METRIC.score(outputs, self.target))
+
+            def run(chunk: Chunk) -> list[np.ndarray]:
+                logits = []
+                for number in range(chunk.runs):
+                    batch = tuple(torch.from_numpy(feed[number]) for feed in chunk.feeds)
+                    logits.append(simulation.outputs(batch, quantized)[0].numpy())
+                    advance()
+                return [np.stack(logits)]
+
+            return judge.accuracy(METRIC, self.right, score(self.evaluation, run, METRIC))
 
 
 def _scale(original: Model, source: sources.Data, max_drop: float, progress: Progress) -> _Scale:
@@ -173,15 +176,20 @@ def _scale(original: Model, source: sources.Data, max_drop: float, progress: Pro
     Labeled calibration samples are preferred where they are apart from the evaluation's and one of them weighs at
     most half of the drop allowed: the evaluation then stays unseen until compare. Otherwise it is the evaluation set.
     """
-    samples = "calibration"
-    found = stages.evaluation_set(source, original, source.calibration) if source.separate else None
-    if found is None or found.target is None or found.count * max_drop < 200:
-        found, samples = stages.evaluation_set(source, original), "evaluation"
-    if found.target is None:
-        raise EdgeKitError("--max-drop needs labels to measure what int8 loses, and the data has none", NO_LABELS)
     with progress.step("Running the original"):
-        outputs = found.cut(stages.run_module(original.module, found.feeds))
-    return _Scale(found, found.target, METRIC.score(outputs, found.target), samples, max_drop, progress)
+        if source.separate:
+            found = Evaluation(source, original, source.calibration)
+            right = _right(original, found) if found.target is not None else None
+            if right is not None and len(right) * max_drop >= 200:
+                return _Scale(found, right, "calibration", max_drop, progress)
+        found = Evaluation(source, original)
+        if found.target is None:
+            raise EdgeKitError("--max-drop needs labels to measure what int8 loses, and the data has none", NO_LABELS)
+        return _Scale(found, _right(original, found), "evaluation", max_drop, progress)
+
+
+def _right(original: Model, evaluation: Evaluation) -> Scores:
+    return score(evaluation, lambda chunk: stages.run_module(original.module, chunk.feeds), METRIC)
 
 
 def _calibrated(

@@ -19,6 +19,7 @@ import edgekit
 from edgekit import baseline, model, pipeline, stages
 from edgekit.bundle import Bundle
 from edgekit.errors import EdgeKitError
+from edgekit.evaluation import Chunk
 from edgekit.results import Comparison
 from edgekit.runtimes import Timing, eager
 
@@ -52,7 +53,7 @@ def load(module: nn.Module) -> model.Model:
 
 
 def key(module: nn.Module, feeds: tuple[np.ndarray, ...] = FEEDS, *options: Any) -> str | None:
-    return baseline.key(load(module), feeds, "cpu", *(options or (1, 3)))
+    return baseline.key(baseline.content(load(module)), [stages.digest_of(feeds)], "cpu", *(options or (1, 3)))
 
 
 def other(change: Callable[[nn.Module], None]) -> nn.Module:
@@ -87,7 +88,8 @@ def test_the_same_content_has_the_same_key_and_other_content_another() -> None:
 def test_a_model_that_cannot_be_captured_has_no_key() -> None:
     assert key(Branching()) is None
     assert baseline.recall(None) is None
-    baseline.keep(None, OUTPUTS, PROCESSES)
+    baseline.keep(None, PROCESSES)
+    baseline.keep_outputs(None, OUTPUTS)
 
 
 def test_an_onnx_file_is_known_by_its_content(bundles: dict[str, Bundle], tmp_path: Path) -> None:
@@ -95,35 +97,50 @@ def test_an_onnx_file_is_known_by_its_content(bundles: dict[str, Bundle], tmp_pa
     proto = onnx.load(path)
     proto.graph.initializer[0].raw_data = bytes(len(proto.graph.initializer[0].raw_data))
     onnx.save(proto, tmp_path / "zero.onnx")
-    keys = [baseline.key(model.load(p), FEEDS, "cpu") for p in (path, path, tmp_path / "zero.onnx")]
+    keys = [baseline.content(model.load(p)) for p in (path, path, tmp_path / "zero.onnx")]
     assert keys[0] is not None
     assert keys[0] == keys[1] != keys[2]
 
 
 def test_what_was_kept_comes_back(place: Path) -> None:
-    assert baseline.recall("a") is None
-    baseline.keep("a", OUTPUTS, PROCESSES)
-    kept = baseline.recall("a")
-    assert kept is not None and kept.outputs is not None
-    assert kept.processes == PROCESSES
-    assert [(a.dtype, a.tolist()) for a in kept.outputs] == [(a.dtype, a.tolist()) for a in OUTPUTS]
+    assert baseline.recall("a") is None and baseline.recall_outputs("b") is None
+    baseline.keep("a", PROCESSES)
+    baseline.keep_outputs("b", OUTPUTS)
+    assert baseline.recall("a") == PROCESSES
+    outputs = baseline.recall_outputs("b")
+    assert outputs is not None
+    assert [(a.dtype, a.tolist()) for a in outputs] == [(a.dtype, a.tolist()) for a in OUTPUTS]
 
 
-def test_large_outputs_are_not_kept_and_old_ones_are_forgotten(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    baseline.keep("old", OUTPUTS, PROCESSES)
+def test_old_entries_are_forgotten(place: Path) -> None:
+    baseline.keep("old", PROCESSES)
     long_ago = time.time() - (baseline.KEPT_DAYS + 1) * 86400
     os.utime(place / "old.npz", (long_ago, long_ago))
-    monkeypatch.setattr(baseline, "LARGEST", 8)
-    baseline.keep("a", OUTPUTS, PROCESSES)
-    assert baseline.recall("a") == baseline.Kept(None, PROCESSES)
+    baseline.keep("a", PROCESSES)
     assert [path.name for path in place.iterdir()] == ["a.npz"]
 
 
 def test_what_was_disturbed_is_not_kept(place: Path) -> None:
-    baseline.keep("a", OUTPUTS, ((1.0, 1.0), (1.2, 1.2), (1.0, 9.0)))
+    baseline.keep("a", ((1.0, 1.0), (1.2, 1.2), (1.0, 9.0)))
     assert baseline.recall("a") is None
-    baseline.keep("a", OUTPUTS, ((1.0, 1.0), (1.05, 1.05)))
+    baseline.keep("a", ((1.0, 1.0), (1.05, 1.05)))
     assert baseline.recall("a") is not None
+
+
+def test_outputs_beyond_a_size_are_run_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of three chunks of 96 bytes of outputs are kept; the outputs are the same either way."""
+    monkeypatch.setattr(baseline, "LARGEST", 200)
+    original = load(network())
+    chunks = [Chunk((FEEDS[0][i : i + 2] + i,), 1, 2, None) for i in range(3)]
+    first = baseline.Reference(original, "cpu", 1, cache=True)
+    before = [first(chunk)[0] for chunk in chunks]
+    ran = []
+    real = stages.run_module
+    monkeypatch.setattr(stages, "run_module", lambda *args: (ran.append(args[1][0]), real(*args))[1])
+    again = baseline.Reference(original, "cpu", 1, cache=True)
+    after = [again(chunk)[0] for chunk in chunks]
+    assert [np.array_equal(a, b) for a, b in zip(before, after, strict=True)] == [True] * 3
+    assert [np.array_equal(feed, chunks[2].feeds[0]) for feed in ran] == [True]
 
 
 @pytest.mark.parametrize("content", [b"", b"no zip", b"PK\x03\x04 cut short"])
@@ -135,7 +152,7 @@ def test_what_is_damaged_is_measured_again(content: bytes, place: Path) -> None:
 
 def test_a_cache_that_cannot_be_written_is_no_reason_to_fail(place: Path) -> None:
     place.write_text("a file where the folder should be")
-    baseline.keep("a", OUTPUTS, PROCESSES)
+    baseline.keep("a", PROCESSES)
     assert baseline.recall("a") is None
 
 

@@ -16,6 +16,7 @@ from edgekit import data as sources
 from edgekit import stages
 from edgekit.data import CALIBRATION_SAMPLES, Batch, Data
 from edgekit.errors import EdgeKitError
+from edgekit.evaluation import whole
 from edgekit.model import Model
 from edgekit.results import TensorSpec
 
@@ -354,7 +355,7 @@ def test_refused(case: str, tmp_path: Path) -> None:
         data = make(tmp_path)
         everything(data.calibration)
         original = Model(torch.nn.Identity(), "m", "object", IMAGE, IMAGE, (), (), None)
-        stages.evaluation_set(data, original)
+        whole(data, original)
     assert caught.value.help
 
 

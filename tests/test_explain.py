@@ -16,6 +16,7 @@ from onnx import numpy_helper
 
 from edgekit import explain, judge, pipeline, stages, taps
 from edgekit.bundle import Bundle
+from edgekit.evaluation import whole
 from edgekit.progress import Silent
 from edgekit.results import Artifact, Culprit, Parity, Rung, Verdict
 from edgekit.runtimes import open_device
@@ -102,7 +103,7 @@ def ladder(bundles: dict[str, Bundle], tmp_path_factory: pytest.TempPathFactory)
     artifacts += [planted(defect, bundles, folder) for defect in DEFECTS]
     original, source = stages.load(network(), data=samples(), inputs=(), code=None, mean=(), std=())
     assert source is not None
-    evaluation = stages.evaluation_set(source, original)
+    evaluation = whole(source, original)
     rungs = explain.explain(original, source, artifacts, evaluation.feeds, open_device("local:"), True, Silent())
     return {rung.name: rung for rung in rungs}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from io import StringIO
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +140,29 @@ def test_a_resample_counts_as_if_it_were_written_out(case: str) -> None:
     # Detections of one image twice have equal scores, and COCO's precision lies between them.
     near = 0.01 if name == "map" else 1e-6
     assert metrics.METRICS[name].score(outputs, target).values(counts)[0] == pytest.approx(expected, abs=near)
+
+
+PARTS = {
+    **{case: row[:3] for case, row in REFERENCES.items()},
+    # Only the last part tells that these are logits.
+    "f1 of small logits": ("f1", [np.concatenate([np.clip(MANY[:-1], 0, 1), MANY[-1:] - 5])], ASKED),
+    "miou of indices": ("miou", [np.sort(MAPS.argmax(1).reshape(-1)).reshape(MASKS.shape)], np.sort(MASKS, axis=0)),
+    "miou behind void": ("miou", [MAPS], np.where(np.arange(N)[:, None, None] < 20, 255, MASKS)),
+    "map of a class that comes last": ("map", FOUND, np.concatenate([boxes(30, 1)[1], boxes(30, 3)[1]])),
+    "map behind nothing": ("map", FOUND, np.concatenate([boxes(1)[1]] * 20 + [OBJECTS[20:]])),
+}
+
+
+@pytest.mark.parametrize("case", PARTS)
+def test_parts_of_the_samples_give_what_all_of_them_give(case: str) -> None:
+    name, outputs, target = PARTS[case]
+    metric = metrics.METRICS[name]
+    bounds = [0, 7, 8, 20, N]
+    parts = [metric.part([a[i:j] for a in outputs], target[i:j]) for i, j in pairwise(bounds)]
+    found, whole = metric.join(parts), metric.score(outputs, target)
+    counts = np.random.default_rng(4).integers(0, 3, (5, N)).astype(float)
+    np.testing.assert_allclose(found.values(counts), whole.values(counts), rtol=1e-7)
+    assert len(found) == N
 
 
 @pytest.mark.parametrize("case", REFERENCES)

@@ -17,6 +17,7 @@ import edgekit
 from edgekit import explain, judge, stages, tune
 from edgekit.bundle import Bundle
 from edgekit.errors import EdgeKitError
+from edgekit.evaluation import whole
 from edgekit.progress import Silent
 from edgekit.quant import mixed
 from edgekit.results import Artifact
@@ -96,7 +97,7 @@ def test_only_the_layers_to_blame_are_in_float(rescued: Bundle) -> None:
 def test_the_ladder_keeps_them_in_float_too(rescued: Bundle) -> None:
     original, source = stages.load(hazards.outlier(), data=hazards.data(), inputs=(), code=None, mean=(), std=())
     assert source is not None
-    feeds = stages.evaluation_set(source, original).feeds
+    feeds = whole(source, original).feeds
     rungs = explain.explain(original, source, rescued.artifacts, feeds, open_device("local:"), True, Silent())
     graph = next(rung for rung in rungs if "graph, in float: " in rung.name)
     assert graph.parity.sqnr_db > judge.POOR_SQNR_DB

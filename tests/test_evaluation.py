@@ -1,0 +1,200 @@
+"""Evaluation in chunks gives what all samples at once give, whatever the chunks; memory does not grow with samples."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from kit import SHAPE, network, quick, samples
+
+import edgekit
+from edgekit import baseline, evaluation, judge, metrics, pipeline, stages
+from edgekit import data as sources
+from edgekit.bundle import Bundle
+from edgekit.errors import EdgeKitError
+from edgekit.evaluation import Chunk, Evaluation, evaluate
+from edgekit.journal import Journal
+from edgekit.model import Model, load
+from edgekit.results import TensorSpec
+
+RNG = np.random.default_rng(0)
+BATCH_BYTES = 4 * (np.prod(SHAPE) + 10)  # inputs and outputs of a sample
+
+
+def model(batch: int = 1) -> Model:
+    return load(network(), inputs=[f"{batch}x3x16x16"])
+
+
+def stream(count: int, size: int = 7) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of `size` whose first value tells the sample."""
+    for start in range(0, count, size):
+        numbers = torch.arange(start, min(start + size, count))
+        yield numbers[:, None, None, None].expand(-1, *SHAPE).float(), numbers % 10
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["once", "again"])
+@pytest.mark.parametrize(("batch", "in_chunk"), [(1, 1), (1, 10), (4, 3), (3, 100), (64, 1)])
+def test_chunks_hold_every_sample_once_and_in_order(batch: int, in_chunk: int, again: bool) -> None:
+    data = sources.load(stream(50))
+    found = Evaluation(data, model(batch), once=not again, largest=int(BATCH_BYTES * batch * in_chunk))
+    for _ in range(1 + again):
+        chunks = list(found)
+        assert [chunk.last for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+        assert all(chunk.runs == in_chunk for chunk in chunks[:-1])
+        rows = np.concatenate([chunk.cut(chunk.feeds)[0][:, 0, 0, 0] for chunk in chunks])
+        np.testing.assert_array_equal(rows, np.arange(50))
+        np.testing.assert_array_equal(np.concatenate([chunk.target for chunk in chunks]), np.arange(50) % 10)
+        assert [chunk.start for chunk in chunks] == list(np.cumsum([0, *(chunk.runs for chunk in chunks)])[:-1])
+        assert found.count == 50
+    np.testing.assert_array_equal(found.first[0][:, 0, 0, 0, 0], np.arange(50)[::batch][: min(in_chunk, 8)])
+
+
+def test_a_generator_that_was_read_once_still_calibrates() -> None:
+    data = sources.load(stream(2000, 100))
+    assert sum(chunk.count for chunk in Evaluation(data, model(), once=True, largest=int(BATCH_BYTES * 300))) == 2000
+    assert sum(map(len, data.calibration)) == 600  # whole batches of the first samples
+    with pytest.raises(EdgeKitError, match="not kept"):
+        list(data.evaluation)
+
+
+@pytest.mark.parametrize("batches", [[(3, 2), (4, 3)], [(3, 3), (2, None)], [(3, None), (5, 5)]])
+def test_labels_stay_with_their_samples(batches: list[tuple[int, int | None]]) -> None:
+    """Batches of the model's own size have the labels of their samples, or none where one of them has none."""
+    total = sum(count for count, _ in batches)
+    labels, given, start = np.full(total, -1), [], 0
+    for count, labeled in batches:
+        if labeled == count:
+            labels[start : start + count] = np.arange(start, start + count)
+        target = torch.arange(start, start + count) if labeled == count else None
+        given.append((torch.arange(start, start + count)[:, None].float(), target))
+        start += count
+    specs = (TensorSpec("x", "float32", (2, 1)),)
+    for (x,), real, target in sources.batches(sources.load(given).evaluation, specs):
+        expected = labels[x[:real, 0].astype(int)]
+        assert (target is None) == bool((expected < 0).any())
+        assert target is None or target.tolist() == expected.tolist()
+
+
+def test_samples_with_and_without_labels_are_refused() -> None:
+    given = [(torch.zeros(4, *SHAPE), torch.zeros(4, dtype=torch.long)), (torch.zeros(6, *SHAPE), None)]
+    with pytest.raises(EdgeKitError, match="10 samples but 4 labels"):
+        Evaluation(sources.load(given), model())
+
+
+def test_parity_in_parts_is_that_of_all() -> None:
+    ref, out = RNG.standard_normal((2, 40, 3, 5)) * np.array([100.0, 0.1])[:, None, None, None]
+    out = ref + out
+    sums = judge.ParitySums()
+    for part in (slice(0, 1), slice(1, 30), slice(30, 40)):
+        sums.add([ref[part]], [out[part]])
+    (found,) = sums.parities()
+    noise = out - ref
+    a, b = ref.reshape(40, -1), out.reshape(40, -1)
+    cosines = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    assert found.sqnr_db == pytest.approx(10 * np.log10((ref**2).sum() / (noise**2).sum()))
+    assert found.max_abs == pytest.approx(np.abs(noise).max())
+    assert found.max_rel == pytest.approx(np.abs(noise).max() / np.abs(ref).max())
+    assert found.cosine == pytest.approx(cosines.mean())
+    assert found.samples == 40
+
+
+def test_an_output_that_is_not_finite_ends_the_scores() -> None:
+    chunks = [Chunk((np.zeros((4, 1, 1), np.float32),), 1, 4, np.zeros(4, int), i * 4, i == 2) for i in range(3)]
+    good = np.eye(4, 3, dtype=np.float32)[:, None]
+    bad = np.where(np.arange(4)[:, None, None] == 2, np.nan, good)
+    files: dict[Any, Any] = {"good": lambda chunk: [good], "bad": lambda chunk: [bad if chunk.start == 4 else good]}
+    scores, tallies = evaluate(chunks, lambda chunk: [good], files, metrics.METRICS["top1"])  # type: ignore[arg-type]
+    assert scores is not None and len(scores) == 12
+    assert tallies["good"].scores() is not None and tallies["bad"].scores() is None
+    assert tallies["bad"].parity.max_abs == np.inf and tallies["bad"].parity.samples == 12
+
+
+def test_memory_does_not_grow_with_the_samples() -> None:
+    """A generator's images, and outputs and targets as large as they are, read once: 5 and 50 MB of each."""
+    peaks = []
+    specs = (TensorSpec("x", "float32", (1, 3, 32, 32)),)
+    original = Model(torch.nn.Identity(), "m", "object", specs, specs, (), (), None)  # type: ignore[arg-type]
+
+    def images(count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for _ in range(count // 20):
+            yield np.ones((20, 3, 32, 32), np.float32), np.zeros((20, 3, 32, 32))
+
+    def run(chunk: Chunk) -> list[np.ndarray]:
+        return [chunk.feeds[0] * 2]
+
+    for count in (20, 400, 4000):  # the first imports what is needed
+        tracemalloc.start()
+        found = Evaluation(sources.load(images(count)), original, once=True, largest=1 << 20)
+        _, tallies = evaluate(found, run, {"file": run}, metrics.METRICS["mae"])  # type: ignore[dict-item]
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert found.count == tallies["file"].parity.samples == count  # type: ignore[index]
+    assert peaks[2] < 1.1 * peaks[1] < 30 << 20, peaks
+
+
+@pytest.fixture
+def in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of seven samples."""
+    quick(monkeypatch)
+    monkeypatch.setattr(evaluation, "CHUNK_BYTES", int(BATCH_BYTES * 7))
+
+
+def test_a_comparison_in_chunks_is_the_same(
+    bundles: dict[str, Bundle], in_chunks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = samples()
+
+    def pairs() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for start in range(0, len(given["y"]), 12):
+            yield given["x"][start : start + 12], given["y"][start : start + 12]
+
+    jobs = []
+    run = stages.run
+    monkeypatch.setattr(
+        stages, "run", lambda artifact, feeds, **o: (jobs.append(len(feeds[0])), run(artifact, feeds, **o))[1]
+    )
+    found = []
+    for largest in (int(BATCH_BYTES * 25), 1 << 30):
+        monkeypatch.setattr(evaluation, "CHUNK_BYTES", largest)
+        result = edgekit.compare(network(), [bundles["int8"].path / "model.onnx"], data=pairs(), cache=False)
+        found.append((result.artifacts[0].parity.to_dict(), result.artifacts[0].accuracy, result.baseline.accuracy))
+    assert jobs[:2] == [25, 15] and 40 in jobs
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-9)
+    assert found[0][1:] == found[1][1:]
+
+
+def test_a_comparison_goes_on_in_the_chunk_where_it_failed(
+    bundles: dict[str, Bundle], in_chunks: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    original, data = model(), sources.load(samples())
+    (artifact,) = [a for a in bundles["fp32"].artifacts if a.format == "onnx"]
+    ran = []
+    run = stages.run
+
+    def fails(artifact: Any, feeds: Any, **options: Any) -> Any:
+        ran.append(len(feeds[0]))
+        if len(ran) == 4:
+            raise EdgeKitError("the connection was lost", "check the cable")
+        return run(artifact, feeds, **options)
+
+    monkeypatch.setattr(stages, "run", fails)
+
+    def all_of_it(resume: bool) -> int:
+        device = edgekit.runtimes.open_device("local:")
+        with Journal(resume) as journal:
+            reference = baseline.Reference(original, "cpu", 1, cache=False)
+            top1, found = metrics.METRICS["top1"], Evaluation(data, original)
+            arguments = (found, reference, [artifact], top1, [], device, 1, journal, pipeline.Silent())
+            _, tallies = pipeline.run_all(*arguments)
+            assert tallies[artifact].parity.samples == 40
+            return journal.reused
+
+    with pytest.raises(EdgeKitError, match="connection was lost"):
+        all_of_it(resume=False)
+    assert all_of_it(resume=True) == 3
+    assert ran == [7, 7, 7, 7, 7, 7, 5]
