@@ -30,6 +30,12 @@ NAMED_PADDINGS = {
     aten.conv2d.padding: aten.conv2d.default,
     aten.conv3d.padding: aten.conv3d.default,
 }
+TRANSPOSED = {  # target → spatial rank
+    aten.conv_transpose1d.default: 1,
+    aten.conv_transpose2d.input: 2,
+    aten.conv_transpose3d.input: 3,
+}
+TRANSPOSED_DEFAULTS = (None, 1, 0, 0, 1, 1)  # bias, stride, padding, output padding, groups, dilation
 CONV_DEFAULTS = (None, 1, 0, 1, 1)  # bias, stride, padding, dilation, groups
 
 
@@ -137,6 +143,36 @@ def named_paddings_to_amounts(model: GraphModule) -> None:
         conv.args = tuple(args)
 
 
+def transposed_sequences_to_images(model: GraphModule) -> None:
+    """Spells a transposed convolution of sequences as one of images that are one pixel high.
+
+    Delegates take no other, and in int8 no runtime does. An activation behind it stays behind it.
+    """
+    for node in calls(model):
+        if node.target != aten.conv_transpose1d.default:
+            continue
+        args = [*node.args, *TRANSPOSED_DEFAULTS[len(node.args) - 2 :]]
+        with model.graph.inserting_before(node):
+            image = insert(model, aten.unsqueeze.default, args[0], -2)
+            if is_attribute(args[1]):
+                wide = add_attribute(model, f"{node.name}_weight", attribute(model, args[1]).unsqueeze(2))
+            else:
+                wide = insert(model, aten.unsqueeze.default, args[1], 2)
+            steps = [[first, *spread(args[index], 1)] for index, first in ((3, 1), (4, 0), (5, 0), (7, 1))]
+            stride, padding, extra, dilation = steps
+            arguments = (image, wide, args[2], stride, padding, extra, args[6], dilation)
+            result = insert(model, aten.conv_transpose2d.input, *arguments)
+        users = list(node.users)
+        follows = (
+            users[0] if len(users) == 1 and users[0].target in (aten.relu.default, aten.hardtanh.default) else None
+        )
+        last = node if follows is None else follows
+        if follows is not None:
+            with model.graph.inserting_before(follows):
+                result = insert(model, follows.target, result, *follows.args[1:])
+        _respell(last, aten.squeeze.dim, result, -2)
+
+
 def global_pools_to_mean(model: GraphModule) -> None:
     """Spells an average over the whole image as mean(dim=(2, 3), keepdim=True), which every delegate takes."""
     for node in calls(model):
@@ -202,7 +238,7 @@ def _views_to_reshapes(node: Node) -> None:
 
 
 def fold_batch_norms(model: GraphModule) -> None:
-    """Folds each inference BatchNorm into the convolution or linear whose only reader it is.
+    """Folds each inference BatchNorm into the convolution, transposed one or linear whose only reader it is.
 
     w' = w·γ/√(σ²+ε), b' = (b−μ)·γ/√(σ²+ε) + β, computed in float64.
     """
@@ -211,7 +247,7 @@ def fold_batch_norms(model: GraphModule) -> None:
             continue
         source, gamma, beta, mean, variance, _, eps = node.args
         readers = list(node.users)
-        rank = CONVOLUTIONS.get(source.target, 0 if source.target == aten.linear.default else None)
+        rank = {**CONVOLUTIONS, **TRANSPOSED, aten.linear.default: 0}.get(source.target)
         if rank is None or source.meta["val"].ndim != rank + 2:  # else the norm's channels are not the layer's
             continue
         bias = source.args[2] if len(source.args) > 2 else None
@@ -229,7 +265,12 @@ def fold_batch_norms(model: GraphModule) -> None:
         shift = shift * factor
         if beta is not None:
             shift = shift + attribute(model, beta).double()
-        folded = weight * factor.reshape(-1, *[1] * (weight.ndim - 1))
+        if source.target in TRANSPOSED:  # (inputs, outputs of a group, …)
+            groups = argument(source, 6, "groups", 1)
+            factors = factor.reshape(groups, 1, -1).expand(-1, len(weight) // groups, -1).flatten(0, 1)
+            folded = weight * factors.reshape(*weight.shape[:2], *[1] * rank)
+        else:
+            folded = weight * factor.reshape(-1, *[1] * (weight.ndim - 1))
         with model.graph.inserting_before(source):
             new_weight = add_attribute(model, f"{source.name}_weight", folded.to(dtype))
             new_bias = add_attribute(model, f"{source.name}_bias", shift.to(dtype))
@@ -386,6 +427,7 @@ PASSES = (
     means_keep_dimensions,
     attention_to_products,
     fold_batch_norms,
+    transposed_sequences_to_images,
     hard_sigmoids_to_clips,
     fold_pads,
     strided_slices_to_convolutions,

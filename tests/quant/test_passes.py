@@ -49,11 +49,11 @@ def seq(ops: str, *layers: Callable[[], nn.Module], shape: tuple[int, ...] = IMA
     return Case(lambda: nn.Sequential(*(layer() for layer in layers)), ops, (shape,))
 
 
-def norm(rank: int, **options: object) -> Callable[[], nn.Module]:
-    """A BatchNorm of 5 channels with statistics and parameters of its own."""
+def norm(rank: int, width: int = 5, **options: object) -> Callable[[], nn.Module]:
+    """A BatchNorm of `width` channels with statistics and parameters of its own."""
 
     def make() -> nn.Module:
-        made = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[rank - 1](5, **options)
+        made = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[rank - 1](width, **options)
         if made.running_mean is not None:
             made.running_mean.normal_()
             made.running_var.uniform_(0.1, 3)
@@ -142,7 +142,32 @@ CASES: dict[str, Case] = {
         conv=conv(),
         mean=lambda: torch.randn(5),
     ),
-    "bn_transposed": seq("conv_transpose2d BN getitem", lambda: nn.ConvTranspose2d(4, 5, 2), norm(2)),
+    "bn_transposed": seq("conv_transpose2d", lambda: nn.ConvTranspose2d(4, 5, 2), norm(2)),
+    "bn_transposed_groups": seq(
+        "conv_transpose2d relu", lambda: nn.ConvTranspose2d(4, 10, 2, groups=2, bias=False), norm(2, width=10), nn.ReLU
+    ),
+    "bn_transposed_1d": seq(
+        "unsqueeze conv_transpose2d relu squeeze",
+        lambda: nn.ConvTranspose1d(4, 5, 3, stride=2, padding=1, output_padding=1),
+        norm(1),
+        nn.ReLU,
+        shape=(2, 4, 9),
+    ),
+    "bn_transposed_3d": seq("conv_transpose3d", lambda: nn.ConvTranspose3d(4, 5, 2), norm(3), shape=(1, 4, 3, 3, 3)),
+    # transposed convolutions of sequences
+    "transposed_1d": seq(
+        "unsqueeze conv_transpose2d squeeze",
+        lambda: nn.ConvTranspose1d(4, 6, 3, stride=2, dilation=2, groups=2),
+        shape=(2, 4, 9),
+    ),
+    "transposed_1d_unbatched": seq(
+        "unsqueeze conv_transpose2d hardtanh squeeze", lambda: nn.ConvTranspose1d(4, 6, 3), nn.ReLU6, shape=(4, 9)
+    ),
+    "transposed_1d_of_weights": fn(
+        lambda m, x: F.conv_transpose1d(x, x[:, :, :3].transpose(0, 1)),
+        "slice transpose unsqueeze unsqueeze conv_transpose2d squeeze",
+        (4, 4, 9),
+    ),
     "bn_name_taken": fn(
         lambda m, x: m.bn(m.conv(x)) * m.conv2d_weight, "conv2d mul", conv=conv(), bn=norm(2), conv2d_weight=weight(1)
     ),
@@ -271,6 +296,7 @@ def test_every_pass_has_a_case_that_it_changes(monkeypatch: pytest.MonkeyPatch) 
         "strided",
         "hard_sigmoid",
         "bn_computed_weight",
+        "transposed_1d",
     ):
         case = CASES[name]
         with monkeypatch.context() as patch:
