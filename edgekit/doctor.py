@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgekit.limits import NOT_FROM_HERE
+
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
     from rich.console import RenderableType
@@ -167,7 +169,7 @@ def import_problems(names: list[str]) -> dict[str, str | None]:
 
 def _import_problem(name: str) -> str | None:
     module = MODULES.get(name, name.replace("-", "_"))
-    return _ask([sys.executable, "-c", f"import {module}"], IMPORT_TIMEOUT_S)[1]
+    return _ask([sys.executable, "-P", "-c", f"import {module}"], IMPORT_TIMEOUT_S)[1]
 
 
 def _ask(command: list[str], timeout: float) -> tuple[str, str | None]:
@@ -230,10 +232,10 @@ def _tflite_runtime(deep: bool) -> Dependency:
     tested = TFLITE_RUNTIME.removeprefix("tflite-runtime")
     if python is None:
         return Dependency("tflite-runtime", tested, None, "missing", None, None, install, required=False)
-    question = "import importlib.metadata as m; print(m.version('tflite-runtime'))"
+    question = f"{NOT_FROM_HERE}import importlib.metadata as m; print(m.version('tflite-runtime'))"
     version, problem = _ask([python, "-c", question], ANSWER_TIMEOUT_S)
     if problem is None and deep:
-        _, problem = _ask([python, "-c", "import tflite_runtime.interpreter"], IMPORT_TIMEOUT_S)
+        _, problem = _ask([python, "-c", f"{NOT_FROM_HERE}import tflite_runtime.interpreter"], IMPORT_TIMEOUT_S)
     status = "broken" if problem else "ok" if f"=={version}" == tested else "untested"
     imported = problem is None if deep else None
     return Dependency(
@@ -322,7 +324,7 @@ def _gpus() -> Iterator[str]:
 def _torch_cuda() -> str:
     """Whether torch can use a GPU, asked in a process of its own."""
     question = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else 'not available')"
-    answer, problem = _ask([sys.executable, "-c", question], IMPORT_TIMEOUT_S)
+    answer, problem = _ask([sys.executable, "-P", "-c", question], IMPORT_TIMEOUT_S)
     return answer if problem is None else problem
 
 

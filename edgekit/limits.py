@@ -17,6 +17,10 @@ from edgekit.errors import EdgeKitError
 
 MB = 1 << 20
 
+# `python -c` looks for modules in the current folder first, whose files are anybody's. Our own interpreter leaves it out
+# by -P; older ones, of devices, by what this puts before their code.
+NOT_FROM_HERE = "import sys; sys.path[:] = filter(None, sys.path)\n"
+
 # One try of a file, in a process of its own: bytes beyond what the process has when it starts, and CPU seconds.
 MEMORY = 1200 * MB
 MEMORY_PER_FILE_BYTE = 10  # weights are read, cast, copied and laid out anew

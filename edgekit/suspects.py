@@ -115,7 +115,7 @@ def runs(path: Path) -> Contents | None:
     """Returns what ONNX Runtime makes of the file at `path` once it is optimized; None where it cannot load it."""
     with TemporaryDirectory(prefix="edgekit-") as folder:
         made = Path(folder) / "optimized.onnx"
-        command = [sys.executable, "-c", OPTIMIZE, str(path), str(made)]
+        command = [sys.executable, "-P", "-c", OPTIMIZE, str(path), str(made)]
         try:
             subprocess.run(command, check=True, capture_output=True, timeout=TIMEOUT_S)
         except subprocess.SubprocessError:

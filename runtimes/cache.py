@@ -64,7 +64,7 @@ def wheels(pinned: Sequence[tuple[str, str, str]], python: str, what: str) -> It
         wanted.write_text("".join(f"{requirement} --hash=sha256:{digest}\n" for requirement, _, digest in pinned))
         platforms = [word for tag in dict.fromkeys(tag for _, tag, _ in pinned) for word in ("--platform", tag)]
         step(
-            [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:",
+            [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:",
              "--python-version", python, "--implementation", "cp", *platforms, "--require-hashes",
              "-r", wanted, "-d", folder],
             what, "check the connection to the package index (pip's settings hold)",

@@ -17,9 +17,11 @@ import re
 import shlex
 from collections.abc import Sequence
 
+from edgekit.limits import NOT_FROM_HERE
+
 PACKAGES = ("numpy", "onnxruntime", "ai-edge-litert", "tflite-runtime", "executorch")
 
-ASK_PYTHON = """
+ASK_PYTHON = NOT_FROM_HERE + """
 import platform
 print("python=" + platform.python_version())
 try:
