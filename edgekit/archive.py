@@ -14,30 +14,29 @@ So every part is screened against a list of what is allowed, and only the parts 
 
 from __future__ import annotations
 
+import ast
 import io
 import json
+import math
 import re
 import tokenize
 import warnings
 import zipfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgekit import limits
+from edgekit.allowed_ops import PRIM, is_aten, is_target
 from edgekit.errors import EdgeKitError, reason
-from edgekit.unpickle import pickle_globals, refusal
+from edgekit.unpickle import check_tensors, pickle_globals, refusal
 
 if TYPE_CHECKING:
     import torch
     from torch.export import ExportedProgram
 
-_OPS = re.compile(r"torch\.ops\.(aten|prim|prims|quantized|quantized_decomposed|torchao|torchvision)\.\w+\.\w+")
-_HIGHER_ORDER = re.compile(
-    r"torch\.ops\.higher_order\.(cond|while_loop|map_impl|scan|associative_scan|wrap_with_set_grad_enabled|wrap_with_autocast)"
-)
-_SCALARS = re.compile(
-    r"_operator\.(add|sub|mul|floordiv|truediv|mod|pow|neg|pos|abs|eq|ne|lt|le|gt|ge|and_|or_|not_|lshift|rshift|getitem)"
-    r"|math\.\w+|torch\._?sym_\w+"
-)
+MOST_NAMED = 6  # operators that one message names
+_FROM_SOURCE = "export it from its source: its class or factory with --code, and its weights as a state_dict"
 _FILE_OPS = frozenset({"save", "from_file", "load_tensor"})
 _SYMPY_NAMES = frozenset({
     "Symbol", "Integer", "Float", "Rational", "Add", "Mul", "Pow", "Mod", "Max", "Min", "Eq", "Ne", "Lt", "Le",
@@ -48,6 +47,8 @@ _SYMPY_NAMES = frozenset({
     "StrictGreaterThan", "GreaterThan", "floor", "ceiling", "oo", "int_oo", "zoo", "positive", "nonnegative",
     "negative", "nonzero", "integer", "real", "finite", "precision", "evaluate", "True", "False", "true", "false",
 })  # fmt: skip
+_POWERS = ("Pow", "PowByNatural", "FloatPow")
+_SHIFTS = ("LShift", "RShift")
 _SYMBOL = re.compile(r"Symbol\('[a-z]+\d+'|[a-z]{1,3}\d+")
 _WORD = re.compile(r"[\w./+\-]*")
 _TREES = frozenset({None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict"})
@@ -61,6 +62,7 @@ def load_exported(path: Path) -> ExportedProgram:
     try:
         with PT2ArchiveReader(str(path)) as reader, warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            _check_sizes(reader.archive_file, path)
             return _deserialize(reader, path.name)
     except EdgeKitError:
         raise
@@ -147,7 +149,7 @@ def _screen(node: Any, what: str, key: str = "") -> Any:
         return [_screen(v, what, key) for v in node]
     if isinstance(node, str):
         if key == "target":
-            _require(_is_operator(node), what, "call of", node)
+            _require(is_target(node), what, "call of", node)
         elif key == "expr_str":
             _require(_is_expression(node), what, "expression", node)
         elif key in ("in_spec", "out_spec"):
@@ -161,21 +163,60 @@ def _require(fine: bool, what: str, kind: str, found: str) -> None:
     if not fine:
         raise EdgeKitError(
             f"{what} holds a {kind} {found[:120]!r}, which EdgeKit does not run",
-            "only a file you trust should ask for this; load the model from its state_dict with --code",
+            f"only a file you trust should ask for this; {_FROM_SOURCE}",
         )
 
 
-def _is_operator(target: str) -> bool:
-    if _OPS.fullmatch(target):
-        return target.split(".")[3] not in _FILE_OPS
-    return any(form.fullmatch(target) for form in (_HIGHER_ORDER, _SCALARS))
-
-
 def _is_expression(text: str) -> bool:
+    if len(text) > limits.EXPRESSION_CHARACTERS:
+        return False
     rest = _SYMBOL.sub(lambda m: "Symbol(" if m[0].startswith("Symbol") else "", text)
     if not re.fullmatch(r"[\w\s+\-*/%(),<>=&|~.]*", rest) or re.search(r"(?<!\d)\.|\.(?!\d)", rest):
         return False
-    return set(re.findall(r"[A-Za-z_]\w*", rest)) <= _SYMPY_NAMES
+    return set(re.findall(r"[A-Za-z_]\w*", rest)) <= _SYMPY_NAMES and _is_small(text)
+
+
+def _is_small(text: str) -> bool:
+    """Whether no number that an expression can come to is of more than limits.EXPRESSION_BITS bits."""
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+        return sum(1 for _ in ast.walk(tree)) <= limits.EXPRESSION_NODES and _bits(tree) <= limits.EXPRESSION_BITS
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return False
+
+
+def _bits(node: ast.AST) -> float:
+    """Returns a bound of the bits of what a part of an expression comes to, infinity where there is none."""
+    if isinstance(node, ast.Constant):
+        return float(abs(int(node.value)).bit_length() + 1) if isinstance(node.value, int | float) else 1.0
+    if isinstance(node, ast.Name):
+        return limits.SYMBOL_BITS
+    if isinstance(node, ast.Call):
+        name, parts = getattr(node.func, "id", ""), list(node.args)
+        if name == "Symbol":
+            return limits.SYMBOL_BITS
+    elif isinstance(node, ast.BinOp):
+        name, parts = type(node.op).__name__, [node.left, node.right]
+    else:
+        return sum(map(_bits, ast.iter_child_nodes(node)))
+    if name in _POWERS and len(parts) == 2:
+        power = _number(parts[1])
+        return math.inf if power is None else _bits(parts[0]) * max(power, 1)
+    if name in _SHIFTS and len(parts) == 2:
+        power = _number(parts[1])
+        return math.inf if power is None else _bits(parts[0]) + power
+    return 1 + sum(map(_bits, parts))
+
+
+def _number(node: ast.AST) -> int | None:
+    """The absolute value of a plain number, rounded up; None for anything else."""
+    if isinstance(node, ast.UnaryOp):
+        return _number(node.operand)
+    if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("Integer", "Float", "Rational") and node.args:
+        return _number(node.args[0])
+    if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+        return math.ceil(abs(node.value))
+    return None
 
 
 def _is_tree(node: Any) -> bool:
@@ -195,10 +236,14 @@ def load_script(path: Path) -> torch.jit.ScriptModule:
     import torch
 
     try:
-        _screen_archive(torch._C.PyTorchFileReader(str(path)), path.name)
+        reader = torch._C.PyTorchFileReader(str(path))
+        _check_sizes(reader, path)
+        _screen_archive(reader, path.name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.jit.load(str(path), map_location="cpu")
+            module = torch.jit.load(str(path), map_location="cpu")
+        _screen_graph(module, path.name)
+        return module
     except EdgeKitError:
         raise
     except Exception as error:
@@ -207,25 +252,29 @@ def load_script(path: Path) -> torch.jit.ScriptModule:
         ) from error
 
 
-def _screen_archive(reader: Any, what: str) -> None:
-    """Screen what torch's own reader finds; Python's zipfile reads crafted archives in other ways.
+def _check_sizes(reader: Any, path: Path) -> None:
+    """Bounds what torch's own reader finds; Python's zipfile reads crafted archives in other ways."""
+    limits.check_members(path, [(name, reader.get_record_size(name)) for name in reader.get_all_records()])
 
-    That reader ignores the case of names, so that of two alike only one would be screened.
-    """
+
+def _screen_archive(reader: Any, what: str) -> None:
     members = reader.get_all_records()
-    if len({member.lower() for member in members}) < len(members):
-        raise EdgeKitError(f"{what} holds two members of one name", "save it again with torch.jit.save")
+    sizes = {member: reader.get_record_size(member) for member in members}
     for member in members:
         if member.lower().endswith(".py"):
             _screen_script(reader.get_record(member).decode(), what)
-        elif member.lower().endswith((".pkl", ".json")) and b"torch.classes" in reader.get_record(member):
-            raise EdgeKitError(f"{what} holds custom C++ objects", "save a model of plain operators")
+        elif member.lower().endswith((".pkl", ".json")):
+            content = reader.get_record(member)
+            if b"torch.classes" in content:
+                raise EdgeKitError(f"{what} holds custom C++ objects", "save a model of plain operators")
+            if member.lower().endswith(".pkl"):
+                folder = member.rpartition(".")[0]  # constants.pkl names what lies in constants/
+                check_tensors(content, {n.removeprefix(f"{folder}/"): size for n, size in sizes.items()}, what)
 
 
 def _screen_script(source: str, what: str) -> None:
     words = set(re.findall(r"\w+", source))
-    spaces = set(re.findall(r"\bops\s*\.\s*(\w+)", source)) - {"aten", "prim", "prims", "quantized", "quantization"}
-    bad = sorted(words & _FILE_OPS) + sorted(f"ops.{s}" for s in spaces)
+    bad = sorted(words & _FILE_OPS)
     if "classes" in words:
         bad.append("torch.classes")
     # getattr with a string in pieces or in escapes could name what the words above do not show.
@@ -233,8 +282,60 @@ def _screen_script(source: str, what: str) -> None:
         bad.append("getattr of a composed name")
     if bad:
         raise EdgeKitError(
-            f"{what} asks for {', '.join(bad)}, which can read or write files or run native code",
-            "load the model from its state_dict with --code",
+            f"{what} asks for {', '.join(bad)}, which can read or write files or run native code", _FROM_SOURCE
+        )
+    _refuse(sorted(_operators_refused(source)), what)
+
+
+def _operators_refused(source: str) -> Iterator[str]:
+    """The operators that a TorchScript source names and that are not allowed: whatever stands behind a dot."""
+    import torch
+
+    known = {schema.name for schema in torch._C._jit_get_all_schemas()}
+    attributes = set(re.findall(r"^\s+(\w+) : ", source, re.MULTILINE))
+    before = ["", "", "", ""]
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type in (tokenize.NL, tokenize.NEWLINE, tokenize.COMMENT, tokenize.INDENT, tokenize.DEDENT):
+            continue
+        word = token.string
+        if token.type == tokenize.STRING and "getattr" in source:
+            word = token.string.strip("\"'")
+            before[-1] = "."
+        if before[-1] == "." and word.isidentifier():
+            if before[0] == "ops":
+                space = {"prim": PRIM, "aten": None}.get(before[2], frozenset())
+                if not (is_aten(word) if space is None else word in space):
+                    yield f"{before[2]}.{word}"
+            elif before[2] == "self" and word in attributes:
+                pass
+            elif before[2] != "ops" and f"aten::{word}" in known and not is_aten(word) and word not in PRIM:
+                yield f"aten.{word}"
+        before = [*before[1:], word]
+
+
+def _screen_graph(module: Any, what: str) -> None:
+    """Screens what TorchScript's source was compiled to, with all that forward calls."""
+    if not hasattr(module, "forward"):
+        return
+    pending, bad = [module.inlined_graph], set()
+    while pending:
+        for node in pending.pop().nodes():
+            space, _, name = node.kind().partition("::")
+            if not (name in PRIM if space == "prim" else space == "aten" and is_aten(name)):
+                bad.add(f"{space}.{name}")
+            pending += node.blocks()
+    _refuse(sorted(bad), what)
+
+
+def _refuse(operators: Sequence[str], what: str) -> None:
+    if any(name.startswith(("quantized.", "quantization.")) for name in operators):
+        raise EdgeKitError(
+            f"{what} is quantized already ({operators[0]})", "load the float model: EdgeKit quantizes it"
+        )
+    if operators:
+        raise EdgeKitError(
+            f"{what} asks for the operators {', '.join(operators[:MOST_NAMED])}, which EdgeKit does not run from a file",
+            _FROM_SOURCE,
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +17,8 @@ from edgekit.errors import EdgeKitError
 
 MB = 1 << 20
 
-# `python -c` looks for modules in the current folder first, whose files are anybody's. Our own interpreter leaves it out
-# by -P; older ones, of devices, by what this puts before their code.
+# `python -c` looks for modules in the current folder first, whose files are anybody's. Our own interpreter leaves that
+# out by -P; older ones, of devices, by what this puts before their code.
 NOT_FROM_HERE = "import sys; sys.path[:] = filter(None, sys.path)\n"
 
 # One try of a file, in a process of its own: bytes beyond what the process has when it starts, and CPU seconds.
@@ -38,8 +38,9 @@ ARCHIVE_GROWTH = 4
 ARRAYS_GROWTH = 100
 ARCHIVE_SLACK = 64 * MB
 PICKLE_BYTES = 128 * MB
-PICKLE_OPCODES = 10_000_000
-TEXT_BYTES = 128 * MB  # a program in JSON, TorchScript's source, a manifest
+PICKLE_OPCODES = 5_000_000
+TEXT_BYTES = 128 * MB  # a program in JSON, TorchScript's source
+TEXTS = {".pkl": PICKLE_BYTES, ".json": TEXT_BYTES, ".py": TEXT_BYTES}
 
 # Graphs.
 RANK = 64  # dimensions of one tensor
@@ -47,7 +48,8 @@ SUBGRAPHS = 8  # If, Loop and Scan inside one another: ONNX Runtime takes twice 
 NODES = 1_000_000  # of a graph with all that it calls
 EXPRESSION_CHARACTERS = 2_000
 EXPRESSION_NODES = 300
-EXPRESSION_BITS = 128  # of any number that an expression of shapes can come to
+SYMBOL_BITS = 32
+EXPRESSION_BITS = 4096  # of any number that an expression of shapes can come to
 
 UNTRUSTED = "only a file that was made to do harm, or is damaged, has this: export it again from its source"
 
@@ -91,27 +93,33 @@ def _from_environment(variable: str) -> int:
 def check_archive(path: Path, growth: int = ARCHIVE_GROWTH) -> None:
     """Raises EdgeKitError for a zip archive that unpacks to far more than its size, or holds one name twice.
 
+    Raises zipfile.BadZipFile for what is no archive.
+    """
+    with zipfile.ZipFile(path) as archive:
+        check_members(path, [(member.filename, member.file_size) for member in archive.infolist()], growth)
+
+
+def check_members(path: Path, members: Sequence[tuple[str, int]], growth: int = ARCHIVE_GROWTH) -> None:
+    """Raises as `check_archive` does for the members, name and size once unpacked, that a reader found in `path`.
+
     Names count as the same whatever their case: torch's own reader ignores it, so that of two alike only one would be
-    looked at here. Raises zipfile.BadZipFile for what is no archive.
+    looked at here.
     """
     size = path.stat().st_size
-    with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
     if len(members) > ARCHIVE_MEMBERS:
         raise EdgeKitError(f"{path.name} holds {len(members):,} members", UNTRUSTED)
-    if len({member.filename.lower() for member in members}) < len(members):
+    if len({name.lower() for name, _ in members}) < len(members):
         raise EdgeKitError(f"{path.name} holds two members of one name", "write the file again")
-    unpacked = sum(member.file_size for member in members)
+    unpacked = sum(length for _, length in members)
     if unpacked > growth * size + ARCHIVE_SLACK:
         raise EdgeKitError(
             f"{path.name} has {size:,} bytes and unpacks to {unpacked:,}",
             "write it again without compression" if growth > ARCHIVE_GROWTH else UNTRUSTED,
         )
-    for member in members:
-        name = member.filename.lower()
-        most = PICKLE_BYTES if name.endswith(".pkl") else TEXT_BYTES if name.endswith((".json", ".py")) else None
-        if most is not None and member.file_size > most:
-            raise EdgeKitError(f"{path.name} holds {member.file_size:,} bytes in {member.filename}", UNTRUSTED)
+    for name, length in members:
+        most = next((most for suffix, most in TEXTS.items() if name.lower().endswith(suffix)), length)
+        if length > most:
+            raise EdgeKitError(f"{path.name} holds {length:,} bytes in {name}", UNTRUSTED)
 
 
 def check_extent(what: str, sizes: Iterable[int], strides: Iterable[int] | None, offset: int, room: int) -> None:

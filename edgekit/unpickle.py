@@ -22,9 +22,11 @@ import sys
 import warnings
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from edgekit import limits
 from edgekit.errors import MOST_SHOWN, EdgeKitError
 
 if TYPE_CHECKING:
@@ -168,9 +170,16 @@ def globals_of(path: Path) -> set[str]:
     try:
         with path.open("rb") as file:
             if zipfile.is_zipfile(path):
+                limits.check_archive(path)
                 with zipfile.ZipFile(path) as archive:
                     member = next(n for n in archive.namelist() if n.endswith("/data.pkl") or n == "data.pkl")
-                    return pickle_globals(io.BytesIO(archive.read(member)))
+                    content = archive.read(member)
+                    names = pickle_globals(io.BytesIO(content))
+                    folder = f"{member.removesuffix('data.pkl')}data/"
+                    check_tensors(
+                        content, {i.filename.removeprefix(folder): i.file_size for i in archive.infolist()}, path.name
+                    )
+                    return names
             # magic, protocol, system information, the object; raw storages follow.
             legacy = file.read(len(LEGACY_MAGIC)) == LEGACY_MAGIC
             file.seek(0)
@@ -189,7 +198,9 @@ def pickle_globals(stream: IO[bytes]) -> set[str]:
     strings: list[str] = []
     memo: dict[int, str | None] = {}
     last: str | None = None
-    for opcode, arg, _ in pickletools.genops(stream):
+    for number, (opcode, arg, _) in enumerate(pickletools.genops(stream)):
+        if number > limits.PICKLE_OPCODES:
+            raise EdgeKitError(f"a pickle of more than {limits.PICKLE_OPCODES:,} operations", limits.UNTRUSTED)
         if opcode.name in ("GLOBAL", "INST"):
             names.add(_python3(*str(arg).split(" ", 1)))
         elif opcode.name == "STACK_GLOBAL":
@@ -206,6 +217,86 @@ def pickle_globals(stream: IO[bytes]) -> set[str]:
     return names
 
 
+ITEM_BYTES = {
+    "Bool": 1, "Byte": 1, "Char": 1, "Short": 2, "Half": 2, "BFloat16": 2, "Int": 4, "Float": 4, "Long": 8, "Double": 8,
+    "ComplexFloat": 8, "ComplexDouble": 16, "QInt8": 1, "QUInt8": 1, "QInt32": 4, "QUInt4x2": 1, "QUInt2x4": 1,
+    "Untyped": 1,
+}  # fmt: skip
+
+
+class _Stub:
+    """Stands in for whatever a pickle names, be it a class, a function or a value: takes everything, does nothing."""
+
+    def __new__(cls, *_args: object, **_named: object) -> _Stub:
+        return super().__new__(cls)
+
+    def __setstate__(self, _state: object) -> None:
+        pass
+
+    def __setitem__(self, _key: object, _value: object) -> None:
+        pass
+
+    def append(self, _value: object) -> None:
+        pass
+
+    def extend(self, _values: object) -> None:
+        pass
+
+    def add(self, _value: object) -> None:
+        pass
+
+
+@dataclasses.dataclass(frozen=True)
+class _Storage:
+    """The values of tensors: how many there are, in elements of `item` bytes."""
+
+    room: int
+    item: int
+
+
+class _Tensors(pickle._Unpickler):  # type: ignore[name-defined]
+    """Goes through a pickle of torch without making anything that it names, and checks its tensors on the way."""
+
+    def __init__(self, content: bytes, sizes: Mapping[str, int], what: str) -> None:
+        super().__init__(io.BytesIO(content))
+        self.sizes, self.what = sizes, what
+
+    def find_class(self, module: str, name: str) -> type:
+        if module == "torch._utils" and name.startswith(("_rebuild_tensor", "_rebuild_qtensor")):
+            check = self._check
+            return type(name, (_Stub,), {"__new__": lambda cls, *args: check(cls, *args)})
+        return type(name.removesuffix("Storage"), (_Stub,), {"__module__": module})
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        _, kind, key, _, count = pid[:5]
+        item = ITEM_BYTES[kind.__name__]
+        if isinstance(count, bool) or count < 0 or count * item > self.sizes[key]:
+            raise EdgeKitError(
+                f"{self.what} gives storage {key} {count} values, more than it holds of them", limits.UNTRUSTED
+            )
+        return _Storage(self.sizes[key] // item, item)
+
+    def _check(self, cls: type[_Stub], storage: _Storage, offset: int, size: Any, stride: Any, *rest: Any) -> _Stub:
+        limits.check_extent(f"a tensor of {self.what}", size, stride, offset, storage.room)
+        return _Stub.__new__(cls)
+
+
+def check_tensors(content: bytes, sizes: Mapping[str, int], what: str) -> None:
+    """Raises EdgeKitError where a tensor in a pickle of torch is larger than what is stored for it.
+
+    `sizes` are the bytes of the storages by their keys. torch takes both as they are told, and reads beyond the end.
+    Whatever is wrong with the pickle otherwise is left to torch, which does not read on there either.
+    """
+    try:
+        _Tensors(content, sizes, what).load()
+    except EdgeKitError:
+        raise
+    except Exception as error:
+        raise EdgeKitError(
+            f"{what} is damaged or cut short: {_reason(error)}", "copy or download the file again"
+        ) from error
+
+
 def _python3(module: str, name: str) -> str:
     module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
     return f"{module}.{name}"
@@ -214,4 +305,6 @@ def _python3(module: str, name: str) -> str:
 def _reason(error: BaseException) -> str:
     """What went wrong, without torch's advice on how to switch its safety off."""
     text = str(error).rpartition("WeightsUnpickler error: ")[2]
+    if any(word in text.partition("\n")[0] for word in ("weights_only", "Weights only", "safe_globals")):
+        return "it asks for more than tensors"
     return (text.strip().splitlines() or [type(error).__name__])[0][:MOST_SHOWN]
