@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 MOST_NAMED = 6  # operators that one message names
 _FROM_SOURCE = "export it from its source: its class or factory with --code, and its weights as a state_dict"
+# Not traced_inputs.pkl: its tensors are saved without their values, and nothing reads them.
+_READ_PICKLES = ("data.pkl", "constants.pkl")
 _FILE_OPS = frozenset({"save", "from_file", "load_tensor"})
 _SYMPY_NAMES = frozenset({
     "Symbol", "Integer", "Float", "Rational", "Add", "Mul", "Pow", "Mod", "Max", "Min", "Eq", "Ne", "Lt", "Le",
@@ -267,7 +269,7 @@ def _screen_archive(reader: Any, what: str) -> None:
             content = reader.get_record(member)
             if b"torch.classes" in content:
                 raise EdgeKitError(f"{what} holds custom C++ objects", "save a model of plain operators")
-            if member.lower().endswith(".pkl"):
+            if member.lower() in _READ_PICKLES:
                 folder = member.rpartition(".")[0]  # constants.pkl names what lies in constants/
                 check_tensors(content, {n.removeprefix(f"{folder}/"): size for n, size in sizes.items()}, what)
 
@@ -317,7 +319,8 @@ def _screen_graph(module: Any, what: str) -> None:
     """Screens what TorchScript's source was compiled to, with all that forward calls."""
     if not hasattr(module, "forward"):
         return
-    pending, bad = [module.inlined_graph], set()
+    graph = module.inlined_graph  # whose nodes live as long as it does
+    pending, bad = [graph], set()
     while pending:
         for node in pending.pop().nodes():
             space, _, name = node.kind().partition("::")
@@ -334,7 +337,7 @@ def _refuse(operators: Sequence[str], what: str) -> None:
         )
     if operators:
         raise EdgeKitError(
-            f"{what} asks for the operators {', '.join(operators[:MOST_NAMED])}, which EdgeKit does not run from a file",
+            f"{what} asks for {', '.join(operators[:MOST_NAMED])}: operators that EdgeKit does not run from a file",
             _FROM_SOURCE,
         )
 
