@@ -259,10 +259,11 @@ def _open_onnx(path: Path, _code: UserCode | None) -> Opened:
     from google.protobuf.message import DecodeError
 
     from edgekit.flat import OnnxReference
+    from edgekit.screen_onnx import screen
 
     try:
         proto = onnx.load(path, load_external_data=False)
-        _check_external(proto, path)
+        screen(proto, path)
         onnx.load_external_data_for_model(proto, str(path.parent))
         onnx.checker.check_model(proto)
         content = proto.SerializeToString()
@@ -278,27 +279,6 @@ def _open_onnx(path: Path, _code: UserCode | None) -> Opened:
     notes: list[str] = []
     specs = _onnx_specs(proto, notes)
     return Opened(OnnxReference(content), path.stem, "onnx", notes, specs=specs, onnx=proto)
-
-
-def _check_external(proto: Any, path: Path) -> None:
-    """External data must lie in the model's own folder, as a file and not as a link out of it."""
-    from onnx.external_data_helper import _get_all_tensors, uses_external_data
-
-    folder = path.parent.resolve()
-    for tensor in _get_all_tensors(proto):
-        if not uses_external_data(tensor):
-            continue
-        location = next((e.value for e in tensor.external_data if e.key == "location"), "")
-        target = folder / location
-        if not location or not target.resolve().is_relative_to(folder) or Path(location).is_absolute():
-            raise EdgeKitError(
-                f"{path.name} keeps the weights {tensor.name!r} outside its own folder, at {location!r}",
-                "put the weights file beside the model and save it again",
-            )
-        if not target.is_file():
-            raise EdgeKitError(
-                f"{path.name} needs its weights file {location!r}, which is not there", "copy it beside the model"
-            )
 
 
 def _check_finite_onnx(proto: Any, what: str) -> None:

@@ -13,6 +13,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from edgekit.contents import FLOATS, Contents, Kind, Node, QParams, stored_bytes
 from edgekit.results import TensorSpec
+from edgekit.screen_onnx import screen
 
 CONSTANTS = {"Constant", "ConstantOfShape", "Shape", "Size", "Range"}
 MOVES = {
@@ -33,6 +34,7 @@ def read(path: Path) -> Contents:
         raise ValueError(str(error)) from None
     if not model.graph.node and not model.graph.output:
         raise ValueError("it holds no graph")
+    screen(model, path, beside=False)
     bodies = list(_graphs(model.graph))
     _check_text(model, bodies)
     opsets = {o.domain or "ai.onnx": o.version for o in model.opset_import}
