@@ -1,8 +1,12 @@
 """EdgeKit: compress a trained PyTorch model, export it to phones and boards, and prove what it is worth."""
 
+import os
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+# ONNX Runtime tells its makers of each session, and keeps a name for this machine, unless this is set before it starts.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 # In a checkout `quant`, `exporters`, `runtimes` and `examples` lie beside this folder; a wheel maps them in.
 if (Path(__file__).parents[1] / "pyproject.toml").is_file():

@@ -117,11 +117,14 @@ def is_artifact(path: Path) -> bool:
 def inspect_artifact(path: Path) -> ArtifactSummary:
     """Reads what an exported file holds. Raises EdgeKitError where it is none, cannot be read, or is damaged."""
     from edgekit.files import sha256
+    from edgekit.limits import budget
     from edgekit.runtimes import format_of
+    from edgekit.watchdog import guarded
 
     format = format_of(path)
     try:
-        contents: Contents = import_module(f"edgekit.{READERS[format]}").read(path)
+        reader = import_module(f"edgekit.{READERS[format]}")
+        contents: Contents = guarded(lambda: reader.read(path), path.name, budget([path]))
     except OSError as error:
         raise EdgeKitError(f"cannot read {path}: {error.strerror}") from error
     except DAMAGED as error:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from edgekit import files, measure
+from edgekit import files, limits, measure
 from edgekit.errors import EdgeKitError
 from edgekit.results import SUFFIXES, TensorSpec
 
@@ -148,6 +148,7 @@ def run_artifact(
                 "timing": None if timing is None or emulated else vars(timing),
                 "count": COUNTED if timing is not None and emulated else 0,
                 "trace": trace_runs,
+                "memory_bytes": limits.budget((path, *weight_files), sum(feed[0].nbytes for feed in feeds)).memory,
                 "stall_s": opened.stall_s,
             }
             counting = opened.counting() if isinstance(opened, Emulator) and job["count"] else nullcontext(list)

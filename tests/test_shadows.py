@@ -35,7 +35,8 @@ def shadowed(workshop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with net.py, data.npz, and a file for each name, which would leave a mark and fail."""
     folder = tmp_path_factory.mktemp("shadowed")
     for name in {*PACKAGES, *sys.stdlib_module_names} - OWN:
-        (folder / f"{name}.py").write_text(f"open({str(folder / 'ran')!r}, 'a').write('{name} ')\nraise SystemExit(9)\n")
+        mark = f"open({str(folder / 'ran')!r}, 'a').write('{name} ')"
+        (folder / f"{name}.py").write_text(f"{mark}\nraise SystemExit(9)\n")
     for name in ("net.py", "data.npz"):
         shutil.copy(workshop / name, folder)
     return folder

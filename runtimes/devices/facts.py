@@ -21,7 +21,9 @@ from edgekit.limits import NOT_FROM_HERE
 
 PACKAGES = ("numpy", "onnxruntime", "ai-edge-litert", "tflite-runtime", "executorch")
 
-ASK_PYTHON = NOT_FROM_HERE + """
+ASK_PYTHON = (
+    NOT_FROM_HERE
+    + """
 import platform
 print("python=" + platform.python_version())
 try:
@@ -34,6 +36,7 @@ for name in {packages!r} if metadata else ():
     except metadata.PackageNotFoundError:
         pass
 """
+)
 
 ASK = r"""
 LC_ALL=C; export LC_ALL

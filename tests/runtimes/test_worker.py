@@ -381,6 +381,7 @@ def test_worker_leaves_a_result_file_and_a_log(files: Path, tmp_path: Path) -> N
                 "timing": None,
                 "count": 0,
                 "trace": 0,
+                "memory_bytes": 1 << 30,
                 "stall_s": 20.0,
             }
         )
