@@ -335,11 +335,11 @@ _LARGE = np.empty(DATA_LIMIT + 1, np.bool_)
 
 
 def _drop_unused_ceil_mode(proto: onnx.NodeProto) -> None:
-    """Remove ceil_mode where auto_pad SAME says how many windows there are: ONNX's shape inference heeds both."""
+    """Clear ceil_mode where auto_pad SAME says how many windows there are: ONNX's shape inference heeds both."""
     if attributes(proto).get("auto_pad", "").startswith("SAME"):
-        rest = [attribute for attribute in proto.attribute if attribute.name != "ceil_mode"]
-        del proto.attribute[:]
-        proto.attribute.extend(rest)
+        for attribute in proto.attribute:
+            if attribute.name == "ceil_mode":
+                attribute.i = 0
 
 
 def _dequantized_at_once(graph: onnx.GraphProto) -> set[str]:

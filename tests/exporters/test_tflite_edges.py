@@ -52,16 +52,22 @@ def test_a_scalar_stays_a_scalar(op: str) -> None:
 
 
 POOLS = [
-    {"kernel_shape": [3, 2], "strides": [2, 3], "ceil_mode": 1, "count_include_pad": 1} | more
+    {"kernel_shape": [3, 2], "strides": [2, 2], "ceil_mode": 1, "count_include_pad": 1} | more
     for more in ({}, {"pads": [0, 0, 0, 0]}, {"pads": [1, 0, 1, 0]}, {"auto_pad": "SAME_LOWER"}, {"auto_pad": "VALID"})
 ]
 
 
-@pytest.mark.parametrize("size", [(7, 5), (6, 6), (5, 8), (7, 3)], ids=str)
+@pytest.mark.parametrize("size", [(7, 5), (6, 6), (5, 8)], ids=str)
 @pytest.mark.parametrize("attributes", POOLS, ids=str)
 def test_averages_count_the_padding_that_is_named(attributes: dict[str, Any], size: tuple[int, int]) -> None:
     feeds = {"x": RANDOM.standard_normal((1, 2, *size)).astype(np.float32)}
     agree(model([node("AveragePool", ["x"], **attributes)], feeds, {}), feeds)
+
+
+def test_ceil_mode_adds_no_window_to_those_of_same() -> None:
+    made = node("AveragePool", ["x"], kernel_shape=[3, 2], strides=[1, 3], auto_pad="SAME_LOWER", ceil_mode=1)
+    feeds = {"x": RANDOM.standard_normal((1, 2, 4, 3)).astype(np.float32)}
+    agree(model([made], feeds, {}), feeds)
 
 
 @pytest.mark.parametrize("perm", [perm for perm in itertools.permutations(range(3)) if perm != (0, 1, 2)], ids=str)
