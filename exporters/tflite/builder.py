@@ -31,6 +31,7 @@ Operand = Tensor | np.ndarray | None
 FLOAT = np.dtype(np.float32)
 INT32 = np.dtype(np.int32)
 INT8 = np.dtype(np.int8)
+UINT8 = np.dtype(np.uint8)
 LARGEST = 2**31 - 1
 # Below this many elements a stored constant is written as float32: a DEQUANTIZE costs more than it saves.
 SMALL = 64
@@ -424,20 +425,28 @@ class Builder:
         held = self.graph.held.get(name)
         perm = axis_order(len(info.shape), self.image_layout)
         shape = tuple(info.shape[axis] for axis in perm)
-        tensor = Tensor(self._unique(name), shape, INT8 if held else dtype, None, held)
+        stored = held.unsigned() if held and dtype == UINT8 else held
+        tensor = Tensor(self._unique(name), shape, dtype, None, stored)
         self.inputs.append(tensor)
+        if held != stored:
+            tensor = self.op("QUANTIZE", [tensor], shape, INT8, held)
+            tensor.name = self._unique(f"{name}_int8")
         self._values[name] = Value(tensor, perm)
 
     def finish(self) -> None:
         """Bring the graph outputs to their layout and to real numbers, under their ONNX names; drop unread ops."""
         taken = set(self.inputs)
+        named = {tensor.name: tensor for op in self.ops for tensor in op.outputs}
         for name in self.graph.outputs:
             self.source = name
             value = self.settle(self.value(name))
             if 0 in value.shape:
                 raise EdgeKitError(f"the output '{name}' of the ONNX model is empty, with shape {list(value.shape)}")
             tensor = self.in_layout(value, axis_order(len(value.shape), self.image_layout))
-            if self.graph.info[name].dtype != INT8:
+            dtype = self.graph.info[name].dtype
+            if dtype == UINT8 and tensor.q is not None:
+                tensor = self.op("QUANTIZE", [tensor], tensor.shape, UINT8, tensor.q.unsigned())
+            elif dtype != INT8:
                 tensor = self.real_constant(tensor) if tensor.data is not None else self.as_float(tensor)
                 stored = self.stored_constant(tensor)
                 tensor = tensor if stored is None else self.real_constant(stored)
@@ -452,6 +461,8 @@ class Builder:
                     newShape=list(tensor.shape),
                 )
             taken.add(tensor)
+            if named.get(name, tensor) is not tensor:
+                named[name].name = self._unique(f"{name}_int8")  # tools find tensors by their names
             tensor.name = name
             self.outputs.append(tensor)
         read: set[Tensor] = set(self.outputs)

@@ -69,6 +69,8 @@ def steps(
     """Run the file and, on its own int8 tensors, the ONNX model; `feeds` are shaped as in the ONNX model."""
     made = {name for node in model.graph.node for name in node.output}  # not what functions hold inside
     codes = _int8_tensors(data, {name: place for name, place in where.items() if name in made}, feeds, layout)
+    if not codes:
+        return []
     forced, fed = _forced(model, codes)
     real = {name: where[code].q.dequantize(codes[code]) for name, code in fed.items()}
     options = onnxruntime.SessionOptions()

@@ -43,6 +43,10 @@ class QParams:
         """The same parameters along another axis."""
         return QParams(self.scale, self.zero_point, axis)
 
+    def unsigned(self) -> QParams:
+        """The parameters with which uint8 holds the same real numbers."""
+        return QParams(self.scale, tuple(zero + 128 for zero in self.zero_point), self.axis)
+
     def along(self, rank: int) -> tuple[np.ndarray, np.ndarray]:
         """Scale and zero point shaped to broadcast against a tensor of the given rank."""
         shape = [1] * rank
@@ -57,12 +61,12 @@ class QParams:
         scale, zero = self.along(array.ndim)
         info = np.iinfo(dtype)
         stored = np.rint(array.astype(np.float32) / scale).astype(np.float64) + zero
-        return np.clip(stored, info.min, info.max).astype(dtype)
+        return np.asarray(np.clip(stored, info.min, info.max)).astype(dtype)
 
     def dequantize(self, stored: np.ndarray) -> np.ndarray:
         """ONNX DequantizeLinear: float32."""
         scale, zero = self.along(stored.ndim)
-        return ((stored.astype(np.int64) - zero).astype(np.float32) * scale).astype(np.float32)
+        return np.asarray(np.asarray(stored.astype(np.int64) - zero).astype(np.float32) * scale, np.float32)
 
     def holds(self, array: np.ndarray) -> bool:
         """Whether int8 with these per-tensor parameters is these real numbers, but for rounding in float32."""

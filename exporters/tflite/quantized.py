@@ -92,21 +92,23 @@ def _pair_up(graph: Graph) -> None:
             graph.stored[node.outputs[0]] = value
             nodes.append(Node("Quantize", node.name, [node.inputs[0]], [value], qparams=params))
             if node.outputs[0] in graph.outputs:
-                if graph.info[node.outputs[0]].dtype != np.int8:
-                    raise unsupported(node, "its uint8 tensor is an output of the model; int8 is handled")
                 nodes.append(Node("StoredOutput", node.name, [value], [node.outputs[0]]))
         elif node.op == "DequantizeLinear":
             params = _params(graph, node)
             source, output = node.inputs[0], node.outputs[0]
             if source in graph.inputs and source not in stored:
-                if graph.info[source].dtype != np.int8:
-                    raise unsupported(node, f"the input '{source}' is {graph.info[source].dtype}; int8 is handled")
+                if graph.info[source].dtype not in (np.int8, np.uint8):
+                    raise unsupported(node, f"the input '{source}' is {graph.info[source].dtype}; 8 bits are handled")
                 if not params.per_tensor:
                     raise unsupported(node, f"the input '{source}' has a scale per channel, and TFLite takes one")
                 if any(reader.op != "DequantizeLinear" for reader in readers[source]):
                     raise unsupported(node, f"the input '{source}' is also read as integers, and not dequantized")
-                graph.held[source] = params
-                stored[source] = source, params
+                # The real value has a name of its own: under the input's, readers would take it for integers.
+                value = f"{source}:float"
+                graph.info[value] = Info(graph.info[source].shape, np.dtype(np.float32))
+                graph.held[source] = graph.held[value] = params
+                stored[source] = value, params
+                nodes.append(Node("Identity", node.name, [source], [value]))
             if source not in stored or stored[source][1] != params:
                 raise unsupported(node, "it reads a tensor that no QuantizeLinear with the same parameters made")
             if output in graph.outputs:
@@ -116,16 +118,16 @@ def _pair_up(graph: Graph) -> None:
         else:
             nodes.append(node)
             if node.op in MOVES_CODES and node.inputs[0] in stored:
-                _move_real(graph, node, stored)
+                nodes += _move_real(graph, node, stored)
     graph.nodes = nodes
-    made = {name for node in nodes if node.op != "StoredOutput" for name in node.outputs} | set(graph.inputs)
     for node in nodes:
-        if any(name in stored and name not in made for name in node.inputs):
+        if node.op != "Identity" and any(name in stored for name in node.inputs):
             raise unsupported(node, "it computes on the integers of a quantized tensor")
 
 
-def _move_real(graph: Graph, node: Node, stored: dict[str, tuple[str, QParams]]) -> None:
-    """Let a node that moves int8 numbers move the real ones that they stand for."""
+def _move_real(graph: Graph, node: Node, stored: dict[str, tuple[str, QParams]]) -> list[Node]:
+    """Let a node that moves int8 numbers move the real ones that they stand for; returns what makes graph outputs."""
+    copies = []
     data = MOVES_CODES[node.op]
     codes = node.inputs if data is None else [node.inputs[index] for index in data]
     params = {stored[name][1] for name in codes if name in stored}
@@ -133,14 +135,15 @@ def _move_real(graph: Graph, node: Node, stored: dict[str, tuple[str, QParams]])
         raise unsupported(node, "it joins int8 tensors with different parameters")
     node.inputs = [stored[name][0] if name in codes else name for name in node.inputs]
     for place, name in enumerate(node.outputs):
-        if name in graph.outputs:
-            raise unsupported(node, "its int8 tensor is an output of the model")
         if name:
             value = f"{name}:float"
             graph.info[value] = Info(graph.info[name].shape, np.dtype(np.float32))
             graph.held[value] = next(iter(params))
             graph.stored[name] = node.outputs[place] = value
             stored[name] = value, graph.held[value]
+            if name in graph.outputs:
+                copies.append(Node("StoredOutput", node.name, [value], [name]))
+    return copies
 
 
 def _params(graph: Graph, node: Node) -> QParams:

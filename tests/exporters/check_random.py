@@ -1,6 +1,7 @@
 """Convert random graphs to TFLite and compare the files with ONNX Runtime, each in a process that may die.
 
     python tests/exporters/check_random.py float 0 10000      float graphs of seeds 0 to 9999 (12 minutes on one core)
+    python tests/exporters/check_random.py int8 0 3000        int8 networks
     python tests/exporters/check_random.py float 4711         one graph, with the smallest part of it that fails
 
 A graph may be converted and agree, or be refused with an error. Wrong values, other shapes or types, an interpreter
@@ -24,14 +25,17 @@ if __name__ == "__main__":
 
 from isolated import Verdict, outcomes
 from random_graphs import Made, finished, graph, reads
+from random_int8 import allowed, network
 from tflite_tools import run_onnx, run_tflite
 
 from edgekit.errors import EdgeKitError
-from edgekit.exporters.tflite import convert
+from edgekit.exporters.tflite import convert, convert_with_notes
+from edgekit.exporters.tflite.forced import steps
 
 CLOSE = 2e-4  # of a float's size
 NOISE = 2e-6  # of a float's size, added to every value in between: what moves an output by more says nothing
 AMPLIFIED = 20
+STEPS = 2  # of an int8 op on its own inputs
 BAD = ("wrong", "shape", "type", "invoke", "raised", "died", "hung")
 
 
@@ -126,11 +130,40 @@ def compare(made: Made) -> Verdict:
     return ("passed" if not blurred or min(blurred) < 0.5 else "blurred"), " ".join(made.ops)
 
 
+def compare_int8(made: Made) -> Verdict:
+    """Convert an int8 network: each op within steps of ONNX Runtime's on its own inputs, each output within noise."""
+    expected = run_onnx(made.model, made.feeds, optimized=False)
+    try:
+        converted = convert_with_notes(made.model)
+    except EdgeKitError as error:
+        return "refused", error.what
+    for step in steps(made.model, converted.data, converted.places, made.feeds, "nchw"):
+        if step.most > STEPS:
+            return "wrong", str(step)
+    limit = allowed(made, expected)
+    for xnnpack in (True, False):
+        try:
+            actual = run_tflite(converted.data, made.feeds, xnnpack)
+        except (RuntimeError, ValueError) as error:
+            return "invoke", f"XNNPACK {xnnpack}: {str(error)[:200]}"
+        for name, array in expected.items():
+            got, what = actual[name], f"'{name}' by {_maker(made, name)}, XNNPACK {xnnpack}"
+            if got.shape != array.shape:
+                return "shape", f"{what}: {got.shape}, not {array.shape}"
+            if got.dtype != array.dtype:
+                return "type", f"{what}: {got.dtype}, not {array.dtype}"
+            off = np.abs(got.astype(float) - array.astype(float)).max(initial=0)
+            if off > limit[name]:
+                return "wrong", f"{what}: up to {off:.3g}, where noise moves it by {limit[name]:.3g}"
+    int8 = sum(1 for kind in converted.qparams)
+    return ("passed" if int8 else "float"), " ".join(made.ops)
+
+
 def _maker(made: Made, name: str) -> str:
     return next((node.op_type for node in made.model.graph.node if name in node.output), "nothing")
 
 
-def smallest(made: Made, kinds: tuple[str, ...] = BAD) -> tuple[Made, Verdict] | None:
+def smallest(made: Made, judge: Callable[[Made], Verdict], kinds: tuple[str, ...] = BAD) -> tuple[Made, Verdict] | None:
     """The smallest run of nodes, ending anywhere, that fails by itself on the values that it reads."""
     nodes = [node for node in made.model.graph.node if node.op_type != "Constant"]
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in made.model.graph.initializer}
@@ -165,7 +198,7 @@ def smallest(made: Made, kinds: tuple[str, ...] = BAD) -> tuple[Made, Verdict] |
             run_onnx(small.model, feeds, optimized=False)
         except Exception:
             continue
-        ((_, verdict),) = outcomes(lambda _, small=small: compare(small), [0])
+        ((_, verdict),) = outcomes(lambda _, small=small: judge(small), [0])
         if verdict[0] in kinds:
             return small, verdict
     return None
@@ -185,7 +218,10 @@ def described(made: Made) -> str:
     return "\n".join(lines)
 
 
-KINDS: dict[str, tuple[Callable[[int], Made], Callable[[Made], Verdict]]] = {"float": (graph, compare)}
+KINDS: dict[str, tuple[Callable[[int], Made], Callable[[Made], Verdict]]] = {
+    "float": (graph, compare),
+    "int8": (network, compare_int8),
+}
 
 
 def check(kind: str, seeds: range) -> dict[int, Verdict]:
@@ -201,7 +237,7 @@ if __name__ == "__main__":
         print(described(whole))
         ((_, verdict),) = outcomes(lambda seed: KINDS[name][1](KINDS[name][0](seed)), numbers)
         print(verdict)
-        part = smallest(whole, (verdict[0],))
+        part = smallest(whole, KINDS[name][1], (verdict[0],))
         if part is not None:
             print("smallest:", part[1])
             print(described(part[0]))

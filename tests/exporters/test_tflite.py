@@ -259,11 +259,6 @@ def int16() -> onnx.ModelProto:
     return model(nodes, {"x": random(1, 3)}, {"s": np.float32(0.1), "z": np.int16(0)}, opset=21)
 
 
-def uint8_output() -> onnx.ModelProto:
-    nodes = [node("QuantizeLinear", ["x", "s", "z"])]
-    return model(nodes, {"x": random(1, 3)}, {"s": np.float32(0.1), "z": np.uint8(0)})
-
-
 def negative_scale() -> onnx.ModelProto:
     nodes = [node("QuantizeLinear", ["x", "s", "z"], "q"), node("DequantizeLinear", ["q", "s", "z"])]
     return model(nodes, {"x": random(1, 3)}, {"s": np.float32(-0.1), "z": np.int8(0)})
@@ -298,7 +293,6 @@ def training() -> onnx.ModelProto:
         (int16, "int16"),
         (training, "training mode"),
         (undefined, "not valid"),
-        (uint8_output, "uint8"),
         (negative_scale, "not a positive number"),
         (wrong_channels, "for 3 input channels"),
     ],

@@ -12,7 +12,7 @@ from onnx import TensorProto
 from tflite_tools import model, node, run_onnx, run_tflite
 
 from edgekit.errors import EdgeKitError
-from edgekit.exporters.tflite import convert
+from edgekit.exporters.tflite import check_int8, convert, convert_with_notes
 
 RANDOM = np.random.default_rng(0)
 SCALAR = {"x": np.array(0.7, np.float32)}
@@ -91,6 +91,48 @@ def test_a_stored_constant_is_an_output(kind: str) -> None:
     feeds = {"x": RANDOM.standard_normal(constants["k"].shape).astype(np.float32)}
     nodes = [made, node("Add", ["x", "c"]), node("Relu", ["x"], "r")]
     agree(model(nodes, feeds, constants, ("y", "c", "r")), feeds)
+
+
+def dequantized(dtype: Any) -> tuple[dict[str, np.ndarray], dict[str, Any], list[onnx.NodeProto]]:
+    """A graph input of integers, its parameters, and the node that makes it real."""
+    info = np.iinfo(dtype)
+    feeds = {"x": RANDOM.integers(info.min, info.max + 1, (1, 4, 6, 6)).astype(dtype)}
+    numbers = {"s": np.float32(0.05), "z": np.asarray(info.min + 120, dtype)}
+    return feeds, numbers, [node("DequantizeLinear", ["x", "s", "z"], "d")]
+
+
+FIRST: dict[str, dict[str, Any]] = {
+    "Clip": {}, "Relu": {}, "Max": {}, "Abs": {}, "Flatten": {}, "MaxPool": {"kernel_shape": [2, 2]},
+    "ReduceMean": {"keepdims": 0}, "Softmax": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8], ids=["int8", "uint8"])
+@pytest.mark.parametrize("op", FIRST)
+def test_the_first_op_of_an_integer_input_reads_real_numbers(op: str, dtype: Any) -> None:
+    feeds, numbers, nodes = dequantized(dtype)
+    names = ["d", "low", "high"] if op == "Clip" else ["d", "low"] if op == "Max" else ["d"]
+    bounds = {"low": np.float32(-0.5), "high": np.float32(2)}
+    agree(model([*nodes, node(op, names, **FIRST[op])], feeds, numbers | bounds), feeds)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8], ids=["int8", "uint8"])
+def test_integers_go_in_and_come_out(dtype: Any) -> None:
+    feeds, numbers, nodes = dequantized(dtype)
+    nodes += [node("MaxPool", ["d"], "p", kernel_shape=[2, 2]), node("QuantizeLinear", ["p", "s", "z"], "y")]
+    nodes += [node("Reshape", ["y", "shape"], "flat")]
+    made = model(nodes, feeds, numbers | {"shape": np.array([4, -1])}, ("y", "flat"))
+    agree(made, feeds)
+
+
+def test_an_int8_file_is_checked_where_an_output_is_called_as_an_int8_tensor() -> None:
+    nodes = [
+        node("QuantizeLinear", ["x", "s", "z"], "q"), node("DequantizeLinear", ["q", "s", "z"], "d"),
+        node("ReduceMax", ["d"], "m", keepdims=0), node("QuantizeLinear", ["m", "s", "z"], "n"),
+        node("DequantizeLinear", ["n", "s", "z"]),
+    ]  # fmt: skip
+    made = model(nodes, X, Q, ("y", "d"))
+    assert check_int8(made, convert_with_notes(made), X) == ()
 
 
 READERS = {
