@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
+from edgekit.data_dependent import Watch, open_onnx, open_torch
 from edgekit.errors import EdgeKitError, reason
 from edgekit.flat import SLOT, Flat, OnnxReference, leaves
 from edgekit.openers import Opened, release_modes
@@ -172,24 +175,29 @@ def bind(opened: Opened, specs: Sequence[TensorSpec], example: Sequence[Any] | M
         module: torch.nn.Module = opened.module
         results = _run(module, tensors, inputs, opened.name)
         pairs = list(zip([o.name for o in opened.onnx.graph.output], results, strict=True))
+        opens: Callable[[Sequence[TensorSpec]], Sequence[TensorSpec]] = partial(open_onnx, opened.onnx.graph)
     else:
         in_spec, template = opened.call or _call(inputs, signature, as_dict)
         flat = Flat(opened.module, in_spec, template)
+        watch = Watch()
+        call = partial(_run, flat.raw, tensors, inputs, opened.name, watch)
         if opened.form == "torchscript":
-            raw, buffers = _run_script(flat, tensors, inputs, opened.name), Buffers(())
+            raw, buffers = _run_script(flat, call, opened.name), Buffers(())
             flat = _converted(opened, flat, tensors, raw)
         else:
-            raw, buffers = run_watched(opened.module, lambda: _run(flat.raw, tensors, inputs, opened.name), opened.name)
+            raw, buffers = run_watched(opened.module, call, opened.name)
         pairs = _outputs(raw, opened)
         module = flat
         if buffers.read:
             module, states = explicit(flat, buffers, [name for name, _ in (*inputs, *pairs)])
             opened.notes.append(state_note(states))
+        first = tuple(torch.from_numpy(state.value.copy()) for state in states)
+        opens = partial(open_torch, module, (*tensors, *first)) if watch.seen else tuple
     for parameter in module.parameters():  # only now: lazy ones came to be in the run
         parameter.requires_grad_(False)
     input_specs = tuple(_spec(name, t) for name, t in inputs)
     taken = {name for name, _ in inputs}
-    outputs = tuple(_spec(f"{name}_out" if name in taken else name, t) for name, t in pairs)
+    outputs = tuple(opens([_spec(f"{name}_out" if name in taken else name, t) for name, t in pairs]))
     example = (*tensors, *(torch.from_numpy(state.value.copy()) for state in states))
     return Bound(module, input_specs, outputs, example, states)
 
@@ -341,9 +349,11 @@ def _call(inputs: Named, signature: Signature, as_dict: bool) -> tuple[pytree.Tr
     return in_spec, tuple(template)
 
 
-def _run(call: Any, tensors: tuple[torch.Tensor, ...], inputs: Named, what: str) -> Any:
+def _run(
+    call: Any, tensors: tuple[torch.Tensor, ...], inputs: Named, what: str, watch: AbstractContextManager | None = None
+) -> Any:
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), warnings.catch_warnings(), watch or nullcontext():
             warnings.simplefilter("ignore")
             return call(*tensors)
     except Exception as error:
@@ -354,10 +364,10 @@ def _run(call: Any, tensors: tuple[torch.Tensor, ...], inputs: Named, what: str)
         ) from error
 
 
-def _run_script(script: Flat, tensors: tuple[torch.Tensor, ...], inputs: Named, what: str) -> Any:
+def _run_script(script: Flat, call: Callable[[], Any], what: str) -> Any:
     """What a TorchScript module returns; EdgeKitError for one with state, which the conversion would freeze."""
     before = {key: tensor.clone() for key, tensor in script.inner.named_buffers()}
-    raw = _run(script.raw, tensors, inputs, what)
+    raw = call()
     changed = [key for key, tensor in script.inner.named_buffers() if not _same(before[key], tensor)]
     if changed:
         raise EdgeKitError(

@@ -15,6 +15,7 @@ import numpy as np
 
 from edgekit import files, limits, measure
 from edgekit.errors import EdgeKitError
+from edgekit.ragged import stack
 from edgekit.results import SUFFIXES, TensorSpec
 
 from . import native as native_job
@@ -220,7 +221,16 @@ def _run_job(
             device.remove(there)
     if native:
         return result, native_job.outputs(here, result, len(feeds[0]))
-    return result, tuple(np.load(here / name, allow_pickle=False) for name in names)
+    return result, tuple(
+        _open_output(here / name, len(feeds[0])) if None in info["shape"] else np.load(here / name, allow_pickle=False)
+        for name, info in zip(names, result["outputs"], strict=True)
+    )
+
+
+def _open_output(path: Path, runs: int) -> np.ndarray:
+    """Reads the arrays that a worker left of an output of no fixed shape, one a run, as one array; see `stack`."""
+    with path.open("rb") as file:
+        return stack([np.lib.format.read_array(file, allow_pickle=False) for _ in range(runs)])
 
 
 def _files(

@@ -2,9 +2,9 @@
 
 JOBDIR holds job.json, the artifact, in_<i>.npy of shape (runs, *input shape), state_<i>.npy with the first value of an
 input that later runs take from an output, and beside them the modules that the worker loads (session.py, measure.py,
-and those of the runtime). It leaves out_<i>.npy of shape (runs, *output shape), log.txt with what the runtime printed,
-and last of all result.json. Meanwhile it prints how long it may take until the next such line or the end: `edgekit
-allows 20.0 s`.
+and those of the runtime). It leaves out_<i>.npy of shape (runs, *output shape), or with the arrays of all runs one
+behind the other where the file declares no fixed shape, log.txt with what the runtime printed, and last of all
+result.json. Meanwhile it prints how long it may take until the next such line or the end: `edgekit allows 20.0 s`.
 
 It runs on devices: the standard library, numpy and one runtime, Python 3.10 or later.
 """
@@ -112,7 +112,11 @@ def run_job(folder: Path, job: dict[str, Any], watch: _Watch) -> dict[str, Any]:
     _stage("run")
     inputs, outputs = _parts(session, job)
     samples = _Samples(numpy, folder, [info.name for info in inputs], list(job["state"]))
-    writers = [_Writer(numpy, folder / f"out_{i}.npy", samples.runs) for i in range(len(outputs))]
+    paths = [folder / f"out_{i}.npy" for i in range(len(outputs))]
+    writers = [
+        _OpenWriter(numpy, path) if None in info.shape else _Writer(numpy, path, samples.runs)
+        for info, path in zip(outputs, paths, strict=True)
+    ]
     first_ms = 0.0
     state: dict[str, Any] = {}
     for i, sample in enumerate(samples):
@@ -267,6 +271,22 @@ class _Table(NamedTuple):
             numpy.lib.format.read_magic(file)
             shape, _, dtype = numpy.lib.format.read_array_header_1_0(file)
             return cls(path, shape, dtype, file.tell())
+
+
+class _OpenWriter:
+    """Writes the arrays of an output that declares no fixed shape, one behind the other."""
+
+    def __init__(self, numpy: types.ModuleType, path: Path) -> None:
+        self._numpy = numpy
+        self._file = path.open("wb")
+
+    def append(self, array: Any) -> None:
+        """Add one run."""
+        self._numpy.lib.format.write_array(self._file, self._numpy.asarray(array), allow_pickle=False)
+
+    def close(self) -> None:
+        """Finish the file."""
+        self._file.close()
 
 
 class _Writer:
