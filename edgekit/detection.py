@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
+from edgekit import ragged
 from edgekit.errors import EdgeKitError
 
 if TYPE_CHECKING:
@@ -230,7 +231,7 @@ def _detections(outputs: Sequence[np.ndarray], count: int) -> tuple[np.ndarray, 
 
     boxes = [a for a in outputs if a.ndim == 3 and a.shape[2] == 4]
     others = [a for a in outputs if a.ndim == 2]
-    others.sort(key=lambda array: array.dtype.kind in "iu")
+    others.sort(key=ragged.holds_integers)
     fits = len(outputs) == 3 and len(boxes) == 1 and len(others) == 2
     if not fits or any(array.shape != (count, boxes[0].shape[1]) for array in others):
         given = ", ".join("x".join(map(str, array.shape)) for array in outputs)
@@ -240,14 +241,17 @@ def _detections(outputs: Sequence[np.ndarray], count: int) -> tuple[np.ndarray, 
             "let the model end with its box decoding and suppression, or write --metric FILE.py:function",
         )
     scores, labels = others
-    if not all(np.isfinite(array).all() for array in outputs):
+    absent = np.isnan(boxes[0]).all(axis=2) & np.isnan(scores) & np.isnan(labels)  # padding of a ragged output
+    found = np.where(absent[..., None], 0, boxes[0])
+    scores, labels = np.where(absent, 0, scores), np.where(absent, 0, labels)
+    if not all(np.isfinite(array).all() for array in (found, scores, labels)):
         raise EdgeKitError("the model's outputs hold NaN or infinite values", "check its weights and --data")
     if (labels != np.round(labels)).any():
         raise EdgeKitError(
             "the labels that the model gives are not whole numbers",
             "give the outputs in the order boxes, scores, labels",
         )
-    return boxes[0].astype(np.float64), scores.astype(np.float64), labels.astype(np.int64)
+    return found.astype(np.float64), scores.astype(np.float64), labels.astype(np.int64)
 
 
 def _matched(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekit import bundle as bundles
 from edgekit import data as sources
-from edgekit import judge, stages
+from edgekit import judge, ragged, stages
 from edgekit.errors import EdgeKitError
 from edgekit.results import Artifact, Parity, TensorSpec
 
@@ -36,7 +36,7 @@ class Chunk:
 
     `count` of the samples are real, the rest fills up the last batch. `target` holds one row for each real sample, or
     is None where the data has no labels. `start` is the number of the first run among all of the data. `last` says
-    that no samples follow.
+    that no samples follow. `outputs` are the specs of the model's outputs.
     """
 
     feeds: tuple[np.ndarray, ...]
@@ -45,6 +45,7 @@ class Chunk:
     target: np.ndarray | None
     start: int = 0
     last: bool = True
+    outputs: tuple[TensorSpec, ...] | None = None
 
     @property
     def runs(self) -> int:
@@ -53,7 +54,7 @@ class Chunk:
 
     def cut(self, outputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Joins (runs, batch, …) outputs to one row a sample and drops the padding."""
-        return [array[: self.count] for array in stages.flat(outputs, self.batch)]
+        return [array[: self.count] for array in stages.flat(outputs, self.batch, self.outputs)]
 
     @cached_property
     def digest(self) -> str:
@@ -141,7 +142,8 @@ class Evaluation:
             if labels not in (0, seen):
                 raise EdgeKitError(f"the data has {seen} samples but {labels} labels", "give each sample one label")
             target = sources.joined(targets) if targets else None
-            yield Chunk(tuple(feed[:runs] for feed in feeds), batch, count, target, start, following is None)
+            given = tuple(feed[:runs] for feed in feeds)
+            yield Chunk(given, batch, count, target, start, following is None, self._original.outputs)
             del feeds
             start += runs
 
@@ -198,7 +200,7 @@ class Tally:
 
         Raises EdgeKitError for outputs that fit neither the original's nor the metric.
         """
-        self._sums.add(reference, outputs)
+        self._sums.add(*ragged.matched(reference, outputs, chunk.outputs or ()))
         if self._sums.finite:
             self._scored.add(chunk, outputs)
 

@@ -139,8 +139,7 @@ def _graph(
 
 
 def _parities(reference: Sequence[np.ndarray], outputs: Sequence[np.ndarray], original: Model) -> tuple[Parity, ...]:
-    batch = stages.batch_of(original.inputs)
-    return judge.parities(stages.flat(reference, batch), stages.flat(outputs, batch))
+    return judge.parities(*stages.aligned(reference, outputs, original))
 
 
 def _qparams(original: Model, graph: Graph | None) -> Mapping[str, Any]:

@@ -109,6 +109,7 @@ def export(
         original, source = stages.load(model, data=data, inputs=inputs, code=code, mean=mean, std=std)
     if original.state and (qat is not None or prune is not None or sensitivity or max_drop is not None):
         raise stages.no_state(original, "--qat, --prune, --sensitivity and --max-drop")
+    chosen, without = stages.holding(original, chosen, formats is not None)
     about: dict[str, Any] = {"name": original.name, "form": original.form}
     pruned_notes: tuple[str, ...] = ()
     if prune is not None:
@@ -128,7 +129,6 @@ def export(
         about["pruned"], pruned_notes = narrow.summary, narrow.summary_notes
     folder = Path(out) / f"{name or original.name}-{target}"
     checkpoint = folder.with_name(f"{folder.name}.checkpoint.pt")
-    batch = stages.batch_of(original.inputs)
     with files.resumable(checkpoint), files.new_folder(folder, bundles.FILES) as building, ExitStack() as stack:
         tuned = None
         if source is not None and original.onnx is None and (sensitivity or max_drop is not None):
@@ -156,9 +156,9 @@ def export(
             reference = graph = stages.run_module(original.module, feeds, state=original.state)
             if program is not None:
                 graph = stages.run_module(program.module(check_guards=False), feeds, state=original.state)
-        graph_parity = judge.parities(stages.flat(reference, batch), stages.flat(graph, batch))
+        graph_parity = judge.parities(*stages.aligned(reference, graph, original))
         results, entries = {"original": reference}, []
-        notes = [*assumed, *original.notes, *pruned_notes]
+        notes = [*assumed, *without, *original.notes, *pruned_notes]
         notes += source.notes if source else ("checked on random inputs: no --data was given",)
         notes += compressed.notes if compressed is not None else ()
         notes += made.notes if made else ()
@@ -166,7 +166,7 @@ def export(
         for format, exported in exports:
             artifact, tried = building_of(format), exported.checked
             results[format] = tried.outputs
-            each = judge.parities(stages.flat(reference, batch), stages.flat(results[format], batch))
+            each = judge.parities(*stages.aligned(reference, results[format], original))
             why = judge.faithful(recipe.name, each, graph_parity)
             if why is not None:
                 raise EdgeKitError(
@@ -628,8 +628,7 @@ def _replay(
     except EdgeKitError as error:
         return Replay(artifact, None, error.what)
     recorded = [golden[f"{artifact.format}/{spec.name}"] for spec in artifact.outputs]
-    batch = stages.batch_of(artifact.inputs)
-    near = judge.parities(stages.flat(recorded, batch), stages.flat(outputs, batch))
+    near = judge.parities(*stages.aligned(recorded, outputs, artifact))
     scales = stages.output_scales(qparams, artifact.outputs)
     allowed = judge.steps_allowed(artifact.format, same_machine)
     return Replay(artifact, judge.worst(near), judge.reproduced(artifact.precision, near, scales, allowed))

@@ -37,6 +37,11 @@ def stack(arrays: Sequence[np.ndarray]) -> np.ndarray:
     return result
 
 
+def holds_integers(array: np.ndarray) -> bool:
+    """Whether an output's values are integers, which `stack` may have made float64; EdgeKit's models have float32."""
+    return array.dtype.kind in "iu" or array.dtype == "float64"
+
+
 def matched(
     reference: Sequence[np.ndarray], outputs: Sequence[np.ndarray], specs: Sequence[TensorSpec]
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -49,12 +54,14 @@ def matched(
     import numpy as np
 
     left, right = list(reference), list(outputs)
+    if len(left) != len(right):
+        return left, right
     places = [i for i, spec in enumerate(specs) if is_open(spec)]
     if not places:
         return left, right
     axes = {i: specs[i].shape.index(OPEN) for i in places}
     pairs: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {i: [] for i in places}
-    for run in range(len(reference[0])):
+    for run in range(len(reference[places[0]])):
         rows = {i: tuple(_rows(side[i][run], axes[i]) for side in (reference, outputs)) for i in places}
         groups: dict[tuple[int, int], list[int]] = {}
         for i, (a, b) in rows.items():

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from edgekit import bundle as bundles
 from edgekit import data as sources
-from edgekit import judge
+from edgekit import judge, ragged
 from edgekit.beside import beside, is_copy
 from edgekit.errors import EdgeKitError, reason
 from edgekit.progress import Progress
-from edgekit.results import Artifact, Layout, State, TensorSpec, axis_order
+from edgekit.results import SUFFIXES, Artifact, Layout, State, TensorSpec, axis_order
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from edgekit.runtimes.devices.device import Device
 
 
+HOLDS_RAGGED = ("onnx",)  # formats whose outputs may have a size that the input's values decide
 ONNX_IS_FP32 = "fp32, because an ONNX file is not quantized: give the PyTorch model for int8"
 
 
@@ -416,7 +417,7 @@ def run_module(
 
     runs = len(feeds[0])
     values = [part.value for part in state]
-    outputs: list[np.ndarray] = []
+    outputs: list[Any] = []
     with in_process(module, device, threads) as session:
         for run in range(runs):
             try:
@@ -428,11 +429,14 @@ def run_module(
                 ) from error
             found, values = found[: len(found) - len(state)], found[len(found) - len(state) :]
             outputs = outputs or [np.empty((runs, *array.shape), array.dtype) for array in found]
-            for into, array in zip(outputs, found, strict=True):
-                if into.shape[1:] != array.shape:
-                    raise ValueError("all outputs of one model must have the same shape")
-                into[run] = array
-    return tuple(outputs)
+            for i, array in enumerate(found):
+                if isinstance(outputs[i], np.ndarray) and outputs[i].shape[1:] != array.shape:
+                    outputs[i] = list(outputs[i][:run])  # its shape depends on the values
+                if isinstance(outputs[i], list):
+                    outputs[i].append(array)
+                else:
+                    outputs[i][run] = array
+    return tuple(ragged.stack(output) if isinstance(output, list) else output for output in outputs)
 
 
 def run(artifact: Artifact, feeds: Sequence[np.ndarray], **options: Any) -> Any:
@@ -504,9 +508,45 @@ def digest_of(feeds: Sequence[np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def flat(outputs: Sequence[np.ndarray], batch: int) -> list[np.ndarray]:
-    """Joins runs and batch, (runs, batch, …) → (runs·batch, …); outputs without the batch in front stay as they are."""
-    return [a.reshape(-1, *a.shape[2:]) if a.ndim > 1 and a.shape[1] == batch else a for a in outputs]
+def flat(outputs: Sequence[np.ndarray], batch: int, specs: Sequence[TensorSpec] | None = None) -> list[np.ndarray]:
+    """Joins runs and batch, (runs, batch, …) → (runs·batch, …); outputs without the batch in front stay as they are.
+
+    So do those whose number of rows depends on values, as the `specs` of the outputs tell.
+    """
+    fixed = [not ragged.is_open(spec) for spec in specs] if specs is not None else [True] * len(outputs)
+    return [
+        a.reshape(-1, *a.shape[2:]) if fits and a.ndim > 1 and a.shape[1] == batch else a
+        for a, fits in zip(outputs, fixed, strict=True)
+    ]
+
+
+def aligned(
+    reference: Sequence[np.ndarray], outputs: Sequence[np.ndarray], subject: Model | Artifact
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Returns (runs, …) outputs of two networks as one row a sample; those of data-dependent shape as pairs of rows."""
+    batch = batch_of(subject.inputs)
+    left, right = ragged.matched(reference, outputs, subject.outputs)
+    return flat(left, batch, subject.outputs), flat(right, batch, subject.outputs)
+
+
+def holding(original: Model, formats: Sequence[str], asked: bool) -> tuple[list[str], tuple[str, ...]]:
+    """Returns those of `formats` whose files can hold the model's outputs, and a note on the others.
+
+    Raises EdgeKitError where there are none, or where one was `asked` for that cannot.
+    """
+    opens = [spec.name for spec in original.outputs if ragged.is_open(spec)]
+    able = [format for format in formats if format in HOLDS_RAGGED]
+    if not opens or len(able) == len(formats):
+        return list(formats), ()
+    others = ", ".join(SUFFIXES[format] for format in formats if format not in able)
+    why = f"the number of rows of '{opens[0]}' depends on the values, and {others} files hold outputs of a fixed shape"
+    if asked or not able:
+        raise EdgeKitError(
+            why,
+            "export with --format onnx, or return a fixed number of rows and which of them count, such as "
+            "scores.topk(100) in the place of a mask",
+        )
+    return able, (f"without {others}: {why}",)
 
 
 def batch_of(specs: Sequence[TensorSpec]) -> int:

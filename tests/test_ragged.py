@@ -12,10 +12,9 @@ import torch
 from torch import nn
 
 import edgekit
-from edgekit import model, pipeline, ragged
+from edgekit import model, ragged
 from edgekit.errors import EdgeKitError
 from edgekit.results import TensorSpec
-from edgekit.runtimes import Timing
 
 BOXES, SCORES = TensorSpec("boxes", "float32", (-1, 4)), TensorSpec("scores", "float32", (-1,))
 
@@ -83,7 +82,7 @@ def nms() -> onnx.ModelProto:
     helper, float32, int64 = onnx.helper, onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
     node = helper.make_node("NonMaxSuppression", ["boxes", "scores", "most", "overlap", "least"], ["found"])
     constants = [
-        helper.make_tensor("most", int64, [1], [10]),
+        helper.make_tensor("most", int64, [1], [20]),
         helper.make_tensor("overlap", float32, [1], [0.5]),
         helper.make_tensor("least", float32, [1], [0.3]),
     ]
@@ -142,3 +141,42 @@ def test_outputs_of_fixed_shape_stay_as_they_are() -> None:
     arrays = [np.ones((2, 1, 3), np.float32)]
     a, b = ragged.matched(arrays, arrays, (fixed,))
     assert a[0] is b[0] is arrays[0]
+
+
+def images(count: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((count, 3, 12, 12)).astype(np.float32)
+
+
+def test_a_detector_goes_into_the_format_that_holds_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = Detector().eval()
+    bundle = edgekit.export(net, target="android", precision="int8", data={"x": images(12)}, out=tmp_path)
+    assert [artifact.format for artifact in bundle.artifacts] == ["onnx"]
+    assert bundle.artifacts[0].outputs[0].shape == (-1, 4)
+    assert any(note.startswith("without .pte, .tflite: the number of rows of 'output_0'") for note in bundle.notes)
+    assert [replay.problem for replay in edgekit.verify(bundle.path)] == [None]
+    golden = np.load(bundle.path / "golden.npz")
+    with torch.no_grad():
+        counts = [len(net(torch.from_numpy(image[None]))[1]) for image in images(8)]
+    assert len(set(counts)) > 1
+    assert (~np.isnan(golden["original/output_1"])).sum(1).tolist() == counts
+
+
+@pytest.mark.parametrize("format", ["tflite", "executorch"])
+def test_a_format_of_fixed_shapes_is_refused_in_one_sentence(format: str, tmp_path: Path) -> None:
+    with pytest.raises(EdgeKitError, match="files hold outputs of a fixed shape") as caught:
+        edgekit.export(Detector(), target="x86", formats=format, precision="fp32", inputs=["1x3x12x12"], out=tmp_path)
+    assert "--format onnx" in (caught.value.help or "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_onnx_file_with_nms_inside_is_checked_as_a_set(tmp_path: Path) -> None:
+    onnx.save(nms(), tmp_path / "nms.onnx")
+    rng = np.random.default_rng(0)
+    corners = rng.uniform(0, 10, (8, 20, 2)).astype(np.float32)
+    boxes = np.concatenate([corners, corners + rng.uniform(1, 5, (8, 20, 2)).astype(np.float32)], 2)
+    data = {"boxes": boxes, "scores": rng.uniform(0, 1, (8, 1, 20)).astype(np.float32)}
+    bundle = edgekit.export(tmp_path / "nms.onnx", target="x86", formats="onnx", data=data, out=tmp_path)
+    golden = np.load(bundle.path / "golden.npz")
+    assert len({int(rows) for rows in (~np.isnan(golden["original/found"][..., 0])).sum(1)}) > 1
+    assert bundle.manifest["artifacts"][0]["parity"]["max_abs"] == 0
