@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 import edgekit
-from edgekit import model, ragged
+from edgekit import model, pipeline, ragged
 from edgekit.errors import EdgeKitError
 from edgekit.results import TensorSpec
+from edgekit.runtimes import Timing
 
 BOXES, SCORES = TensorSpec("boxes", "float32", (-1, 4)), TensorSpec("scores", "float32", (-1,))
 
@@ -180,3 +181,26 @@ def test_an_onnx_file_with_nms_inside_is_checked_as_a_set(tmp_path: Path) -> Non
     golden = np.load(bundle.path / "golden.npz")
     assert len({int(rows) for rows in (~np.isnan(golden["original/found"][..., 0])).sum(1)}) > 1
     assert bundle.manifest["artifacts"][0]["parity"]["max_abs"] == 0
+
+
+class Boxes(nn.Module):
+    """Boxes, labels and scores, as many as are above a score: what a detector gives with suppression inside."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        rows = x[0]
+        kept = rows[:, 4] > 0.5
+        return rows[kept][:, :4], rows[kept][:, 5].long(), rows[kept][:, 4]
+
+
+def test_compare_scores_a_detector_with_suppression_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "TIMING", Timing(0, 0, 1, 1))
+    rng = np.random.default_rng(0)
+    corners = rng.uniform(0, 50, (30, 6, 2))
+    x = np.concatenate([corners, corners + 10, rng.uniform(0, 1, (30, 6, 1)), rng.integers(0, 3, (30, 6, 1))], 2)
+    labels = np.where(x[..., 4] > 0.5, x[..., 5], -1).astype(np.int64)
+    data = {"x": x.astype(np.float32), "y_boxes": x[..., :4].astype(np.float32), "y_labels": labels}
+    bundle = edgekit.export(Boxes(), target="x86", formats="onnx", precision="fp32", data=data, out=tmp_path)
+    found = edgekit.compare(Boxes(), [bundle], data=data, metric="map", cache=False, rounds=1)
+    assert found.artifacts[0].accuracy is not None
+    assert (found.artifacts[0].accuracy.value, found.artifacts[0].accuracy.baseline) == (1.0, 1.0)
+    assert found.artifacts[0].parity.max_abs == 0
