@@ -101,31 +101,54 @@ class Ranked:
     hits: tuple[np.ndarray, ...]
     objects: np.ndarray
 
-    def precision(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def precision(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the average precision of each resample, (R,), and whether it has an object, (R,).
 
-        Image i is in a resample `counts[:, i]` times. Precision is the highest at any recall from each of RECALLS on,
+        Image i is in a resample `weights[:, i]` times. Precision is the highest at any recall from each of RECALLS on,
         and 0 beyond what is reached, as COCO has it: it is taken at the hits, between which it only falls.
         """
         import numpy as np
 
-        present = counts @ self.objects
-        weights = counts[:, self.image]
-        every = np.cumsum(weights, axis=1)
-        rows = np.arange(len(counts))[:, None]
-        # Each row of recalls is moved beyond the one before, so that one search finds the places in all of them.
-        asked = np.linspace(0, 1, RECALLS) + 2 * rows
-        total = np.zeros(len(counts))
+        present = weights @ self.objects
+        ranked = weights[:, self.image]
+        every = np.cumsum(ranked, axis=1)
+        asked = np.linspace(0, 1, RECALLS)
+        total = np.zeros(len(weights))
         for places in self.hits:
             if not len(places):
                 continue
-            found, seen = np.cumsum(weights[:, places], axis=1), every[:, places]
-            best = np.zeros((len(counts), len(places) + 1))
-            best[:, :-1] = np.maximum.accumulate((found / np.maximum(seen, 1))[:, ::-1], axis=1)[:, ::-1]
-            recall = found / np.maximum(present, 1)[:, None] + 2 * rows
-            first = np.searchsorted(recall.ravel(), asked.ravel()).reshape(asked.shape) - len(places) * rows
-            total += np.take_along_axis(best, first, axis=1).mean(axis=1)
+            found, seen = np.cumsum(ranked[:, places], axis=1), every[:, places]
+            best = np.maximum.accumulate(_share(found, seen)[:, ::-1], axis=1)[:, ::-1]
+            recall = _share(found, present[:, None])
+            nearest = np.rint(recall * (RECALLS - 1)).astype(np.int64)
+            reached = nearest + (asked[nearest] <= recall)  # how many of those asked for
+            total += (best * np.diff(reached, axis=1, prepend=0)).sum(axis=1) / RECALLS
         return total / len(self.hits), present > 0
+
+    def found(self) -> np.ndarray:
+        """Returns which part of the class's objects each image's hits are, at all overlaps together, (N,)."""
+        import numpy as np
+
+        hits = np.bincount(self.image[np.concatenate(self.hits)], minlength=len(self.objects))
+        return hits / (len(self.hits) * self.objects.sum())
+
+    def and_again(self, image: int, hit: bool) -> Ranked:
+        """Returns these with one more image, N + 1: a copy of `image`, in which no object is found unless `hit`."""
+        import numpy as np
+
+        mine = self.image == image
+        places = np.arange(len(mine)) + np.cumsum(mine) - mine  # of what was there; each copy comes next
+        copies = places[mine] + 1
+        images = np.empty(len(mine) + len(copies), np.int64)
+        images[places], images[copies] = self.image, len(self.objects)
+        hits = tuple(np.sort(np.r_[places[at], places[at[mine[at]]] + 1]) if hit else places[at] for at in self.hits)
+        return Ranked(images, hits, np.append(self.objects, self.objects[image]))
+
+
+def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    import numpy as np
+
+    return np.divide(part, whole, out=np.zeros(np.broadcast(part, whole).shape), where=whole > 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,29 +161,27 @@ class AveragePrecision:
     def __len__(self) -> int:
         return self.images
 
-    def values(self, counts: np.ndarray) -> np.ndarray:
+    def values(self, weights: np.ndarray) -> np.ndarray:
         """See metrics.Scores."""
         import numpy as np
 
         largest = max(len(ranked.image) for ranked in self.classes)
         rows = max(BATCH // max(largest, 1), 1)
         found = []
-        for start in range(0, len(counts), rows):
-            part = counts[start : start + rows]
+        for start in range(0, len(weights), rows):
+            part = weights[start : start + rows]
             pairs = [ranked.precision(part) for ranked in self.classes]
             there = sum(present.astype(float) for _, present in pairs)
             found.append(sum(ap * present for ap, present in pairs) / np.maximum(there, 1))
         return np.concatenate(found)
 
-    def same_as(self, other: Scores) -> bool:
-        """See metrics.Scores."""
-        import numpy as np
+    def with_loss(self, losing: Any) -> tuple[Scores, Scores]:
+        """See metrics.Scores: as much is detected in the lost image as before, and none of it is an object."""
+        image = int(sum(ranked.found() for ranked in self.classes).argmax())
+        return self._and_again(image, True), losing._and_again(image, False)
 
-        return isinstance(other, AveragePrecision) and all(
-            np.array_equal(mine, others)
-            for a, b in zip(self.classes, other.classes, strict=True)
-            for mine, others in zip((a.image, *a.hits), (b.image, *b.hits), strict=True)
-        )
+    def _and_again(self, image: int, hit: bool) -> AveragePrecision:
+        return AveragePrecision(tuple(c.and_again(image, hit) for c in self.classes), self.images + 1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from edgekit import intervals, metrics
 from edgekit.errors import EdgeKitError
-from edgekit.results import UNITS, Accuracy, Artifact, Culprit, Latency, Parity, Rung, Verdict, drop
+from edgekit.results import UNITS, Accuracy, Artifact, Culprit, Interval, Latency, Parity, Rung, Verdict, drop
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,7 +26,7 @@ POOR_SQNR_DB = 10.0  # below, the error has a third of the outputs' size
 ONNX_STEPS_ELSEWHERE = 3  # EfficientNet-Lite0, 50 layers deep, moves by 2 between x86-64 and ARM64, ResNet-20 by 1
 MIN_SPEEDUP = 0.97  # below, int8 is slower than fp32 by more than its smaller file is worth
 INT8_ARITHMETIC = ("int8", "int8-dynamic")  # which has to pay in speed; weight-only int8 is for size
-MOST_ASKED = 10_000_000  # samples beyond which none are asked for
+MOST_TIMES, FEW_ASKED = 20, 10_000  # samples: of more than so many times those given, and than so many, none are asked
 MOST_ROUNDS = 30  # likewise
 SLICE_VALUES = 1 << 20  # values that are compared at once, in float64
 
@@ -141,27 +141,35 @@ class _Sums:
 def accuracy(metric: Metric, original: Scores, artifact: Scores) -> Accuracy:
     """Compares the scores of the original and the artifact on the same samples.
 
-    The interval of the drop is Agresti and Min's where a metric is a share of right samples, and McNemar's exact test
-    tells how likely as clear a difference is by chance. For all other metrics both are measured on the same resamples
-    (a paired bootstrap). Raises EdgeKitError where a drop in percent has no measure: the original makes no error.
+    The interval of the drop is Tango's where a metric is a share of right samples, and McNemar's exact test tells how
+    likely as clear a difference is by chance. All other metrics have Gaffke's: see `intervals.resampled`. Raises
+    EdgeKitError where a drop in percent has no measure: the original makes no error.
     """
     n, unit = len(original), metric.unit_of(original)
     before, after = metrics.value(original), metrics.value(artifact)
     right, kept = metrics.outcomes(original), metrics.outcomes(artifact)
-    if right is not None and kept is not None:
+    if unit == "points" and right is not None and kept is not None:
         lost, won = int((right & ~kept).sum()), int((kept & ~right).sum())
-        interval = intervals.agresti_min(n, lost, won)
+        interval = intervals.tango(n, lost, won)
         p_value = intervals.mcnemar(lost, won)
-        return Accuracy(metric.name, n, after, before, interval, unit, "Agresti-Min", p_value, lost, won)
+        return Accuracy(metric.name, n, after, before, interval, unit, "Tango", p_value, lost, won)
     if unit == "percent" and not before:
         raise EdgeKitError(
             f"the original's {metric.name} is 0, and no share of that can be told",
             "give measured targets, or leave them out: outputs are then compared by SQNR and cosine",
         )
-    if unit == "points" and n >= intervals.FEWEST and original.same_as(artifact):
-        return Accuracy(metric.name, n, after, before, intervals.none_differs(n), unit, "Clopper-Pearson")
-    interval = intervals.bootstrap(lambda counts: drop(unit, original.values(counts), artifact.values(counts)), n)
-    return Accuracy(metric.name, n, after, before, interval, unit, "paired bootstrap")
+    kept_by_original, lost_by_file = original.with_loss(artifact)
+    kept_by_file, lost_by_original = artifact.with_loss(original)
+
+    def highest(weights: np.ndarray) -> np.ndarray:
+        return drop(unit, kept_by_original.values(weights), lost_by_file.values(weights))
+
+    def lowest(weights: np.ndarray) -> np.ndarray:
+        return drop(unit, lost_by_original.values(weights), kept_by_file.values(weights))
+
+    interval = intervals.resampled(highest, lowest, n)
+    unseen = float(highest(intervals.with_unseen(n))[0]) - drop(unit, before, after)
+    return Accuracy(metric.name, n, after, before, interval, unit, "Gaffke", unseen=unseen)
 
 
 def faithful(precision: str, to_original: Sequence[Parity], graph_to_original: Sequence[Parity]) -> str | None:
@@ -256,8 +264,7 @@ def _judge_drop(
     line = f"{name} {result.drop:+{digits}}{unit}"
     if not math.isfinite(high):
         more = intervals.FEWEST - result.n
-        hope = f"about {more} more samples would give one" if more > 0 else "the original errs on too few samples"
-        doubts.append(f"{line} on {result.n} samples has no interval; {hope}")
+        doubts.append(f"{line} on {result.n} samples has no interval; about {more} more samples would give one")
         return
     line += f", 95 % interval {low:+{digits}} to {high:+{digits}}"
     if result.p_value is not None:
@@ -329,33 +336,40 @@ def _slow(suspects: Sequence[str] | None) -> str:
 def _more_samples(result: Accuracy, limit: float) -> str:
     """Estimates how many samples would bring the interval to one side of `limit`, at the rates seen so far."""
     n = result.n
-    room = abs(limit - result.drop)
-    if not room:
+    if result.drop == limit:
         return "at this drop no number of samples would tell"
+    most = max(MOST_TIMES * n, FEW_ASKED)
+    needed = _first(n, most, lambda more: not _spans(_interval_of(result, more), limit))
+    if needed > most:
+        return f"the drop is so near to that limit that even {most:,} samples would hardly tell"
+    return f"about {_rounded(needed - n):,} more samples would tell"
+
+
+def _interval_of(result: Accuracy, n: int) -> Interval:
+    """Returns about the interval that `n` samples would have: what was seen weighs by √n, what was not by n."""
+    times = n / result.n
     if result.lost is not None and result.won is not None:
-        counts = n, result.lost, result.won
-        needed = _first(n, lambda more: not _spans(intervals.agresti_min(*(c * more / n for c in counts)), limit))
-    elif result.interval == "Clopper-Pearson":
-        needed = _first(n, lambda more: not _spans(intervals.none_differs(more), limit))
-    else:
-        needed = math.ceil(n * ((result.ci95[1] - result.ci95[0]) / 2 / room) ** 2)
-    if needed > MOST_ASKED:
-        return "no number of samples that could be measured would tell"
-    return f"about {max(needed - n, 1):,} more samples would tell"
+        return intervals.tango(n, result.lost * times, result.won * times)
+    sides = []
+    for side in (result.drop - result.ci95[0], result.ci95[1] - result.drop):
+        unseen = min(result.unseen, side)
+        sides.append(math.sqrt((side**2 - unseen**2) / times + (unseen / times) ** 2))
+    return result.drop - sides[0], result.drop + sides[1]
+
+
+def _rounded(number: int) -> int:
+    """Returns a number of two digits and zeros, not below `number`, which is an estimate."""
+    grain = 10 ** max(len(str(number)) - 2, 0)
+    return max(-(-number // grain) * grain, 1)
 
 
 def _spans(interval: tuple[float, float], limit: float) -> bool:
     return interval[0] <= limit < interval[1]
 
 
-def _first(start: int, done: Callable[[int], bool]) -> int:
-    """Returns the first number from `start` on with which `done` holds: it holds for all beyond; or one too large."""
-    high = start
-    while not done(high):
-        high *= 2
-        if high > MOST_ASKED:
-            return high
-    low = max(high // 2, start)
+def _first(low: int, most: int, done: Callable[[int], bool]) -> int:
+    """Returns the first number from `low` on with which `done` holds, as for all beyond; `most` + 1 if never."""
+    high = most + 1
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if done(middle) else (middle + 1, high)
@@ -366,7 +380,7 @@ def _more_rounds(interval: tuple[float, float], rounds: int) -> str:
     """Estimates how many rounds would bring the interval to one side of MIN_SPEEDUP."""
     low, high = map(math.log, interval)
     room = abs((low + high) / 2 - math.log(MIN_SPEEDUP))
-    needed = math.ceil(rounds * ((high - low) / 2 / room) ** 2) if room else MOST_ASKED
+    needed = math.ceil(rounds * ((high - low) / 2 / room) ** 2) if room else MOST_ROUNDS + 1
     if needed > MOST_ROUNDS:
         return f"measure on an idle machine, or with --rounds {max(MOST_ROUNDS, rounds)}"
     return f"--rounds {max(needed, rounds + 1)} would tell"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from edgekit import detection
@@ -25,34 +25,46 @@ class Scores(Protocol):
 
     def __len__(self) -> int: ...
 
-    def values(self, counts: np.ndarray) -> np.ndarray:
-        """Returns the metric of each resample: counts (R, N), how often a sample is in it → (R,)."""
+    def values(self, weights: np.ndarray) -> np.ndarray:
+        """Returns the metric of each resample: weights (R, N), how much of a sample is in it → (R,)."""
         ...
 
-    def same_as(self, other: Scores) -> bool:
-        """Whether no sample differs from that of `other`."""
+    def with_loss(self, losing: Any) -> tuple[Scores, Scores]:
+        """Returns these scores and `losing`, those of the other file, with one more sample, of N + 1.
+
+        It is the sample that costs most where these have it and the others lose it wholly.
+        """
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class Sums:
-    """Scores of a metric that is a function of sums: `statistics` (N, k), and `of_sums`, (…, k) → (…)."""
+    """Scores of a metric that is a function of sums: `statistics` (N, k), and `of_sums`, (…, k) → (…).
+
+    `worst` gives the rows (k,) of one sample that is lost wholly, from both files' statistics: as the file that has it
+    scores it, and as the one that loses it does.
+    """
 
     statistics: np.ndarray
     of_sums: Callable[[np.ndarray], np.ndarray]
+    worst: Callable[[Sums, Sums], tuple[np.ndarray, np.ndarray]]
 
     def __len__(self) -> int:
         return len(self.statistics)
 
-    def values(self, counts: np.ndarray) -> np.ndarray:
+    def values(self, weights: np.ndarray) -> np.ndarray:
         """See Scores."""
-        return self.of_sums(counts @ self.statistics)
+        return self.of_sums(weights @ self.statistics)
 
-    def same_as(self, other: Scores) -> bool:
+    def with_loss(self, losing: Any) -> tuple[Scores, Scores]:
         """See Scores."""
+        kept, lost = self.worst(self, losing)
+        return self._and(kept), losing._and(lost)
+
+    def _and(self, row: np.ndarray) -> Sums:
         import numpy as np
 
-        return isinstance(other, Sums) and np.array_equal(self.statistics, other.statistics)
+        return replace(self, statistics=np.concatenate([self.statistics, row[None]]))
 
 
 @dataclass(frozen=True)
@@ -122,14 +134,23 @@ def per_sample(scores: np.ndarray) -> Sums:
     """Returns the mean of scores (N,) as a metric."""
     import numpy as np
 
-    return Sums(np.stack([scores.astype(np.float64), np.ones(len(scores))], axis=1), _mean)
+    return Sums(np.stack([scores.astype(np.float64), np.ones(len(scores))], axis=1), _mean, _worst_score)
+
+
+def _of_errors(errors: np.ndarray, target: np.ndarray, of_sums: Callable[[np.ndarray], np.ndarray], power: int) -> Sums:
+    """Returns errors (N,) as a metric; `target` (N, …) tells how large that of a lost sample is, of which `power`."""
+    import numpy as np
+
+    rows = target.reshape(len(target), -1).astype(np.float64)
+    columns = errors.astype(np.float64), np.ones(len(errors)), rows.mean(axis=1), (rows**2).mean(axis=1)
+    return Sums(np.stack(columns, axis=1), of_sums, lambda kept, lost: _worst_error(kept, lost, power))
 
 
 def joined(parts: Sequence[Sums]) -> Sums:
     """Returns the scores of all samples from those of parts of them."""
     import numpy as np
 
-    return Sums(np.concatenate([part.statistics for part in parts]), parts[0].of_sums)
+    return replace(parts[0], statistics=np.concatenate([part.statistics for part in parts]))
 
 
 def _mean(sums: np.ndarray) -> np.ndarray:
@@ -142,14 +163,67 @@ def _root_of_mean(sums: np.ndarray) -> np.ndarray:
     return np.sqrt(_mean(sums))
 
 
-def _mean_ratio(sums: np.ndarray) -> np.ndarray:
-    """Returns the mean over classes of (numerators, denominators), without classes that nothing was said of."""
+def _mean_iou_of(sums: np.ndarray) -> np.ndarray:
+    """Returns the mean over classes of intersection over union, of (intersections, found + true)."""
     import numpy as np
 
-    above, below = np.split(sums, 2, axis=-1)
+    both, sizes = np.split(sums, 2, axis=-1)
+    return _mean_over_classes(both, sizes - both)
+
+
+def _mean_f1_of(sums: np.ndarray) -> np.ndarray:
+    """Returns the mean over classes of F1, of (hits, found + true)."""
+    import numpy as np
+
+    hits, sizes = np.split(sums, 2, axis=-1)
+    return _mean_over_classes(2 * hits, sizes)
+
+
+def _mean_over_classes(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """Returns the mean of ratios over the last axis, without classes that nothing was said of."""
+    import numpy as np
+
     there = below > 0
     ratios = np.divide(above, below, out=np.zeros_like(above), where=there)
     return ratios.sum(axis=-1) / np.maximum(there.sum(axis=-1), 1)
+
+
+def _worst_score(kept: Sums, lost: Sums) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the worst sample of a mean of scores: from the highest score to 0, or to the lowest where that is below.
+
+    The highest of shares and cosines is 1; of a user's own scores beyond that, the highest that was seen.
+    """
+    import numpy as np
+
+    seen = np.concatenate([kept.statistics[:, 0], lost.statistics[:, 0]])
+    low, high = float(seen.min()), float(seen.max())
+    high = 1.0 if low >= -1 and high <= 1 else high
+    return np.array([high, 1.0]), np.array([min(low, 0.0), 1.0])
+
+
+def _worst_error(kept: Sums, lost: Sums, power: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the worst sample of a mean of errors: no error against that of another sample's output.
+
+    The latter is the root mean square difference of two targets, to the `power`; or the largest error that was seen.
+    """
+    import numpy as np
+
+    mean, square = lost.statistics[:, 2].mean(), lost.statistics[:, 3].mean()
+    apart = max(2 * (square - mean**2), 0.0) ** (power / 2)
+    seen = max(float(scores.statistics[:, 0].max()) for scores in (kept, lost))
+    return np.array([0.0, 1.0, mean, square]), np.array([max(apart, seen), 1.0, mean, square])
+
+
+def _worst_overlap(kept: Sums, lost: Sums) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the sample whose loss costs a mean over classes most: as much is found in it, and none of it is right."""
+    import numpy as np
+
+    half = lost.statistics.shape[1] // 2
+    missed = np.concatenate([np.zeros((len(lost), half)), lost.statistics[:, half:]], axis=1)
+    before = kept.of_sums(kept.statistics.sum(axis=0) + kept.statistics)
+    after = lost.of_sums(lost.statistics.sum(axis=0) + missed)
+    most = int((before - after).argmax())
+    return kept.statistics[most], missed[most]
 
 
 def _top(k: int, outputs: Sequence[np.ndarray], target: np.ndarray) -> Sums:
@@ -228,9 +302,8 @@ def _mean_iou(outputs: Sequence[np.ndarray], target: np.ndarray) -> Sums:
             ignore_index=VOID,
             validate_args=False,
         ).numpy()
-        both = counts.diagonal()
-        rows.append(np.concatenate([both, counts.sum(axis=0) + counts.sum(axis=1) - both]))
-    return Sums(np.stack(rows).astype(np.float64), _mean_ratio)
+        rows.append(np.concatenate([counts.diagonal(), counts.sum(axis=0) + counts.sum(axis=1)]))
+    return Sums(np.stack(rows).astype(np.float64), _mean_iou_of, _worst_overlap)
 
 
 def _join_ious(parts: Sequence[Sums]) -> Sums:
@@ -246,7 +319,7 @@ def _join_ious(parts: Sequence[Sums]) -> Sums:
     statistics = np.concatenate(rows)
     if not statistics.any():
         raise EdgeKitError(f"every label is {VOID}, which stands for no class", "give labels from 0")
-    return Sums(statistics, _mean_ratio)
+    return replace(parts[0], statistics=statistics)
 
 
 @dataclass(frozen=True, eq=False)
@@ -313,7 +386,8 @@ def _f1_sums(score: Callable[..., torch.Tensor], found: np.ndarray, true: np.nda
     ).numpy()
     counts = counts.reshape(len(found), -1, 5)
     hits, false, missed = counts[..., 0], counts[..., 1], counts[..., 3]
-    return Sums(np.concatenate([2 * hits, 2 * hits + false + missed], axis=1).astype(np.float64), _mean_ratio)
+    rows = np.concatenate([hits, 2 * hits + false + missed], axis=1)
+    return Sums(rows.astype(np.float64), _mean_f1_of, _worst_overlap)
 
 
 def _mae(outputs: Sequence[np.ndarray], target: np.ndarray) -> Sums:
@@ -321,18 +395,17 @@ def _mae(outputs: Sequence[np.ndarray], target: np.ndarray) -> Sums:
     from torchmetrics.functional.regression import mean_absolute_error
 
     found, true = _values_across("mae", outputs[0], target)
-    return per_sample(mean_absolute_error(found, true, num_outputs=found.shape[1]).reshape(-1).numpy())
+    errors = mean_absolute_error(found, true, num_outputs=found.shape[1]).reshape(-1).numpy()
+    return _of_errors(errors, target, _mean, 1)
 
 
 def _rmse(outputs: Sequence[np.ndarray], target: np.ndarray) -> Sums:
     """Scores regression by (output − target)², of whose mean the root is taken: both of one shape (N, …)."""
-    from dataclasses import replace
-
     from torchmetrics.functional.regression import mean_squared_error
 
     found, true = _values_across("rmse", outputs[0], target)
     squares = mean_squared_error(found, true, num_outputs=found.shape[1]).reshape(-1).numpy()
-    return replace(per_sample(squares), of_sums=_root_of_mean)
+    return _of_errors(squares, target, _root_of_mean, 2)
 
 
 def _cosine(outputs: Sequence[np.ndarray], target: np.ndarray) -> Sums:

@@ -221,9 +221,8 @@ def _faster(ratio: float | None, interval: Interval | None) -> str:
 def _how(comparison: Comparison) -> list[str]:
     """Returns how the intervals in the table were found."""
     ways = {
-        "Agresti-Min": "drops by Agresti-Min's interval, p by McNemar's exact test",
-        "paired bootstrap": "drops by a paired bootstrap",
-        "Clopper-Pearson": "drops of 0 by Clopper-Pearson's interval",
+        "Tango": "drops by Tango's score interval, p by McNemar's exact test",
+        "Gaffke": "drops by Gaffke's bounds, with one sample more that is lost wholly",
     }
     used = {m.accuracy.interval for m in comparison.artifacts if m.accuracy}
     found = [words for name, words in ways.items() if name in used]

@@ -181,7 +181,7 @@ def test_samples_asked_for_would_do(counts: tuple[int, ...]) -> None:
     more = int(doubt.reasons[0].split("about ")[1].split(" more")[0].replace(",", ""))
     for share, decided in ((1.0, True), (0.9, False)):
         factor = (sum(counts) + share * more) / sum(counts)
-        low, high = intervals.agresti_min(*(factor * c for c in (sum(counts), counts[1], counts[2])))
+        low, high = intervals.tango(*(factor * c for c in (sum(counts), counts[1], counts[2])))
         assert (high <= limit or low > limit) == decided
 
 
@@ -237,7 +237,7 @@ UNITS = {
 @pytest.mark.parametrize("unit", results.UNITS)
 def test_a_drop_is_judged_in_its_own_unit(unit: results.Unit) -> None:
     baseline, value = {"points": (0.9, 0.897), "percent": (2.0, 2.006), "units": (2.0, 1.7)}[unit]
-    result = Accuracy("m", 900, value, baseline, (0.1, 0.5), unit, "paired bootstrap")
+    result = Accuracy("m", 900, value, baseline, (0.1, 0.5), unit, "Gaffke")
     assert result.drop == pytest.approx(0.3)
     for limit, word in ((0.05, "reject"), (0.2, "inconclusive"), (0.6, "ship")):
         got = judge.verdict("int8", result, ms(1), ms(2), near(), limit)

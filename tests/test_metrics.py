@@ -184,6 +184,21 @@ def test_worse_outputs_have_a_drop(case: str) -> None:
     assert same.ci95[0] <= 0 <= same.ci95[1]
 
 
+@pytest.mark.parametrize("case", REFERENCES)
+def test_the_sample_that_is_added_is_lost_wholly(case: str) -> None:
+    """It costs something, costs the other way round the other way, and changes nothing where its weight is 0."""
+    name, outputs, target, _ = REFERENCES[case]
+    metric = metrics.METRICS[name]
+    scores = metric.score(outputs, target)
+    kept, lost = scores.with_loss(scores)
+    alone, one_more = np.ones((2, N + 1))[:1] * (np.arange(N + 1) < N), np.ones((1, N + 1))
+    for added in (kept, lost):
+        assert len(added) == N + 1
+        assert added.values(alone)[0] == pytest.approx(metrics.value(scores))
+    worse = kept.values(one_more)[0] - lost.values(one_more)[0]
+    assert (worse if metric.unit == "points" else -worse) > 0.3 * abs(metrics.value(scores)) / N
+
+
 def test_top1_breaks_ties_like_arg_max() -> None:
     logits = np.round(np.random.default_rng(0).standard_normal((500, 6)))  # int8 outputs tie often
     target = np.random.default_rng(1).integers(0, 6, 500)
@@ -209,8 +224,10 @@ def test_segmentation_of_another_number_of_classes_is_another() -> None:
     more[0, 0, 0] = 9
     miou = metrics.METRICS["miou"]
     original, artifact = (miou.score([out], target) for out in (more, found))
-    assert not original.same_as(artifact) and original.same_as(original)
-    assert judge.accuracy(miou, original, artifact).drop < 0
+    there, back = judge.accuracy(miou, original, artifact), judge.accuracy(miou, artifact, original)
+    assert there.drop < 0 < back.drop
+    for got in (there, back):
+        assert got.ci95[0] < got.drop < got.ci95[1]
 
 
 def test_quantized_probabilities_just_outside_0_to_1_are_no_logits() -> None:
@@ -350,7 +367,7 @@ def test_a_users_own_share_is_judged_as_one(own: Path) -> None:
     metric = metrics.find(f"{own}:right")
     outputs, target = LOGITS, LOGITS.argmax(1)
     got = judge.accuracy(metric, metric.score([outputs], target), metric.score([np.roll(outputs, 1, axis=1)], target))
-    assert (got.lost, got.won, got.value, got.interval) == (N, 0, 0, "Agresti-Min")
+    assert (got.lost, got.won, got.value, got.interval) == (N, 0, 0, "Tango")
 
 
 def test_scores_beyond_shares_have_a_unit_of_their_own(own: Path) -> None:
@@ -500,7 +517,8 @@ def test_targets_reach_their_metric(
     quick(monkeypatch)
     monkeypatch.chdir(place)
     factory, source, name, unit = WAYS[case]
-    ran = compare(capfd, place, factory, source, "--metric", name, "--max-drop", "50")
+    limit = "500" if unit == "percent" else "50"  # of 24 samples 1 in 7 may be lost, at several times the usual error
+    ran = compare(capfd, place, factory, source, "--metric", name, "--max-drop", limit)
     assert ran.code == 0, ran.err
     (artifact,) = json.loads(ran.out)["artifacts"]
     accuracy = artifact["accuracy"]
