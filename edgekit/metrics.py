@@ -42,12 +42,14 @@ class Sums:
     """Scores of a metric that is a function of sums: `statistics` (N, k), and `of_sums`, (…, k) → (…).
 
     `worst` gives the rows (k,) of one sample that is lost wholly, from both files' statistics: as the file that has it
-    scores it, and as the one that loses it does.
+    scores it, and as the one that loses it does. `moments` are how many values the targets of errors hold, their sum,
+    and that of their squares.
     """
 
     statistics: np.ndarray
     of_sums: Callable[[np.ndarray], np.ndarray]
     worst: Callable[[Sums, Sums], tuple[np.ndarray, np.ndarray]]
+    moments: tuple[float, ...] = ()
 
     def __len__(self) -> int:
         return len(self.statistics)
@@ -141,16 +143,20 @@ def _of_errors(errors: np.ndarray, target: np.ndarray, of_sums: Callable[[np.nda
     """Returns errors (N,) as a metric; `target` (N, …) tells how large that of a lost sample is, of which `power`."""
     import numpy as np
 
-    rows = target.reshape(len(target), -1).astype(np.float64)
-    columns = errors.astype(np.float64), np.ones(len(errors)), rows.mean(axis=1), (rows**2).mean(axis=1)
-    return Sums(np.stack(columns, axis=1), of_sums, lambda kept, lost: _worst_error(kept, lost, power))
+    values = target.astype(np.float64).ravel()
+    moments = float(values.size), float(values.sum()), float((values**2).sum())
+    scores = per_sample(errors)
+    return replace(scores, of_sums=of_sums, worst=lambda kept, lost: _worst_error(kept, lost, power), moments=moments)
 
 
 def joined(parts: Sequence[Sums]) -> Sums:
     """Returns the scores of all samples from those of parts of them."""
     import numpy as np
 
-    return replace(parts[0], statistics=np.concatenate([part.statistics for part in parts]))
+    statistics = np.concatenate([part.statistics for part in parts])
+    return replace(
+        parts[0], statistics=statistics, moments=tuple(map(sum, zip(*(p.moments for p in parts), strict=True)))
+    )
 
 
 def _mean(sums: np.ndarray) -> np.ndarray:
@@ -208,10 +214,10 @@ def _worst_error(kept: Sums, lost: Sums, power: int) -> tuple[np.ndarray, np.nda
     """
     import numpy as np
 
-    mean, square = lost.statistics[:, 2].mean(), lost.statistics[:, 3].mean()
-    apart = max(2 * (square - mean**2), 0.0) ** (power / 2)
+    count, total, squares = lost.moments
+    apart = max(2 * (squares / count - (total / count) ** 2), 0.0) ** (power / 2)
     seen = max(float(scores.statistics[:, 0].max()) for scores in (kept, lost))
-    return np.array([0.0, 1.0, mean, square]), np.array([max(apart, seen), 1.0, mean, square])
+    return np.array([0.0, 1.0]), np.array([max(apart, seen), 1.0])
 
 
 def _worst_overlap(kept: Sums, lost: Sums) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,7 @@ The true drop is that of the whole population. `benchmarks/judging.py` simulates
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,7 @@ class Population:
 def taken(scores: Any, picked: np.ndarray) -> Scores:
     """The scores of some of the samples, each at most once."""
     if isinstance(scores, Sums):
-        return Sums(scores.statistics[picked], scores.of_sums, scores.worst)
+        return replace(scores, statistics=scores.statistics[picked])
     place = np.full(len(scores), -1)
     place[picked] = np.arange(len(picked))
 
