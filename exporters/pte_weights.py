@@ -7,14 +7,14 @@ from typing import Any
 
 import executorch.exir.passes._quant_patterns_and_replacements  # noqa: F401 (registers embedding_byte)
 import torch
-from torch._decomp import get_decompositions
 from torch.export import ExportedProgram
 from torch.fx import Node
+
+from edgekit.lean import copied
 
 aten = torch.ops.aten
 q = torch.ops.quantized_decomposed
 
-RECURRENT = (aten.lstm.input, aten.gru.input)
 CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv_transpose2d.input}
 DEQUANTIZE = {
     q.dequantize_per_channel.default,
@@ -26,14 +26,14 @@ DEQUANTIZE = {
 def prepare_weights(program: ExportedProgram) -> tuple[ExportedProgram, tuple[str, ...]]:
     """Returns a program whose int8 weights all have kernels, and notes on those that do not stay int8.
 
-    Embeddings become `embedding_byte`, LSTM and GRU linear layers, step by step. A linear layer with float inputs
-    gives its bias to an addition, because XNNPACK's partitioner takes quantized weights and a float bias together
-    only where inputs are quantized. Convolutions with float inputs get float weights. A program without such weights
-    comes back as it is; else the one given stays as it was.
+    Embeddings become `embedding_byte`. A linear layer with float inputs gives its bias to an addition, because
+    XNNPACK's partitioner takes quantized weights and a float bias together only where inputs are quantized.
+    Convolutions with float inputs get float weights. A program without such weights comes back as it is; else the one
+    given stays as it was.
     """
     if not any(_weights(node) for node in program.graph.nodes):
         return program, ()
-    program = program.run_decompositions(get_decompositions(RECURRENT))
+    program = copied(program)
     state = dict(program.state_dict)
     float_layers: Counter[str] = Counter()
     for node in list(program.graph.nodes):
@@ -63,9 +63,7 @@ def prepare_weights(program: ExportedProgram) -> tuple[ExportedProgram, tuple[st
 
 def _weights(node: Node) -> list[Node]:
     """Returns what dequantizes the weights of a layer whose inputs are not quantized themselves; none for others."""
-    if node.target in RECURRENT:
-        found = [parameter for parameter in node.args[2] if _is_dequantize(parameter)]
-    elif node.target == aten.embedding.default:
+    if node.target == aten.embedding.default:
         found = [node.args[0]]
     elif node.target in CONVOLUTIONS or node.target == aten.linear.default:
         found = [] if _is_dequantize(node.args[0]) else [node.args[1]]

@@ -25,7 +25,12 @@ from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
 from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.backends.xnnpack.utils.quant_utils import is_dequant
-from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+from executorch.exir import (
+    EdgeCompileConfig,
+    EdgeProgramManager,
+    ExecutorchBackendConfig,
+    to_edge_transform_and_lower,
+)
 from executorch.exir.dialects._ops import ops as exir_ops
 from executorch.exir.error import ExportError, InternalError
 from executorch.exir.pass_base import ExportPass, NodeMetadata, ProxyValue
@@ -43,6 +48,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from edgekit.errors import EdgeKitError
+from edgekit.exporters.pte_recurrent import insert_steps, spell_recurrences, steps_of, unroll_recurrences
 from edgekit.exporters.pte_weights import prepare_weights
 from edgekit.lean import all_nodes, copied, needed_decompositions, replaced, unread_notes
 from edgekit.quant.passes import CONVOLUTIONS, convolution_arguments
@@ -56,7 +62,7 @@ NOTES = ("from_node", "nn_module_stack", "stack_trace", "source_fn_stack")
 ALIGNMENT = 16
 
 PAD_DEFAULTS = ("constant", None)  # mode, value
-BOOKKEEPING = {"executorch_call_delegate", "getitem", "alloc", "copy_"}  # graph nodes that compute nothing
+BOOKKEEPING = {"executorch_call_delegate", "getitem", "alloc", "copy_", "scan"}  # graph nodes that compute nothing
 
 
 class QuantizedPadConfig(ConstantPadConfig):
@@ -227,16 +233,13 @@ def to_executorch(program: ExportedProgram) -> Lowered:
     for node in program.graph.nodes:
         for note in NOTES:
             node.meta.pop(note, None)
-    program, notes = prepare_weights(program)
-    spell_as_core(program)
+    program = spell_recurrences(program)
     try:
         with lean():
-            edge = to_edge_transform_and_lower(
-                program,
-                transform_passes=[PlainMoves()],
-                partitioner=[XnnpackPartitioner(configs=PARTITIONER_CONFIGS)],
-                compile_config=EdgeCompileConfig(_check_ir_validity=False),
-            )
+            steps = steps_of(program, lambda step: _lower(prepare_weights(step)[0]))
+            program, notes = prepare_weights(unroll_recurrences(program))
+            edge = _lower(program)
+            insert_steps(edge, steps)
             signature = edge.exported_program().graph_signature
             state = [n for n, target in signature.inputs_to_buffers.items() if target in _mutated(signature)]
             config = ExecutorchBackendConfig(passes=[InitializedMutableBufferPass(state)], segment_alignment=ALIGNMENT)
@@ -245,9 +248,19 @@ def to_executorch(program: ExportedProgram) -> Lowered:
         raise EdgeKitError(
             f"ExecuTorch cannot lower this model: {error}", "leave it out with --format onnx,tflite"
         ) from error
-    names = [_name(n) for n in edge.exported_program().graph.nodes if n.op == "call_function"]
+    names = [_name(n) for n in all_nodes(edge.exported_program().graph_module) if n.op == "call_function"]
     outside = Counter(name for name in names if name not in BOOKKEEPING)
     return Lowered(lowered.buffer, names.count("executorch_call_delegate"), dict(outside), notes)
+
+
+def _lower(program: ExportedProgram) -> EdgeProgramManager:
+    spell_as_core(program)
+    return to_edge_transform_and_lower(
+        program,
+        transform_passes=[PlainMoves()],
+        partitioner=[XnnpackPartitioner(configs=PARTITIONER_CONFIGS)],
+        compile_config=EdgeCompileConfig(_check_ir_validity=False),
+    )
 
 
 def _mutated(signature: ExportGraphSignature) -> set[str]:
