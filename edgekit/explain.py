@@ -25,14 +25,16 @@ if TYPE_CHECKING:
 TAPPED_RUNS = 2  # every tensor of a network is kept
 ORIGINAL, EXPORTED = "original", "exported graph"
 TRAINED_HELP = "it was trained for int8 to give other outputs: accuracy alone tells what it is worth"
+NO_GRAPH_HELP = "is far from the original, an ONNX file, of which EdgeKit makes no int8 graph to hold it against"
 GRAPH_HELP = "quantizing itself loses this, whatever the file: edgekit export --sensitivity shows the layers"
 
 
 @dataclass(frozen=True)
 class Graph:
-    """The captured graph at one precision, and how near each of its outputs is to the original."""
+    """The captured graph at one precision, its outputs, and how near each of them is to the original's."""
 
-    compressed: Compressed | None
+    compressed: Compressed
+    outputs: tuple[np.ndarray, ...]
     parities: tuple[Parity, ...]
 
 
@@ -49,7 +51,8 @@ def explain(
 
     `feeds` are (runs, *shape) real samples; `here` says that the device is this machine. Quantized graphs are made
     from the data given, as the export made them from its own. An artifact that breaks is compared, op by op, with the
-    same file as EdgeKit exports it now. One that was trained for int8 cannot be made again: it has no quantized graph.
+    same file as EdgeKit exports it now. One that was trained for int8 cannot be made again: it has no quantized graph,
+    and neither has one of an ONNX original.
     """
     feeds = [feed[: bundles.GOLDEN_SAMPLES] for feed in feeds]
     with progress.step("Explaining: the graphs"):
@@ -59,19 +62,23 @@ def explain(
     if original.onnx is None:
         captured = _graph(original, source, "fp32", frozenset(), feeds, reference, progress)
         problem = judge.faithful("fp32", captured.parities, captured.parities)
-        rungs.append(Rung(EXPORTED, ORIGINAL, judge.worst(captured.parities), problem))
+        near = judge.worst(captured.parities)
+        rungs.append(Rung(EXPORTED, ORIGINAL, near, near, problem))
     graphs: dict[str, Graph] = {}
     for artifact in artifacts:
         name = _graph_name(artifact)
-        if name is None or original.onnx is not None or name in graphs:
+        if name is None or captured is None or name in graphs:
             continue
         kept = tune.layers_in_float(artifact)
-        graphs[name] = _graph(original, source, artifact.precision, kept, feeds, reference, progress)
-        near = judge.worst(graphs[name].parities)
-        rungs.append(Rung(name, EXPORTED, near, GRAPH_HELP if near.sqnr_db < judge.POOR_SQNR_DB else None))
+        graph = graphs[name] = _graph(original, source, artifact.precision, kept, feeds, reference, progress)
+        added = judge.worst(_parities(captured.outputs, graph.outputs, original))
+        near = judge.worst(graph.parities)
+        rungs.append(Rung(name, EXPORTED, added, near, GRAPH_HELP if near.sqnr_db < judge.POOR_SQNR_DB else None))
     for artifact, name in labels(artifacts).items():
-        graph = graphs.get(_graph_name(artifact) or "") or captured
-        rungs += _climb(original, source, artifact, name, graph, feeds, reference, device, here, progress)
+        below = _graph_name(artifact)
+        found = graphs.get(below or "")
+        stands_on = (below, found) if below is not None and found is not None else (EXPORTED, captured)
+        rungs += _climb(original, source, artifact, name, stands_on, feeds, reference, device, here, progress)
     return tuple(rungs)
 
 
@@ -80,7 +87,7 @@ def _climb(
     source: sources.Data,
     artifact: Artifact,
     name: str,
-    graph: Graph | None,
+    stands_on: tuple[str, Graph | None],
     feeds: Sequence[np.ndarray],
     reference: Sequence[np.ndarray],
     device: Device,
@@ -88,31 +95,42 @@ def _climb(
     progress: Progress,
 ) -> list[Rung]:
     """Returns the rungs of one file: run here, and on the device where that is another machine."""
+    below, graph = stands_on if stands_on[1] is not None else (ORIGINAL, None)
     trained = qat.is_trained(artifact)
-    below = _graph_name(artifact) if original.onnx is None else None
     with progress.step(f"Explaining: {name}"):
         local = stages.run(artifact, feeds).outputs
         near = _parities(reference, local, original)
+        added = _parities(graph.outputs, local, original) if graph is not None else near
+        problem = _problem(artifact, near, graph, trained)
         culprit = None
-        if trained:
-            problem = TRAINED_HELP if judge.worst(near).sqnr_db < judge.POOR_SQNR_DB else None
-        else:
-            limits = graph.parities if graph is not None else _parities(reference, reference, original)
-            problem = judge.faithful(artifact.precision, near, limits)
-            if problem is not None:
-                culprit = _culprit(original, source, artifact, graph, feeds, progress)
-        below = below or (EXPORTED if original.onnx is None else ORIGINAL)
-        rungs = [Rung(name, below, judge.worst(near), problem, culprit, artifact.path)]
+        if problem is not None and _has_twin(artifact, graph, trained):
+            culprit = _culprit(original, source, artifact, graph, feeds, progress)
+        rungs = [Rung(name, below, judge.worst(added), judge.worst(near), problem, culprit, artifact.path)]
     if here:
         return rungs
     with progress.step(f"Explaining: {name} on {device.uri}"):
         there = stages.run(artifact, feeds, device=device).outputs
-        near = _parities(local, there, original)
+        moved = _parities(local, there, original)
+        near = judge.worst(_parities(reference, there, original))
         qparams = bundles.read(artifact.path.parent).manifest["qparams"] if trained else _qparams(original, graph)
         scales = stages.output_scales(qparams, original.outputs)
-        problem = judge.reproduced(artifact.precision, near, scales, judge.steps_allowed(artifact.format, here))
+        problem = judge.reproduced(artifact.precision, moved, scales, judge.steps_allowed(artifact.format, here))
         where = f"{name} on {device.uri}"
-        return [*rungs, Rung(where, f"{name} here", judge.worst(near), problem, path=artifact.path)]
+        return [*rungs, Rung(where, f"{name} here", judge.worst(moved), near, problem, path=artifact.path)]
+
+
+def _problem(artifact: Artifact, near: Sequence[Parity], graph: Graph | None, trained: bool) -> str | None:
+    """Returns why a file is not what its graph gives, or not at all near to the original where it has no graph."""
+    if _has_twin(artifact, graph, trained):
+        return judge.faithful(artifact.precision, near, graph.parities if graph is not None else near)
+    if judge.worst(near).sqnr_db >= judge.POOR_SQNR_DB:
+        return None
+    return TRAINED_HELP if trained else NO_GRAPH_HELP
+
+
+def _has_twin(artifact: Artifact, graph: Graph | None, trained: bool) -> bool:
+    """Whether EdgeKit can make the file again: not what was trained for int8, nor int8 of an ONNX original."""
+    return not trained and (graph is not None or not artifact.precision.startswith("int8"))
 
 
 def _graph_name(artifact: Artifact) -> str | None:
@@ -135,7 +153,7 @@ def _graph(
     compressed = stages.compress(original, source, precision, progress, keep_float)
     assert compressed is not None
     outputs = stages.run_module(compressed.program.module(check_guards=False), feeds, state=original.state)
-    return Graph(compressed, _parities(reference, outputs, original))
+    return Graph(compressed, outputs, _parities(reference, outputs, original))
 
 
 def _parities(reference: Sequence[np.ndarray], outputs: Sequence[np.ndarray], original: Model) -> tuple[Parity, ...]:
@@ -143,7 +161,7 @@ def _parities(reference: Sequence[np.ndarray], outputs: Sequence[np.ndarray], or
 
 
 def _qparams(original: Model, graph: Graph | None) -> Mapping[str, Any]:
-    program = graph.compressed.program if graph is not None and graph.compressed is not None else None
+    program = graph.compressed.program if graph is not None else None
     return stages.qparams(original, program)
 
 
@@ -165,7 +183,7 @@ def _culprit(
         return taps.UNTAPPED
     feeds = [feed[:TAPPED_RUNS] for feed in feeds]
     half = RECIPES[artifact.precision].half_weights
-    program = graph.compressed.program if graph is not None and graph.compressed is not None else None
+    program = graph.compressed.program if graph is not None else None
     layouts = {artifact.format: artifact.layout}
     try:
         with TemporaryDirectory(prefix="edgekit-") as folder:

@@ -44,13 +44,15 @@ class Flat(torch.nn.Module):
 class OnnxReference(torch.nn.Module):
     """An ONNX model run by ONNX Runtime on the CPU: a numerical baseline. It cannot be exported or trained.
 
-    The session is made on first use from `content`, so that copies and pickles of the module stay possible.
+    The session is made on first use from `content`, so that copies and pickles of the module stay possible. It runs on
+    one thread, or as many as `use` says: torch's own number does not reach ONNX Runtime.
     """
 
     def __init__(self, content: bytes) -> None:
         """Keep the serialized model."""
         super().__init__()
         self.content = content
+        self.threads = 1
         self.session: Any = None
         self.training = False
 
@@ -58,15 +60,18 @@ class OnnxReference(torch.nn.Module):
         """The content without the session, which cannot be copied."""
         return {**self.__dict__, "session": None}
 
+    def use(self, threads: int) -> None:
+        """Run on so many threads from the next call on, in a session of its own."""
+        self.threads, self.session = threads, None
+
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run on one tensor per graph input, in the graph's order."""
         if self.session is None:
             import onnxruntime
 
-            from edgekit import watchdog
             from edgekit.runtimes.ort import session_options
 
-            options = session_options(int(watchdog.is_inside()))  # 0: as many threads as ONNX Runtime likes
+            options = session_options(self.threads)
             self.session = onnxruntime.InferenceSession(self.content, options, providers=["CPUExecutionProvider"])
         names = [i.name for i in self.session.get_inputs()]
         feeds = {name: tensor.detach().numpy() for name, tensor in zip(names, tensors, strict=True)}

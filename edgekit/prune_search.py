@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +107,8 @@ def search(
     """
     record = record_of(checkpoint)
     options = job.options.round_to, job.options.method, job.options.allocation
-    asked = repr((limit, wanted, options, pruned_files.fingerprint(job.original.module)))
+    lasting = replace(wanted, timeout=None)  # how long a job may stand still changes nothing that is found
+    asked = repr((limit, lasting, options, pruned_files.fingerprint(job.original.module)))
     looking = _Search(job, limit, wanted, device, folder)
     if resume and record.is_file():
         found = _read(record, asked, limit)

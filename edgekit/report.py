@@ -174,11 +174,12 @@ def comparison_report(comparison: Comparison) -> RenderableType:
 
 def ladder_report(comparison: Comparison) -> tuple[RenderableType, ...]:
     """Shows each rung of the parity ladder, and the first that breaks with the first op in it."""
-    rows = table("rung", "on", "SQNR", "max difference", "result")
+    rows = table("rung", "on", "SQNR", "max difference", "SQNR to the original", "result")
     for rung in comparison.ladder or ():
         near = rung.parity
         word = Text("ok", style="green") if rung.problem is None else Text("diverges", style="bold red")
-        shown = _decibel(near.sqnr_db, near.max_abs), f"{near.max_abs:.2g}"
+        whole = _decibel(rung.to_original.sqnr_db, rung.to_original.max_abs)
+        shown = _decibel(near.sqnr_db, near.max_abs), f"{near.max_abs:.2g}", whole
         rows.add_row(Text(rung.name), Text(rung.against), *shown, word)
     lines = []
     for rung in comparison.ladder or ():

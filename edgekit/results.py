@@ -399,16 +399,17 @@ class Culprit:
 
 @dataclass(frozen=True)
 class Rung:
-    """One step of the parity ladder: how near it is to `against`, and what is wrong with it.
+    """One step of the parity ladder: how near it is to `against` and to the original, and what is wrong with it.
 
-    A file is compared with the original's outputs and judged by those of the rung that it stands on. `culprit` is the
-    first op in it that differs, or the sentence that says why none is named; None where nothing is wrong. `path` is
-    that of a file.
+    A file adds little to the graph that it stands on, `against`, and is judged by how near that is to the original.
+    `culprit` is the first op in it that differs, or the sentence that says why none is named; None where nothing is
+    wrong. `path` is that of a file.
     """
 
     name: str
     against: str
     parity: Parity
+    to_original: Parity
     problem: str | None
     culprit: Culprit | str | None = None
     path: Path | None = None
@@ -419,6 +420,7 @@ class Rung:
             "rung": self.name,
             "against": self.against,
             "parity": self.parity.to_dict(),
+            "to_original": self.to_original.to_dict(),
             "ok": self.problem is None,
             "problem": self.problem,
             "op": self.culprit.to_dict() if isinstance(self.culprit, Culprit) else None,

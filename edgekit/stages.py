@@ -385,9 +385,12 @@ def in_process(module: torch.nn.Module, device: str, threads: int) -> Iterator[A
     """Yields a session on a torch module in this process, and then puts the module and the threads back."""
     import torch
 
+    from edgekit.flat import OnnxReference
     from edgekit.runtimes import eager
 
     before = torch.get_num_threads()
+    if isinstance(module, OnnxReference):
+        module.use(threads)
     session = eager.load(module, device=device, threads=threads)
     try:
         yield session

@@ -63,6 +63,20 @@ def other(change: Callable[[nn.Module], None]) -> nn.Module:
     return module
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_onnx_original_runs_on_as_many_threads_as_asked(threads: int, tmp_path: Path) -> None:
+    """When it gives its outputs, and when it is timed: torch's number of threads does not reach ONNX Runtime."""
+    feeds = tuple(feed[:2] for feed in FEEDS)
+    torch.onnx.export(network(), (torch.from_numpy(feeds[0][0]),), tmp_path / "net.onnx", dynamo=False)
+    module = model.load(tmp_path / "net.onnx").module
+    expected = module(torch.from_numpy(feeds[0][0]))[0].numpy()
+    (outputs,) = stages.run_module(module, feeds, threads=threads)
+    np.testing.assert_allclose(outputs[0], expected, rtol=1e-5, atol=1e-6)
+    assert module.session.get_session_options().intra_op_num_threads == threads
+    stages.time_module(module, feeds, "cpu", threads + 1, Timing(1, 0.0, 2, 2))
+    assert module.session.get_session_options().intra_op_num_threads == threads + 1
+
+
 OTHERS = {
     "a weight": lambda: key(other(lambda m: m[0].weight[0, 0, 0, 0].add_(1e-6))),
     "an op without weights": lambda: key(other(lambda m: m.__setitem__(1, nn.ReLU6()))),

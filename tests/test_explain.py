@@ -116,6 +116,36 @@ def test_healthy_files_stand(ladder: dict[str, Rung], bundles: dict[str, Bundle]
     assert ladder["model.onnx int8"].against == "int8 graph" and ladder["model.onnx fp32"].against == "exported graph"
 
 
+def test_a_rung_is_compared_with_what_it_stands_on(ladder: dict[str, Rung]) -> None:
+    """A file adds less to the int8 graph than that loses, and its own distance to the original is told beside."""
+    graph, file = ladder["int8 graph"], ladder["model.onnx int8"]
+    assert graph.to_original.sqnr_db == pytest.approx(graph.parity.sqnr_db, abs=0.1)
+    assert file.parity.sqnr_db > graph.to_original.sqnr_db + 10
+    assert abs(file.to_original.sqnr_db - graph.to_original.sqnr_db) < judge.INT8_SQNR_SLACK_DB
+    told = file.to_dict()
+    assert told["against"] == "int8 graph"
+    assert told["to_original"] == file.to_original.to_dict() != told["parity"]
+
+
+def test_int8_files_of_an_onnx_original_have_no_graph_to_stand_on(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    """They stand, unless they are far from the original; and no op of another file's is named."""
+    healthy = next(a for a in bundles["int8"].artifacts if a.format == "onnx")
+    reference = next(a for a in bundles["fp32"].artifacts if a.format == "onnx")
+    far = planted("onnx int8 scale doubled", bundles, tmp_path)
+    model = onnx.load(far.path)
+    spoil_onnx(model, lambda array: 10 * array, True)
+    onnx.save(model, far.path)
+    original, source = stages.load(reference.path, data=samples(), inputs=(), code=None, mean=(), std=())
+    assert source is not None
+    feeds = whole(source, original).feeds
+    good, plain, bad = explain.explain(
+        original, source, [healthy, reference, far], feeds, open_device("local:"), True, Silent()
+    )
+    for rung in (good, plain):
+        assert rung.problem is None and rung.against == "original" and rung.parity == rung.to_original
+    assert bad.problem is not None and "an ONNX file" in bad.problem and bad.culprit is None
+
+
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_a_defect_is_rejected_and_its_op_named(
     defect: str, ladder: dict[str, Rung], bundles: dict[str, Bundle], tmp_path: Path
@@ -204,7 +234,7 @@ def test_an_op_after_the_defect_is_not_blamed() -> None:
 def test_a_device_that_differs_is_rejected() -> None:
     path = Path("model.tflite")
     near = Parity(20.0, 0.3, 0.1, 1.0, None, 8)
-    rung = Rung("model.tflite int8 on adb:1", "model.tflite int8 here", near, "outputs differ", path=path)
+    rung = Rung("model.tflite int8 on adb:1", "model.tflite int8 here", near, near, "outputs differ", path=path)
     assert judge.explained(Verdict("ship", ()), Artifact(path, "tflite", "int8"), (rung,)).word == "reject"
     other = Artifact(Path("other.tflite"), "tflite", "int8")
     assert judge.explained(Verdict("ship", ()), other, (rung,)).word == "ship"
