@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
+from edgekit.batch_axis import Placement, placements
 from edgekit.data_dependent import Watch, open_onnx, open_torch
 from edgekit.errors import EdgeKitError, reason
 from edgekit.flat import SLOT, Flat, OnnxReference, leaves
@@ -164,7 +165,8 @@ def bind(opened: Opened, specs: Sequence[TensorSpec], example: Sequence[Any] | M
     if specs:
         given = _made(specs, samples, signature, "--input")
     elif samples is not None:
-        given = _made(opened.specs, samples, signature, "the file") if _has_fixed_batch(opened.specs) else samples
+        fixed = _has_fixed_batch(opened.specs)
+        given = _made(opened.specs, samples, signature, "the file") if fixed else _unstacked(samples, opened.specs)
     else:
         given = _from_file(opened, signature)
     as_dict = _is_one_dict(given, signature) and not specs
@@ -264,7 +266,7 @@ def _made(specs: Sequence[TensorSpec], samples: Named | None, signature: Signatu
     by_name = {name: t for name, t in samples or [] if name}
     in_order = [t for _, t in samples or []]
     given: Named = []
-    for i, spec in enumerate(specs):
+    for i, (spec, place) in enumerate(zip(specs, placements(specs), strict=True)):
         dtype = getattr(torch, spec.dtype, None)
         if not isinstance(dtype, torch.dtype):
             raise EdgeKitError(
@@ -273,7 +275,7 @@ def _made(specs: Sequence[TensorSpec], samples: Named | None, signature: Signatu
         name = spec.name or (signature.names[i] if i < len(signature.names) else "")
         sample = by_name.get(name, in_order[i] if i < len(in_order) else None)
         if sample is not None:
-            given.append((spec.name, _cut(sample, spec, dtype, said)))
+            given.append((spec.name, _cut(sample, place, dtype, said)))
         elif dtype.is_floating_point:
             given.append((spec.name, torch.randn(spec.shape, generator=generator, dtype=dtype)))
         else:
@@ -281,14 +283,25 @@ def _made(specs: Sequence[TensorSpec], samples: Named | None, signature: Signatu
     return given
 
 
-def _cut(sample: torch.Tensor, spec: TensorSpec, dtype: torch.dtype, said: str) -> torch.Tensor:
+def _cut(sample: torch.Tensor, place: Placement, dtype: torch.dtype, said: str) -> torch.Tensor:
     """The sample with the batch of the spec: its first rows, repeated from the start where there are too few."""
-    shape = tuple(sample.shape)
-    if sample.dtype is not dtype or len(shape) != len(spec.shape) or shape[1:] != spec.shape[1:]:
-        raise EdgeKitError(f"the samples are {_spec(spec.name, sample)}, but {said} says {spec}", "make the two agree")
-    if shape == spec.shape:
+    spec = place.spec
+    if sample.dtype is dtype and tuple(sample.shape) == spec.shape:
         return sample
-    return sample[torch.arange(spec.shape[0]) % shape[0]].contiguous()
+    rows = place.rows(sample.numpy(), len(sample)) if sample.ndim else None
+    if rows is None or sample.dtype is not dtype:
+        raise EdgeKitError(f"the samples are {_spec(spec.name, sample)}, but {said} says {spec}", "make the two agree")
+    return torch.from_numpy(place.of(rows[np.arange(place.size) % len(rows)]))
+
+
+def _unstacked(samples: Named, specs: Sequence[TensorSpec]) -> Named:
+    """The samples without a batch in front where each is a whole input of the rank that the file tells."""
+    ranks = {spec.name: len(spec.shape) for spec in specs}
+    in_order = [len(spec.shape) for spec in specs] if len(specs) == len(samples) else [None] * len(samples)
+    return [
+        (name, t[0] if len(t) == 1 and t.ndim - 1 == (ranks.get(name) if name else rank) else t)
+        for (name, t), rank in zip(samples, in_order, strict=True)
+    ]
 
 
 def _is_one_dict(given: Named, signature: Signature) -> bool:

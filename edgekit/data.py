@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekit import detection
+from edgekit.batch_axis import Placement, placements
 from edgekit.errors import EdgeKitError
 from edgekit.results import TensorSpec
 from edgekit.spool import Rows, Spool
@@ -54,11 +55,13 @@ class Preprocessing:
 class Batch:
     """Some samples: one array per input (batched along axis 0) and one target per sample, or None.
 
-    Targets are numbers of any shape (N, …), or for detection objects: (N,) of `detection.Boxes`.
+    Targets are numbers of any shape (N, …), or for detection objects: (N,) of `detection.Boxes`. Unless samples are
+    known to be `in_front`, an input may be batched as the model takes it.
     """
 
     inputs: Arrays
     target: np.ndarray | None
+    in_front: bool = True
 
     def __len__(self) -> int:
         return len(next(iter(self.inputs.values())))
@@ -156,7 +159,7 @@ class Replay:
             if number < len(self._kept):
                 inputs, target = self._kept[number]
                 target = target[:] if isinstance(target, Rows) else target
-                batch = Batch({key: rows[:] for key, rows in inputs.items()}, target)
+                batch = Batch({key: rows[:] for key, rows in inputs.items()}, target, in_front=False)
             elif number < self._read:
                 raise RuntimeError("batches of a generator are asked for that were not kept")
             else:
@@ -199,23 +202,29 @@ def batches(
     """
     import numpy as np
 
-    size = inputs[0].shape[0] if inputs[0].shape else 1
+    placed = placements(inputs)
+    size = placed[0].size
     held: list[np.ndarray] = []
     targets: list[tuple[int, np.ndarray | None]] = []  # of the samples that are held: how many, and their targets
     for batch in stream:
-        arrays = [conform(array, spec) for array, spec in zip(_in_order(batch.inputs, inputs), inputs, strict=True)]
+        given = _in_order(batch.inputs, inputs)
+        arrays = [conform(_rows(array, place, batch), place.spec) for array, place in zip(given, placed, strict=True)]
         held = [np.concatenate(pair) for pair in zip(held, arrays, strict=True)] if held and len(held[0]) else arrays
         targets.append((len(arrays[0]), batch.target))
         start = 0
         while len(held[0]) - start >= size:
             stop = start + size
-            yield tuple(a[start:stop] for a in held), size, _take(targets, size)
+            yield (
+                tuple(place.of(a[start:stop]) for a, place in zip(held, placed, strict=True)),
+                size,
+                _take(targets, size),
+            )
             start = stop
         held = [a[start:] for a in held]
     rest = len(held[0]) if held else 0
     if rest:
         fill = [np.concatenate([a, np.repeat(a[-1:], size - rest, axis=0)]) for a in held]
-        yield tuple(fill), rest, _take(targets, rest)
+        yield tuple(place.of(a) for a, place in zip(fill, placed, strict=True)), rest, _take(targets, rest)
 
 
 def _take(targets: list[tuple[int, np.ndarray | None]], count: int) -> np.ndarray | None:
@@ -243,17 +252,24 @@ def joined(targets: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate(targets) if len(targets) > 1 else targets[0]
 
 
+def _rows(array: np.ndarray, place: Placement, batch: Batch) -> np.ndarray:
+    """Returns the `array` of a `batch` with the samples in front; EdgeKitError where they do not fit the input."""
+    rows = place.rows(array, len(batch), batch.in_front)
+    if rows is None:
+        has, takes = ("x".join(map(str, shape)) for shape in (array.shape[1:], place.row))
+        raise EdgeKitError(
+            f"the data's samples are {has or 'scalars'}, the model's input '{place.spec.name}' takes "
+            f"{takes or 'scalars'}",
+            "check --data and --input: shapes here leave the batch dimension out",
+        )
+    return rows
+
+
 def conform(array: np.ndarray, spec: TensorSpec) -> np.ndarray:
-    """Returns `array` as the contiguous dtype of `spec`; raises EdgeKitError where values or shapes do not fit."""
+    """Returns `array` as the contiguous dtype of `spec`; raises EdgeKitError where that does not hold its values."""
     import numpy as np
 
     wanted = np.dtype(spec.dtype)
-    if array.shape[1:] != spec.shape[1:]:
-        has, takes = ("x".join(map(str, shape)) for shape in (array.shape[1:], spec.shape[1:]))
-        raise EdgeKitError(
-            f"the data's samples are {has or 'scalars'}, the model's input '{spec.name}' takes {takes or 'scalars'}",
-            "check --data and --input: shapes here leave the batch dimension out",
-        )
     if array.dtype != wanted:
         if np.issubdtype(array.dtype, np.floating) and not np.issubdtype(wanted, np.floating):
             raise EdgeKitError(f"input '{spec.name}' takes {spec.dtype}, but the data holds {array.dtype}", HELP)
@@ -367,6 +383,8 @@ def _from_arrays(source: str, arrays: Mapping[str, Any], mean: Sequence[float], 
     named = {key: array for key, array in arrays.items() if key not in RESERVED or key == "x"}
     if not named:
         raise EdgeKitError(f"{source} has no inputs: it holds {', '.join(arrays) or 'nothing'}", HELP)
+    named = _for_each_sample(named)
+    arrays |= named
     batched = {key: arrays[key] for key in (*named, "y", *OBJECTS, "calib_x", "calib_y") if key in arrays}
     for key, array in batched.items():
         if array.ndim == 0 or array.dtype.kind not in "fiub":
@@ -415,6 +433,16 @@ def _from_arrays(source: str, arrays: Mapping[str, Any], mean: Sequence[float], 
     evaluation = _Slices(inputs, target, preprocessing)
     separate = "calib_x" in arrays
     return Data(source, calibration, evaluation, preprocessing, labels, tuple(notes), separate, training)
+
+
+def _for_each_sample(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns arrays with a lone number (a sample rate, a threshold) repeated for each sample of the others."""
+    import numpy as np
+
+    count = max((len(array) for array in inputs.values() if array.ndim), default=0)
+    return {
+        key: np.broadcast_to(array, (count,)) if not array.ndim and count else array for key, array in inputs.items()
+    }
 
 
 def _target_of(source: str, arrays: Mapping[str, np.ndarray]) -> np.ndarray | None:
@@ -582,15 +610,15 @@ def _as_batch(source: str, item: Any) -> Batch:
         arrays = {0: _array(inputs)}
     if not arrays:
         raise EdgeKitError(f"{source} gave a batch without inputs", HELP)
-    if len({len(array) for array in arrays.values()}) > 1:
+    count = len(next(iter(arrays.values())))
+    if not all(count in array.shape for array in arrays.values()):  # not each has its batch in front
         raise EdgeKitError(f"the inputs of one batch differ in length: {[len(a) for a in arrays.values()]}", HELP)
     if target is not None:
         objects = detection.objects(source, target)
         target = _array(target) if objects is None else objects
-    count = len(next(iter(arrays.values())))
     if target is not None and len(target) != count:
         raise EdgeKitError(f"{source} gave {count} samples with {len(target)} labels", "give each sample one label")
-    return Batch(arrays, target)
+    return Batch(arrays, target, in_front=False)
 
 
 def _array(value: Any) -> np.ndarray:

@@ -24,6 +24,8 @@ ONNX_OPS = {"NonZero", "NonMaxSuppression", "Unique", "Compress", "StringSplit",
 class Watch(TorchDispatchMode):
     """Tells whether a torch op ran under it whose output's shape depends on values."""
 
+    supports_higher_order_operators = True  # branches and loops of an exported program
+
     def __init__(self) -> None:
         """Nothing is seen yet."""
         super().__init__()
@@ -33,7 +35,7 @@ class Watch(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Runs an op as it is."""
-        if TAGS & set(func.tags):
+        if TAGS.intersection(getattr(func, "tags", ())):
             is_index = func is torch.ops.aten.index.Tensor
             by_number = is_index and all(i is None or i.dtype not in MASKS for i in args[1])
             self.seen = self.seen or not by_number

@@ -10,10 +10,23 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from edgekit import baseline as baselines
+from edgekit import (
+    batch_axis,
+    files,
+    judge,
+    metrics,
+    pruned_files,
+    pruning,
+    stages,
+    steady,
+    suspects,
+    targets,
+    throttling,
+    tune,
+)
 from edgekit import bundle as bundles
 from edgekit import data as sources
 from edgekit import explain as explaining
-from edgekit import files, judge, metrics, pruned_files, pruning, stages, steady, suspects, targets, throttling, tune
 from edgekit import ops as op_times
 from edgekit import qat as qats
 from edgekit.errors import EdgeKitError
@@ -109,6 +122,8 @@ def export(
         original, source = stages.load(model, data=data, inputs=inputs, code=code, mean=mean, std=std)
     if original.state and (qat is not None or prune is not None or sensitivity or max_drop is not None):
         raise stages.no_state(original, "--qat, --prune, --sensitivity and --max-drop")
+    if qat is not None:
+        batch_axis.check_first(original.inputs, "--qat")
     chosen, without = stages.holding(original, chosen, formats is not None)
     about: dict[str, Any] = {"name": original.name, "form": original.form}
     pruned_notes: tuple[str, ...] = ()

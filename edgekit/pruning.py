@@ -9,8 +9,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from edgekit import batch_axis, files, prune_options, pruned_files, stages, training
 from edgekit import bundle as bundles
-from edgekit import files, prune_options, pruned_files, stages, training
 from edgekit.errors import EdgeKitError
 from edgekit.progress import Progress, Silent
 from edgekit.prune_options import Options
@@ -227,6 +227,7 @@ def check_form(original: Model) -> None:
     """Raises EdgeKitError for a model that is a graph, whose shapes are constants already, or that has state."""
     if original.state:
         raise stages.no_state(original, "pruning and its training")
+    batch_axis.check_first(original.inputs, "pruning")
     if original.form not in OWN_MODULES:
         raise EdgeKitError(
             f"{original.name} is a graph ({original.form}) with every shape built in: its layers cannot lose channels",
