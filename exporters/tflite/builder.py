@@ -29,6 +29,7 @@ from edgekit.results import axis_order
 
 Operand = Tensor | np.ndarray | None
 FLOAT = np.dtype(np.float32)
+FLOAT64 = np.dtype(np.float64)
 INT32 = np.dtype(np.int32)
 INT8 = np.dtype(np.int8)
 UINT8 = np.dtype(np.uint8)
@@ -66,8 +67,6 @@ class Builder:
         """The value of an ONNX name; a constant becomes a tensor on first use."""
         if name not in self._values:
             stored, held = self.graph.constants[name], self.graph.held.get(name)
-            if held is None and self.graph.info[name].dtype == np.float64:
-                raise EdgeKitError(f"the ONNX value '{name}' is float64, which TFLite computes with nowhere", _FLOAT64)
             self._values[name] = Value(
                 Tensor(self._unique(name), stored.shape, stored.dtype, stored, held), identity(stored.ndim)
             )
@@ -417,7 +416,7 @@ class Builder:
     def _input(self, name: str) -> None:
         info = self.graph.info[name]
         dtype = info.dtype
-        if dtype in (np.float64, np.float16) or dtype.kind not in "fiub":
+        if dtype == np.float16 or dtype.kind not in "fiub":
             raise EdgeKitError(
                 f"the ONNX model's input '{name}' is {dtype}, which TFLite export does not handle",
                 "export the model with float32 inputs",
@@ -426,15 +425,21 @@ class Builder:
         perm = axis_order(len(info.shape), self.image_layout)
         shape = tuple(info.shape[axis] for axis in perm)
         stored = held.unsigned() if held and dtype == UINT8 else held
+        dtype = FLOAT64 if name in self.graph.wide else dtype
         tensor = Tensor(self._unique(name), shape, dtype, None, stored)
         self.inputs.append(tensor)
         if held != stored:
             tensor = self.op("QUANTIZE", [tensor], shape, INT8, held)
             tensor.name = self._unique(f"{name}_int8")
+        if name in self.graph.wide:
+            tensor = self.op("CAST", [tensor], shape, FLOAT)
+            tensor.name = self._unique(f"{name}_float32")
         self._values[name] = Value(tensor, perm)
 
     def finish(self) -> None:
         """Bring the graph outputs to their layout and to real numbers, under their ONNX names; drop unread ops."""
+        if self.graph.narrowed:
+            self.note("the ONNX model's float64 values are computed in float32")
         taken = set(self.inputs)
         named = {tensor.name: tensor for op in self.ops for tensor in op.outputs}
         for name in self.graph.outputs:
@@ -450,6 +455,8 @@ class Builder:
                 tensor = self.real_constant(tensor) if tensor.data is not None else self.as_float(tensor)
                 stored = self.stored_constant(tensor)
                 tensor = tensor if stored is None else self.real_constant(stored)
+            if name in self.graph.wide:
+                tensor = self.op("CAST", [tensor], tensor.shape, FLOAT64)
             if tensor in taken or tensor.data is not None:
                 # A graph output needs a tensor of its own: a copy is the cheapest op that makes one.
                 tensor = self.op(
@@ -489,4 +496,3 @@ class Builder:
 
 
 _ANEW = "the model contradicts itself: export it anew"
-_FLOAT64 = "export the model in float32 (model.float())"

@@ -111,7 +111,8 @@ class Graph:
 
     `constants` holds arrays as stored: a float32 value may be stored as int8 or int32 (with an entry in `held`) or as
     float16. `held` maps a float value to the parameters with which it is held as int8, and `stored` the name of an int8
-    tensor of the model to the float value that it is.
+    tensor of the model to the float value that it is. `wide` holds the inputs and outputs that are float64 in the
+    model, and `narrowed` says that some value is: all of them are float32 here.
     """
 
     nodes: list[Node]
@@ -121,6 +122,8 @@ class Graph:
     outputs: list[str]
     held: dict[str, QParams] = field(default_factory=dict)
     stored: dict[str, str] = field(default_factory=dict)
+    wide: set[str] = field(default_factory=set)
+    narrowed: bool = False
 
     def readers(self) -> dict[str, list[Node]]:
         """Nodes by the value that they read; a node that reads a value twice is listed twice."""

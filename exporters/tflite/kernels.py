@@ -16,7 +16,7 @@ TYPES: dict[str, str] = {
     "ARG_MIN": f"{I32} int8 uint8",
     "BITWISE_XOR": f"{I32} int8 uint8 int16 uint16 uint32",
     "BROADCAST_TO": COPIES,
-    "CAST": f"{COPIES} uint16 uint32",
+    "CAST": f"{COPIES} uint16 uint32 float64",
     "CONCATENATION": COPIES,
     "CUMSUM": f"{I32} {I64}",
     "DEPTH_TO_SPACE": f"{I32} {I64} int8 uint8",

@@ -4,6 +4,7 @@ from edgekit.exporters.tflite import (  # noqa: F401
     ops_activation,
     ops_conv,
     ops_einsum,
+    ops_fourier,
     ops_index,
     ops_math,
     ops_matmul,
@@ -12,5 +13,6 @@ from edgekit.exporters.tflite import (  # noqa: F401
     ops_reduce,
     ops_resize,
     ops_rnn,
+    ops_sample,
     ops_shape,
 )

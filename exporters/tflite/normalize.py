@@ -16,6 +16,7 @@ from edgekit.errors import EdgeKitError
 from edgekit.exporters.tflite import initializers
 from edgekit.exporters.tflite.ir import Graph, Info, Node, QParams, unused
 from edgekit.exporters.tflite.registry import LOWERINGS, no_lowering
+from edgekit.exporters.tflite.rewrites import OPSET, rewritten
 from edgekit.exporters.tflite.upgrade import is_open, upgraded
 from edgekit.exporters.tflite.write import check_size
 
@@ -71,13 +72,19 @@ class _Reader:
             self.constant(tensor.name, initializers.array(tensor))
         for value in graph.input:
             if value.name not in self.graph.constants:
+                if value.type.tensor_type.elem_type == onnx.TensorProto.DOUBLE:
+                    self.graph.wide.add(value.name)
                 self.declare(value.name, value.type, f"input '{value.name}' of the ONNX model")
                 self.graph.inputs.append(value.name)
         self.dynamic = _dequantized_at_once(graph)
         self.block(graph.node)
-        for name in self.graph.outputs:
-            if name not in self.graph.info:
-                raise EdgeKitError(f"the ONNX model has no node that makes its output '{name}'")
+        for value in graph.output:
+            if value.name not in self.graph.info:
+                raise EdgeKitError(f"the ONNX model has no node that makes its output '{value.name}'")
+            if self.graph.info[value.name].dtype == np.float64:
+                self.constant(value.name, self.narrow(value.name))
+            if value.type.tensor_type.elem_type == onnx.TensorProto.DOUBLE:
+                self.graph.wide.add(value.name)
         return self.graph
 
     def block(self, nodes: Any) -> None:
@@ -102,15 +109,20 @@ class _Reader:
             return
         if self.held_constant(proto):
             return
-        known = all(not name or name in self.graph.constants for name in proto.input)
-        if known and proto.op_type not in RANDOM and not _has_graphs(proto):
+        if proto.op_type == "Cast" and attributes(proto)["to"] == onnx.TensorProto.DOUBLE and not self.known(proto):
+            proto.attribute[0].i = onnx.TensorProto.FLOAT
+            self.graph.narrowed = True
+        if self.known(proto) and proto.op_type not in RANDOM and not _has_graphs(proto):
             outputs = self.evaluate(proto)
             if outputs is not None:
                 for name, array in zip(proto.output, outputs, strict=False):
                     if name:
                         self.constant(name, np.asarray(array))
                 return
-        if proto.op_type in SHAPE_ONLY:
+        standard = rewritten(proto, attributes(proto), self.count)
+        if standard is not None:
+            self.within(standard, [onnx.helper.make_opsetid("", OPSET)])
+        elif proto.op_type in SHAPE_ONLY:
             self.shape_of(proto)
         elif proto.output[0] in self.dynamic:
             self.infer(proto)
@@ -118,6 +130,21 @@ class _Reader:
             return
         else:
             self.infer(proto)
+
+    def known(self, proto: onnx.NodeProto) -> bool:
+        """Whether all inputs of a node are constant."""
+        return all(not name or name in self.graph.constants for name in proto.input)
+
+    def count(self, name: str) -> int | None:
+        """How many numbers a constant has."""
+        array = self.graph.constants.get(name)
+        return None if array is None else array.size
+
+    def within(self, nodes: list[onnx.NodeProto], imports: list[onnx.OperatorSetIdProto]) -> None:
+        """Read nodes that are written in other opsets."""
+        outside, self.imports = self.imports, imports
+        self.block(nodes)
+        self.imports = outside
 
     def constant(self, name: str, stored: np.ndarray, held: QParams | None = None, dtype: Any = None) -> None:
         self.graph.constants[name] = stored
@@ -142,6 +169,13 @@ class _Reader:
                 raise EdgeKitError(
                     f"{what} has the dynamic dimension{label}, and TFLite export needs fixed shapes", _FIXED
                 )
+        if tensor.elem_type == onnx.TensorProto.DOUBLE:
+            # TFLite computes with float64 nowhere: it is cast where it enters and leaves the graph.
+            type_proto = onnx.helper.make_tensor_type_proto(
+                onnx.TensorProto.FLOAT, [d.dim_value for d in tensor.shape.dim]
+            )
+            tensor = type_proto.tensor_type
+            self.graph.narrowed = True
         self.types[name] = type_proto
         shape = tuple(dim.dim_value for dim in tensor.shape.dim)
         self.graph.info[name] = Info(shape, np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)))
@@ -270,9 +304,7 @@ class _Reader:
         names |= dict(zip(body.input, [*proto.input, *[""] * len(body.input)], strict=False))
         names |= {inner: outer for inner, outer in zip(body.output, proto.output, strict=False) if outer}
         nodes = [_renamed(node, names, f"{proto.name}/", attrs) for node in body.node]
-        outside, self.imports = self.imports, list(body.opset_import) or self.imports
-        self.block(nodes)
-        self.imports = outside
+        self.within(nodes, list(body.opset_import) or self.imports)
         return True
 
     def inferred(self, proto: onnx.NodeProto) -> dict[str, onnx.TypeProto]:
@@ -312,8 +344,23 @@ class _Reader:
         """Version of the ONNX operators that the nodes at hand are written in."""
         return _opset(self.imports)
 
+    def narrow(self, name: str) -> np.ndarray:
+        """A float64 constant as float32."""
+        array = self.graph.constants[name]
+        with np.errstate(over="ignore"):
+            narrow = array.astype(np.float32)
+        if (np.isinf(narrow) & np.isfinite(array)).any():
+            raise EdgeKitError(f"the float64 constant '{name}' of the ONNX model is too large for float32", _FLOAT64)
+        self.graph.narrowed = True
+        return narrow
+
     def infer(self, proto: onnx.NodeProto) -> None:
-        _drop_unused_ceil_mode(proto)
+        for index, name in enumerate(proto.input):
+            if name and name in self.graph.constants and self.graph.info[name].dtype == np.float64:
+                proto.input[index] = f"{name}/float32"
+                if proto.input[index] not in self.graph.constants:
+                    self.constant(proto.input[index], self.narrow(name))
+        _agree_with_inference(proto)
         node = Node(proto.op_type, proto.name, [*proto.input], [*proto.output], attributes(proto))
         self.graph.nodes.append(node)
         if proto.domain not in ("", "ai.onnx"):
@@ -329,13 +376,19 @@ class _Reader:
             self.declare(name, types[name], f"'{name}', made by ONNX op {node},")
 
 
+_FLOAT64 = "export the model in float32 (model.float())"
 _HUGE = "it is larger than any model for a phone or board: check where the file comes from"
 _FIXED = "export the model with fixed input shapes (no dynamic axes)"
 _LARGE = np.empty(DATA_LIMIT + 1, np.bool_)
 
 
-def _drop_unused_ceil_mode(proto: onnx.NodeProto) -> None:
-    """Clear ceil_mode where auto_pad SAME says how many windows there are: ONNX's shape inference heeds both."""
+def _agree_with_inference(proto: onnx.NodeProto) -> None:
+    """Write attributes as ONNX's shape inference has to read them for the shapes that ONNX Runtime makes.
+
+    It heeds ceil_mode where auto_pad SAME says how many windows there are, and takes onesided for 0 where it is absent.
+    """
+    if proto.op_type == "STFT" and "onesided" not in attributes(proto):
+        proto.attribute.append(onnx.helper.make_attribute("onesided", 1))
     if attributes(proto).get("auto_pad", "").startswith("SAME"):
         for attribute in proto.attribute:
             if attribute.name == "ceil_mode":

@@ -81,18 +81,30 @@ def relu(b: Builder, node: Node) -> None:
 
 @lowers("Clip")
 def clip(b: Builder, node: Node) -> None:
-    """Clip to constant bounds."""
+    """Clip to constant bounds, or to scalars that the graph computes."""
+    names = [name for name in node.inputs[1:] if name]
+    if any(name not in b.graph.constants for name in names):
+        _clip_computed(b, node)
+        return
     bounds = []
     for index, default in ((1, -math.inf), (2, math.inf)):
         name = node.inputs[index] if len(node.inputs) > index else ""
         array = b.array(name) if name else np.array(default)
-        if array is None:
-            raise unsupported(node, "its bounds are not constant")
+        assert array is not None
         bounds.append(array.reshape(()).item())
     if b.dtype(node.inputs[0]) != FLOAT:
         _clamp_integers(b, node, *(None if math.isinf(bound) else int(bound) for bound in bounds))
         return
     clamp(b, node, *bounds)
+
+
+def _clip_computed(b: Builder, node: Node) -> None:
+    x, perm = operand(b, node, False)
+    for kind, name in zip(("MAXIMUM", "MINIMUM"), node.inputs[1:], strict=False):
+        if name:
+            bound = b.take(name)
+            x = b.op(kind, [x, b.raw_reshape(bound, (1,) * min(1, len(x.shape)))], x.shape)
+    b.bind(node.outputs[0], x, perm)
 
 
 def _clamp_integers(b: Builder, node: Node, low: int | None, high: int | None) -> None:

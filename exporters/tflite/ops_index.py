@@ -10,6 +10,13 @@ from edgekit.exporters.tflite.ops_math import casted
 from edgekit.exporters.tflite.ops_shape import moved, sliced
 from edgekit.exporters.tflite.registry import lowers, unsupported
 
+TABLE = 2**22  # elements of a table of updates by places
+# A scatter's reduction → that of all updates of a place, what joins it with the data, and the neutral number.
+COMBINED = {
+    "max": ("REDUCE_MAX", "MAXIMUM", -float(np.finfo(np.float32).max)),
+    "min": ("REDUCE_MIN", "MINIMUM", float(np.finfo(np.float32).max)),
+    "mul": ("REDUCE_PROD", "MUL", 1.0),
+}
 INT32_CODE, INT64_CODE = 2, 4  # TFLite's TensorType
 
 
@@ -145,11 +152,23 @@ def top_k(b: Builder, node: Node, *, axis: int = -1, largest: int = 1, sorted: i
 @lowers("GatherND")
 def gather_nd(b: Builder, node: Node, *, batch_dims: int = 0) -> None:
     """GATHER_ND, with negative indices wrapped."""
-    if batch_dims:
-        raise unsupported(node, "batch_dims")
     q = b.common_q(node, node.inputs[:1])
     data = b.take(node.inputs[0], None, q)
-    indices = _wrapped_rows(b, node, data.shape)
+    lead, shape = data.shape[:batch_dims], b.shape(node.inputs[1])
+    indices = _wrapped_rows(b, node, data.shape[batch_dims:])
+    if batch_dims:
+        # The rows of each part of the batch, with the part's number before them.
+        count = int(np.prod(lead))
+        each = int(np.prod(shape[batch_dims:-1]))
+        number = np.repeat(np.arange(count, dtype=np.int32), each).reshape(count, each, 1)
+        rows = b.raw_reshape(indices, (count, each, shape[-1]))
+        indices = b.op(
+            "CONCATENATION", [number, rows], (count, each, shape[-1] + 1), axis=2, fusedActivationFunction="NONE"
+        )
+        data = b.raw_reshape(data, (count, *data.shape[batch_dims:]))
+        found = b.op("GATHER_ND", [data, indices], (count, each, *data.shape[1 + shape[-1] :]), q=q)
+        b.bind(node.outputs[0], b.raw_reshape(found, b.shape(node.outputs[0])))
+        return
     b.bind(node.outputs[0], b.op("GATHER_ND", [data, indices], b.shape(node.outputs[0]), q=q))
 
 
@@ -221,6 +240,8 @@ def _check_distinct(node: Node, rows: np.ndarray, reduction: str) -> None:
 
 def _scattered(b: Builder, node: Node, data: Tensor, rows: Tensor, updates: Tensor, reduction: str) -> Tensor:
     """SCATTER_ND adds into zeros: added to the data, or chosen where ones were scattered."""
+    if reduction in COMBINED:
+        return _combined(b, node, data, rows, updates, reduction)
     if reduction not in ("none", "add"):
         raise unsupported(node, f"reduction {reduction}")
     shape = np.array(data.shape, np.int32)
@@ -230,6 +251,41 @@ def _scattered(b: Builder, node: Node, data: Tensor, rows: Tensor, updates: Tens
     ones = b.op("SCATTER_ND", [rows, np.ones(updates.shape, np.int32), shape], data.shape, INT32)
     touched = b.op("GREATER", [ones, np.zeros((), np.int32)], data.shape, np.bool_)
     return b.op("SELECT_V2", [touched, written, data], data.shape, data.dtype)
+
+
+def _combined(b: Builder, node: Node, data: Tensor, rows: Tensor, updates: Tensor, reduction: str) -> Tensor:
+    """Reduce, over all updates, what each writes to each place: a table of one by the other."""
+    depth = rows.shape[-1]
+    count, places = rows.size // depth, int(np.prod(data.shape[:depth]))
+    width = data.size // places
+    if count * places * width > TABLE:
+        raise unsupported(
+            node, f"reduction {reduction} of {count} updates of {places} places, whose table is too large"
+        )
+    strides = np.array([int(np.prod(data.shape[axis + 1 : depth])) for axis in range(depth)], np.int32)
+    if rows.data is not None:
+        flat = b.const((rows.data.reshape(count, depth) * strides).sum(1).astype(np.int32).reshape(count, 1))
+    else:
+        steps = b.op(
+            "MUL", [b.raw_reshape(rows, (count, depth)), strides], (count, depth), fusedActivationFunction="NONE"
+        )
+        flat = b.op("SUM", [steps, np.array([1], np.int32)], (count, 1), keepDims=True)
+    kind, combine, neutral = COMBINED[reduction]
+    number = neutral if data.dtype == FLOAT or reduction == "mul" else np.iinfo(data.dtype).max * int(np.sign(neutral))
+    hits = b.op("EQUAL", [flat, np.arange(places, dtype=np.int32)[None]], (count, places), np.bool_)
+    table = b.op(
+        "SELECT_V2",
+        [
+            b.raw_reshape(hits, (count, places, 1)),
+            b.raw_reshape(updates, (count, 1, width)),
+            np.full((1, 1, 1), number, data.dtype),
+        ],
+        (count, places, width),
+        data.dtype,
+    )
+    found = b.op(kind, [table, np.array([0], np.int32)], (places, width), keepDims=False)
+    options = {"fusedActivationFunction": "NONE"} if combine == "MUL" else {}
+    return b.op(combine, [data, b.raw_reshape(found, data.shape)], data.shape, **options)
 
 
 @lowers("CumSum")

@@ -116,6 +116,27 @@ def _divide_integers(b: Builder, node: Node) -> None:
     binary(b, node, "DIV")
 
 
+@lowers("BitwiseXor", "BitwiseNot")
+def exclusive_or(b: Builder, node: Node) -> None:
+    """BITWISE_XOR of two values, or of one and all bits."""
+    if node.op == "BitwiseXor":
+        binary(b, node, "BITWISE_XOR")
+        return
+    value = b.settle(b.value(node.inputs[0]))
+    dtype = value.tensor.dtype
+    bits = np.full((1,) * min(1, len(value.tensor.shape)), -1 if dtype.kind == "i" else np.iinfo(dtype).max, dtype)
+    b.bind(node.outputs[0], b.op("BITWISE_XOR", [value.tensor, bits], value.tensor.shape), value.perm)
+
+
+@lowers("Dropout")
+def dropout(b: Builder, node: Node, *, seed: int = 0, ratio: float = 0.5) -> None:
+    """At inference, the input and a mask that keeps all."""
+    value = b.value(node.inputs[0])
+    if node.outputs[0]:
+        b.bind(node.outputs[0], value)
+    b.bind(node.outputs[1], b.const(np.ones(value.shape, np.bool_)))
+
+
 @lowers("Not")
 def logical_not(b: Builder, node: Node) -> None:
     """Logical not."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from edgekit.exporters.tflite.builder import FLOAT, Builder, number
-from edgekit.exporters.tflite.ir import Node, QParams, Tensor
+from edgekit.exporters.tflite.ir import Node, Perm, QParams, Tensor
 from edgekit.exporters.tflite.registry import lowers, unsupported
 
 REDUCTIONS = {
@@ -105,3 +105,65 @@ def _register(op: str, kind: str) -> None:
 
 for _op, _kind in REDUCTIONS.items():
     _register(_op, _kind)
+
+
+# ONNX op → what is done to each element before they are added up, and to the sum.
+NORMS: dict[str, tuple[str | None, str | None]] = {
+    "ReduceL1": ("ABS", None),
+    "ReduceL2": ("SQUARE", "SQRT"),
+    "ReduceLogSum": (None, "LOG"),
+    "ReduceSumSquare": ("SQUARE", None),
+}
+
+
+def _register_norm(op: str, before: str | None, after: str | None) -> None:
+    @lowers(op)
+    def lowering(
+        b: Builder, node: Node, *, axes: Sequence[int] | None = None, keepdims: int = 1, noop_with_empty_axes: int = 0
+    ) -> None:
+        x, perm, wanted = _elements(b, node, axes, noop_with_empty_axes)
+        if before == "SQUARE" and x.dtype != FLOAT:
+            x = b.op("MUL", [x, x], x.shape, fusedActivationFunction="NONE")
+        elif before:
+            x = b.op(before, [x], x.shape)
+        x = reduced(b, "SUM", x, wanted) if wanted else x
+        x = b.op(after, [x], x.shape) if after else x
+        _bind_reduced(b, node, x, perm, wanted, bool(keepdims))
+
+
+for _op, (_before, _after) in NORMS.items():
+    _register_norm(_op, _before, _after)
+
+
+@lowers("ReduceLogSumExp")
+def log_sum_exp(
+    b: Builder, node: Node, *, axes: Sequence[int] | None = None, keepdims: int = 1, noop_with_empty_axes: int = 0
+) -> None:
+    """log Σ exp(x), as the maximum + log Σ exp(x − maximum), which does not overflow."""
+    x, perm, wanted = _elements(b, node, axes, noop_with_empty_axes)
+    if wanted:
+        top = reduced(b, "REDUCE_MAX", x, wanted)
+        below = b.op("SUB", [x, top], x.shape, fusedActivationFunction="NONE")
+        total = reduced(b, "SUM", b.op("EXP", [below], x.shape), wanted)
+        x = b.op("ADD", [b.op("LOG", [total], total.shape), top], top.shape, fusedActivationFunction="NONE")
+    _bind_reduced(b, node, x, perm, wanted, bool(keepdims))
+
+
+def _elements(
+    b: Builder, node: Node, axes: Sequence[int] | None, noop_with_empty_axes: int
+) -> tuple[Tensor, Perm, list[int]]:
+    """The input as it lies, and the physical axes to reduce: none where there is nothing to add up."""
+    wanted = reduction_axes(b, node, axes, noop_with_empty_axes) or []
+    value = b.settle(b.value(node.inputs[0]))
+    return b.as_float(value.tensor), value.perm, sorted(value.axis(axis) for axis in wanted)
+
+
+def _bind_reduced(b: Builder, node: Node, x: Tensor, perm: Perm, axes: list[int], keepdims: bool) -> None:
+    """Bind a result whose reduced axes were kept, without them unless they are wanted."""
+    if keepdims:
+        b.bind(node.outputs[0], x, perm)
+        return
+    left = [axis for place, axis in enumerate(perm) if place not in axes]
+    order = sorted(left)
+    shape = tuple(size for place, size in enumerate(x.shape) if place not in axes)
+    b.bind(node.outputs[0], b.raw_reshape(x, shape), tuple(order.index(axis) for axis in left))

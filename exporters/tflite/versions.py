@@ -63,6 +63,7 @@ TYPES: dict[str, dict[str, int]] = {
     "uint16": {"CAST": 4},
     "uint32": {"CAST": 2},
     "float16": {"CAST": 5, "DEQUANTIZE": 3},
+    "float64": {"CAST": 5},
     "float32": {"FLOOR_DIV": 2},
     "bool": {"GATHER": 3, "GATHER_ND": 5, "REVERSE_V2": 2, "STRIDED_SLICE": 3, "TRANSPOSE": 3},
 }  # fmt: skip

@@ -17,6 +17,7 @@ from edgekit.exporters.tflite.versions import version
 DTYPES = {
     np.dtype(np.float32): schema.TensorType.FLOAT32,
     np.dtype(np.float16): schema.TensorType.FLOAT16,
+    np.dtype(np.float64): schema.TensorType.FLOAT64,
     np.dtype(np.int8): schema.TensorType.INT8,
     np.dtype(np.uint8): schema.TensorType.UINT8,
     np.dtype(np.int16): schema.TensorType.INT16,

@@ -93,6 +93,29 @@ def test_a_stored_constant_is_an_output(kind: str) -> None:
     agree(model(nodes, feeds, constants, ("y", "c", "r")), feeds)
 
 
+DOUBLE = np.array([[0.5, -1.25], [2.0, 3.5]])
+WIDE = {
+    "input and output": [node("Mul", ["x", "c"])],
+    "between casts": [node("Cast", ["x"], "f", to=TensorProto.FLOAT), node("Cast", ["f"], "d", to=TensorProto.DOUBLE),
+                      node("Mul", ["d", "c"], "m"), node("Cast", ["m"], to=TensorProto.FLOAT)],
+    "a constant output": [node("Identity", ["c"])],
+    "CastLike": [node("Cast", ["x"], "f", to=TensorProto.FLOAT), node("CastLike", ["f", "c"])],
+    "a reduction to a scalar": [node("ReduceSum", ["x"], keepdims=0)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WIDE)
+def test_float64_is_kept_outside_and_float32_inside(case: str) -> None:
+    made = model([*WIDE[case], node("Neg", ["x"], "z")], {"x": DOUBLE}, {"c": np.array(1.5)}, ("y", "z"))
+    agree(made, {"x": DOUBLE})
+    assert any("float64 values are computed in float32" in note for note in convert_with_notes(made).notes)
+
+
+def test_a_float64_number_beyond_float32_is_refused() -> None:
+    with pytest.raises(EdgeKitError, match="'c' of the ONNX model is too large for float32"):
+        convert(model([node("Mul", ["x", "c"])], {"x": DOUBLE}, {"c": np.array(1e300)}))
+
+
 def dequantized(dtype: Any) -> tuple[dict[str, np.ndarray], dict[str, Any], list[onnx.NodeProto]]:
     """A graph input of integers, its parameters, and the node that makes it real."""
     info = np.iinfo(dtype)

@@ -344,13 +344,105 @@ RECURRENT = [
     c("LSTM", (70, 1, 3), {"w": (1, 256, 3), "r": 0.1 * np.ones((1, 256, 64), np.float32)}, hidden_size=64),
     c("RNN", (4, 2, 3), {"w": (1, 5, 3), "r": (1, 5, 5), "b": (1, 10)}, ("y", "yh"), hidden_size=5),
 ]
+GRID = np.random.default_rng(3).uniform(-1.4, 1.4, (2, 5, 6, 2)).astype(np.float32)
+GRID_3D = np.random.default_rng(4).uniform(-1.4, 1.4, (2, 2, 3, 4, 3)).astype(np.float32)
+ROWS_TWICE = np.array([[0, 1], [2, 0], [0, 1], [-1, 3]], np.int64)
+SAMPLED = [
+    *(
+        c("GridSample", {"x": (2, 3, 5, 4), "grid": GRID}, mode=mode, padding_mode=padding, align_corners=corners)
+        for mode in ("linear", "nearest", "cubic")
+        for padding in ("zeros", "border", "reflection")
+        for corners in (0, 1)
+    ),
+    *(
+        c("GridSample", {"x": (2, 3, 2, 5, 4)}, {"grid": GRID_3D}, mode=mode, padding_mode=padding)
+        for mode, padding in (("linear", "zeros"), ("nearest", "border"), ("linear", "reflection"))
+    ),
+    c("GridSample", {"x": (2, 3, 5, 4), "grid": GRID}, opset=16, mode="bilinear"),
+    c("Col2Im", (2, 12, 16), {"size": i64(5, 5), "block": i64(2, 2)}),
+    c(
+        "Col2Im",
+        (1, 18, 6),
+        {"size": i64(6, 5), "block": i64(3, 3)},
+        pads=[1, 0, 1, 1],
+        strides=[2, 2],
+        dilations=[1, 1],
+    ),
+    c("Col2Im", (1, 10, 5), {"size": i64(1, 9), "block": i64(1, 5)}),
+    c("Col2Im", (1, 4, 6), {"size": i64(2, 7), "block": i64(1, 2)}, dilations=[1, 4]),
+    c("DFT", (2, 6, 5, 1), {"n": np.array(4, np.int64), "axis": np.array(1, np.int64)}),
+    c("DFT", (2, 6, 5, 2), {"n": np.array(8, np.int64), "axis": np.array(-2, np.int64)}),
+    c("DFT", (3, 7, 1), {"n": np.array(7, np.int64), "axis": np.array(1, np.int64)}, onesided=1),
+    c("DFT", (3, 7, 2), {"n": np.array(7, np.int64), "axis": np.array(1, np.int64)}, inverse=1),
+    c("DFT", (3, 7, 4, 1), opset=17, axis=2),
+    c("STFT", (2, 32, 1), {"step": np.array(4, np.int64), "w": np.hanning(8).astype(np.float32)}, onesided=1),
+    c("STFT", (1, 20, 2), {"step": np.array(3, np.int64), "w": np.hanning(7).astype(np.float32)}, onesided=0),
+]
+COMBINED = [
+    *(
+        c("ScatterND", (4, 5, 2), {"i": ROWS_TWICE, "u": (4, 2)}, reduction=reduction)
+        for reduction in ("max", "min", "mul", "add")
+    ),
+    *(
+        c(
+            "ScatterElements",
+            {"x": (4, 5), "i": np.array([[0, 1, 1, -1], [3, 0, 0, 2]], np.int64)},
+            {"u": (2, 4)},
+            axis=1,
+            reduction=reduction,
+        )
+        for reduction in ("max", "min", "mul")
+    ),
+    c("GatherND", (2, 3, 4), {"i": np.array([[[1, -1], [0, 2]], [[2, 0], [1, 1]]], np.int64)}, batch_dims=1),
+    c("GatherND", {"x": (2, 3, 4, 2), "i": np.array([[[1], [0], [2]], [[2], [-1], [0]]], np.int64)}, batch_dims=2),
+    c("Clip", {"x": (2, 3, 4), "low": np.float32(-0.4), "high": np.float32(0.6)}),
+    c("Clip", {"x": (2, 3, 4), "low": np.float32(0.4)}, {"high": np.float32(0.1)}),
+    c("Dropout", (2, 3), {}, ("y", "mask")),
+    c("BitwiseXor", {"x": np.array([5, -3, 7], np.int32), "z": np.array([1, 2, -9], np.int32)}),
+    c("BitwiseNot", np.array([5, 0, 255], np.uint8)),
+    c("BitwiseNot", np.array([5, -3, 7], np.int8)),
+    c("MaxPool", (1, 3, 9, 8), kernel_shape=[3, 2], dilations=[2, 3], strides=[2, 1], pads=[1, 1, 2, 1]),
+    c("MaxPool", (2, 3, 9), kernel_shape=[3], dilations=[2]),
+    c("MaxPool", (1, 2, 6, 6, 6), kernel_shape=[2, 2, 2], dilations=[2, 1, 3]),
+    c("AveragePool", (1, 3, 9, 8), kernel_shape=[3, 2], dilations=[2, 3], pads=[2, 1, 2, 1]),
+    c("AveragePool", (1, 3, 9, 8), kernel_shape=[3, 2], dilations=[2, 3], pads=[2, 1, 2, 1], count_include_pad=1),
+    *(
+        c(op, (2, 3, 4, 5), {"axes": i64(*axes)} if axes else {}, keepdims=keepdims)
+        for op in ("ReduceL1", "ReduceL2", "ReduceLogSumExp", "ReduceSumSquare")
+        for axes, keepdims in (((1, -1), 1), ((2,), 0), ((), 0))
+    ),
+    c("ReduceLogSum", np.linspace(0.1, 3, 24, dtype=np.float32).reshape(2, 3, 4), {"axes": i64(1)}, keepdims=0),
+    c("ReduceLogSumExp", np.array([[80.0, 90.0, 100.0]], np.float32), opset=13, axes=[1]),
+    c("ReduceL1", np.array([[-3, 2], [5, -1]], np.int32), {"axes": i64(0)}),
+    c("LpPool", (1, 3, 7, 8), kernel_shape=[3, 2], strides=[2, 1], pads=[1, 0, 1, 1], p=1),
+    c("LpPool", (1, 3, 7, 8), kernel_shape=[3, 2], dilations=[2, 2], p=2),
+    c("LpPool", (1, 3, 9), kernel_shape=[4], strides=[2]),
+    c("GlobalLpPool", (2, 3, 5, 4), p=2),
+    c("GlobalLpPool", (2, 3, 5), p=1),
+]
 # The inputs of the recurrent ops by position: x, w, r, b, sequence lengths, h, c, peepholes.
 POSITIONS = {
     "LSTM": ("x", "w", "r", "b", "", "h", "c", "p"),
     "GRU": ("x", "w", "r", "b", "", "h"),
     "RNN": ("x", "w", "r", "b"),
 }
-CASES = [*MORE, *INDEX, *NORM, *EINSUM, *RECURRENT, *CONV, *POOL, *ACTIVATION, *MATH, *MATMUL, *REDUCE, *SHAPE, *RESIZE]
+CASES = [
+    *SAMPLED,
+    *COMBINED,
+    *MORE,
+    *INDEX,
+    *NORM,
+    *EINSUM,
+    *RECURRENT,
+    *CONV,
+    *POOL,
+    *ACTIVATION,
+    *MATH,
+    *MATMUL,
+    *REDUCE,
+    *SHAPE,
+    *RESIZE,
+]
 INTERNAL = {"Quantize", "StoredOutput"}  # made by the converter's own passes
 
 
