@@ -200,7 +200,7 @@ class Tally:
 
         Raises EdgeKitError for outputs that fit neither the original's nor the metric.
         """
-        self._sums.add(*ragged.matched(reference, outputs, chunk.outputs or ()))
+        self._sums.add(*ragged.matched(reference, outputs, chunk.outputs or ()), judge.classifies(chunk.target))
         if self._sums.finite:
             self._scored.add(chunk, outputs)
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 TAPPED_RUNS = 2  # every tensor of a network is kept
 ORIGINAL, EXPORTED = "original", "exported graph"
 TRAINED_HELP = "it was trained for int8 to give other outputs: accuracy alone tells what it is worth"
-NO_GRAPH_HELP = "is far from the original, an ONNX file, of which EdgeKit makes no int8 graph to hold it against"
+NO_GRAPH_HELP = "is far from the original, and EdgeKit makes no graph of that precision to hold it against"
 GRAPH_HELP = "quantizing itself loses this, whatever the file: edgekit export --sensitivity shows the layers"
 
 
@@ -129,8 +129,11 @@ def _problem(artifact: Artifact, near: Sequence[Parity], graph: Graph | None, tr
 
 
 def _has_twin(artifact: Artifact, graph: Graph | None, trained: bool) -> bool:
-    """Whether EdgeKit can make the file again: not what was trained for int8, nor int8 of an ONNX original."""
-    return not trained and (graph is not None or not artifact.precision.startswith("int8"))
+    """Whether EdgeKit can make the file again: not one trained for int8, nor int8 of an ONNX original, nor int4."""
+    from edgekit.quant.recipes import RECIPES
+
+    known = artifact.precision in RECIPES
+    return known and not trained and (graph is not None or not artifact.precision.startswith("int8"))
 
 
 def _graph_name(artifact: Artifact) -> str | None:

@@ -48,15 +48,29 @@ def worst(each: Sequence[Parity]) -> Parity:
     )
 
 
-def parities(reference: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> tuple[Parity, ...]:
+def parities(
+    reference: Sequence[np.ndarray], outputs: Sequence[np.ndarray], classes: bool = True
+) -> tuple[Parity, ...]:
     """Compares each output with its reference: one array per model output, samples along axis 0.
 
-    Integer outputs are compared as they are; outputs with NaN are as far from the reference as can be. Raises
+    Integer outputs are compared as they are; outputs with NaN are as far from the reference as can be. Without
+    `classes` there is no agreement of the arg max, which of numbers that are no scores of classes says nothing. Raises
     EdgeKitError where the number or the shapes of outputs differ, or where the reference itself holds NaN.
     """
     sums = ParitySums()
-    sums.add(reference, outputs)
+    sums.add(reference, outputs, classes)
     return sums.parities()
+
+
+def classifies(target: np.ndarray | None) -> bool:
+    """Whether targets may be those of a classifier: one whole number from 0 on a sample, or none at all are known."""
+    import numpy as np
+
+    if target is None:
+        return True
+    if target.ndim != 1 or target.dtype.kind not in "iufb":
+        return False
+    return bool(np.isfinite(target).all() and (target >= 0).all() and (target == np.round(target)).all())
 
 
 class ParitySums:
@@ -65,13 +79,13 @@ class ParitySums:
     def __init__(self) -> None:
         self._outputs: list[_Sums] | None = None
 
-    def add(self, reference: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> None:
+    def add(self, reference: Sequence[np.ndarray], outputs: Sequence[np.ndarray], classes: bool = True) -> None:
         """Takes in some samples, as `parities` does."""
         if len(reference) != len(outputs):
             raise EdgeKitError(f"the file gives {len(outputs)} outputs, the original {len(reference)}", ANOTHER_MODEL)
         self._outputs = self._outputs or [_Sums() for _ in outputs]
         for sums, ref, out in zip(self._outputs, reference, outputs, strict=True):
-            sums.add(ref, out)
+            sums.add(ref, out, classes)
 
     @property
     def finite(self) -> bool:
@@ -92,16 +106,18 @@ class _Sums:
     largest: float = 0.0
     scale: float = 0.0
     cosines: float = 0.0
-    alike: int | None = None
+    alike: int = 0
+    classes: bool = True
     samples: int = 0
     finite: bool = True
 
-    def add(self, ref: np.ndarray, out: np.ndarray) -> None:
+    def add(self, ref: np.ndarray, out: np.ndarray, classes: bool) -> None:
         if ref.shape != out.shape:
             shapes = ("x".join(map(str, array.shape)) for array in (out, ref))
             raise EdgeKitError("an output of the file is {}, the original's is {}".format(*shapes), ANOTHER_MODEL)
-        if ref.ndim == 2 and ref.shape[1] >= 2:
-            self.alike = (self.alike or 0) + int((ref.argmax(axis=1) == out.argmax(axis=1)).sum())
+        self.classes &= classes and ref.ndim == 2 and ref.shape[1] >= 2
+        if self.classes:
+            self.alike += int((ref.argmax(axis=1) == out.argmax(axis=1)).sum())
         self.samples += len(ref)
         rows = max(SLICE_VALUES // max(ref[:1].size, 1), 1)
         for start in range(0, len(ref), rows):
@@ -130,7 +146,7 @@ class _Sums:
         """Returns the parity on all samples so far."""
         if not self.finite:
             return Parity(-math.inf, math.inf, math.inf, -1.0, 0.0, self.samples)
-        agreement = None if self.alike is None else self.alike / self.samples
+        agreement = self.alike / self.samples if self.classes and self.samples else None
         if not self.error:
             return Parity(math.inf, 0.0, 0.0, 1.0, agreement, self.samples)
         sqnr = 10 * math.log10(self.signal / self.error) if self.signal else -math.inf
@@ -200,7 +216,7 @@ def _unfaithful(precision: str, to_original: Parity, graph_to_original: Parity) 
     if precision == "fp16" and to_original.sqnr_db < FP16_MIN_SQNR_DB:
         return f"has an SQNR of {to_original.sqnr_db:.1f} dB to the original (limit {FP16_MIN_SQNR_DB:.0f})"
     graph = min(graph_to_original.sqnr_db, INT8_SQNR_ENOUGH_DB)
-    if precision.startswith("int8") and to_original.sqnr_db < graph - INT8_SQNR_SLACK_DB:
+    if precision.startswith("int") and to_original.sqnr_db < graph - INT8_SQNR_SLACK_DB:
         return f"has an SQNR of {to_original.sqnr_db:.1f} dB to the original, the quantized graph {graph:.1f} dB"
     return None
 

@@ -171,6 +171,7 @@ def export(
             reference = graph = stages.run_module(original.module, feeds, state=original.state)
             if program is not None:
                 graph = stages.run_module(program.module(check_guards=False), feeds, state=original.state)
+        classes = judge.classifies(stages.first_target(original, source))
         graph_parity = judge.parities(*stages.aligned(reference, graph, original))
         results, entries = {"original": reference}, []
         notes = [*assumed, *without, *original.notes, *pruned_notes]
@@ -181,7 +182,7 @@ def export(
         for format, exported in exports:
             artifact, tried = building_of(format), exported.checked
             results[format] = tried.outputs
-            each = judge.parities(*stages.aligned(reference, results[format], original))
+            each = judge.parities(*stages.aligned(reference, results[format], original), classes)
             why = judge.faithful(recipe.name, each, graph_parity)
             if why is not None:
                 raise EdgeKitError(

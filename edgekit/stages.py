@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -341,6 +343,11 @@ def golden_feeds(original: Model, source: sources.Data | None) -> tuple[tuple[np
         if len(feeds) == bundles.GOLDEN_SAMPLES:
             break
     return tuple(np.stack(arrays) for arrays in zip(*feeds, strict=True)), count
+
+
+def first_target(original: Model, source: sources.Data | None) -> np.ndarray | None:
+    """Returns the targets of the first samples, which tell the kind of all; None without labels."""
+    return next(iter(sources.batches(source.evaluation, original.inputs)))[2] if source is not None else None
 
 
 def random_feeds(inputs: Sequence[TensorSpec], runs: int = bundles.GOLDEN_SAMPLES) -> tuple[np.ndarray, ...]:
@@ -730,5 +737,15 @@ def _fits(spec: TensorSpec | None, original: TensorSpec | None) -> bool:
 
 
 def precision_of(parameter_bytes: Mapping[str, int]) -> str:
-    """Returns the precision of a bare file by what its weights are stored in: int8, fp16 or fp32."""
-    return next((name for dtype, name in (("int8", "int8"), ("float16", "fp16")) if parameter_bytes.get(dtype)), "fp32")
+    """Returns the precision of a bare file: that in which most of its weights are stored.
+
+    Wider integers are biases, shapes and indices: they do not count.
+    """
+    weights: Counter[str] = Counter()
+    for dtype, size in parameter_bytes.items():
+        bits = re.fullmatch(r"(float|bfloat|int|uint)(\d+).*", dtype)
+        if bits is None or ("int" in dtype and int(bits[2]) > 8):
+            continue
+        precision = f"int{bits[2]}" if "int" in dtype else "fp16" if int(bits[2]) <= 16 else "fp32"
+        weights[precision] += 8 * size // int(bits[2])
+    return max(weights, key=lambda name: weights[name], default="fp32")

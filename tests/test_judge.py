@@ -45,6 +45,27 @@ def test_agreement_is_the_share_of_equal_arg_max_and_none_without_classes() -> N
     assert judge.parity([np.ones((4, 1))], [np.ones((4, 1))]).agreement is None
 
 
+TARGETS = {
+    "class indices": (np.array([0, 2, 1]), True),
+    "class indices as numbers": (np.array([0.0, 2.0]), True),
+    "none": (None, True),
+    "measured numbers": (np.array([0.5, 2.0]), False),
+    "vectors": (np.zeros((3, 4)), False),
+    "labels that each may hold": (np.zeros((3, 4), int), False),
+    "maps": (np.zeros((3, 4, 4), int), False),
+    "boxes": (np.array([None, None], object), False),
+}
+
+
+@pytest.mark.parametrize("case", TARGETS)
+def test_the_arg_max_of_a_regression_says_nothing(case: str) -> None:
+    target, classes = TARGETS[case]
+    assert judge.classifies(target) == classes
+    reference = np.random.default_rng(0).standard_normal((3, 4))
+    (near,) = judge.parities([reference], [reference + 0.1], judge.classifies(target))
+    assert near.agreement == (1.0 if classes else None)
+
+
 def test_nan_in_a_file_is_as_far_as_can_be_and_in_the_original_an_error() -> None:
     ref, nan = np.ones((2, 3)), np.full((2, 3), np.nan)
     got = judge.parity([ref], [nan])

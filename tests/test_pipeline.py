@@ -11,6 +11,7 @@ import onnx
 import pytest
 import torch
 from kit import SHAPE, network, quick, samples
+from onnx import helper
 from PIL import Image
 from rich.console import Console
 
@@ -277,3 +278,39 @@ def test_a_slow_file_is_profiled_in_three_processes(
     monkeypatch.setattr(pipeline, "LONGEST_S", 0.0)
     result = edgekit.profile(bundles["int8"].path / "model.tflite")
     assert len(result.latency.processes) == rounds == 3
+
+
+STORED = {
+    "fp32": ({"float32": 4000, "int64": 80_000}, "fp32"),
+    "one int8 constant": ({"float32": 4000, "int8": 1}, "fp32"),
+    "half of it stayed in float": ({"float32": 4000, "int8": 990}, "fp32"),
+    "most of it is int8": ({"float32": 4000, "int8": 1010}, "int8"),
+    "scales and biases": ({"int8": 1000, "float32": 64, "int32": 9000}, "int8"),
+    "uint8": ({"uint8": 1000, "float32": 64}, "int8"),
+    "int4": ({"int4": 1000, "int8": 200, "float32": 4000}, "int4"),
+    "uint4": ({"uint4": 1000, "float16": 500}, "int4"),
+    "fp16": ({"float16": 2000, "float32": 100}, "fp16"),
+    "bfloat16": ({"bfloat16": 2000}, "fp16"),
+    "double": ({"float64": 2000}, "fp32"),
+    "no weights": ({"int64": 8}, "fp32"),
+}
+
+
+@pytest.mark.parametrize("case", STORED)
+def test_a_bare_file_has_the_precision_of_most_of_its_weights(case: str) -> None:
+    assert stages.precision_of(STORED[case][0]) == STORED[case][1]
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [("UINT8", "int8"), ("UINT4", "int4"), ("INT4", "int4")])
+def test_a_bare_onnx_file_of_few_bits_is_no_fp32_file(dtype: str, precision: str, tmp_path: Path) -> None:
+    kind = getattr(onnx.TensorProto, dtype)
+    weight = helper.make_tensor("w", kind, (16, 8), [i % 8 for i in range(128)])
+    rest = [helper.make_tensor("s", onnx.TensorProto.FLOAT, (), [0.1]), helper.make_tensor("z", kind, (), [4])]
+    nodes = [
+        helper.make_node("DequantizeLinear", ["w", "s", "z"], ["v"]),
+        helper.make_node("MatMul", ["x", "v"], ["y"]),
+    ]
+    x, y = (helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, s) for n, s in (("x", (1, 16)), ("y", (1, 8))))
+    graph = helper.make_graph(nodes, "g", [x], [y], [weight, *rest])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)]), tmp_path / "few.onnx")
+    assert pipeline.identify(tmp_path / "few.onnx").precision == precision
