@@ -87,6 +87,12 @@ class Bundle:
         return tuple(self.manifest["notes"])
 
 
+def precision_of(entries: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the precision that a bundle is called by: that of its files, or of those that are not fp32."""
+    found = [str(entry["precision"]) for entry in entries]
+    return next((precision for precision in found if precision != "fp32"), found[0])
+
+
 def file_name(format: str) -> str:
     """Returns the name of a format's file inside a bundle."""
     return f"model{SUFFIXES[format]}"

@@ -13,6 +13,7 @@ from edgekit import baseline as baselines
 from edgekit import (
     batch_axis,
     files,
+    gains,
     judge,
     metrics,
     pruned_files,
@@ -153,16 +154,17 @@ def export(
             trained = qats.train(original, source, qat, checkpoint, progress, mean, std)
         made = tuned or trained
         compressed = made.compressed if made else stages.compress(original, source, recipe.name, progress)
+        compressed, precision, precision_notes = gains.named(original, compressed, recipe.name, progress)
         program = compressed.program if compressed is not None else None
         feeds, samples = stages.golden_feeds(original, source)
 
-        def building_of(format: str) -> Artifact:
+        def building_of(format: str, exported: stages.Exported) -> Artifact:
             path = building / bundles.file_name(format)
-            return artifact_of(original, path, format, recipe.name, layouts[format])
+            return artifact_of(original, path, format, exported.precision or precision, layouts[format])
 
         def try_out(format: str, exported: stages.Exported) -> Any:
-            files.write(building_of(format).path, exported.data)
-            return stages.try_out(building_of(format), feeds, exported)
+            files.write(building_of(format, exported).path, exported.data)
+            return stages.try_out(building_of(format, exported), feeds, exported)
 
         exports = stack.enter_context(
             stages.emitting(original, program, chosen, recipe.half_weights, progress, layouts, source, try_out)
@@ -178,12 +180,13 @@ def export(
         notes += source.notes if source else ("checked on random inputs: no --data was given",)
         notes += compressed.notes if compressed is not None else ()
         notes += made.notes if made else ()
-        notes += judge.loss(recipe.name, judge.worst(graph_parity))
+        notes += precision_notes
+        notes += judge.loss(precision, judge.worst(graph_parity))
         for format, exported in exports:
-            artifact, tried = building_of(format), exported.checked
+            artifact, tried = building_of(format, exported), exported.checked
             results[format] = tried.outputs
             each = judge.parities(*stages.aligned(reference, results[format], original), classes)
-            why = judge.faithful(recipe.name, each, graph_parity)
+            why = judge.faithful(artifact.precision, each, graph_parity)
             if why is not None:
                 raise EdgeKitError(
                     f"{artifact.path.name} is not faithful to the model: it {why}",
@@ -192,9 +195,10 @@ def export(
             found = suspects.structure(artifact)
             facts = {"parity": {**judge.worst(each).to_dict(), "samples": samples}, **exported.facts}
             facts |= {"structure": found.to_dict()} if found else {}
-            entries.append({"format": format, "file": artifact.path.name, "layout": layouts[format].upper(), **facts})
+            about_file = {"format": format, "file": artifact.path.name, "precision": artifact.precision}
+            entries.append({**about_file, "layout": layouts[format].upper(), **facts})
             notes += exported.notes
-            known = row.int8_notes.get(format) if recipe.name in judge.INT8_ARITHMETIC else None
+            known = row.int8_notes.get(format) if artifact.precision in judge.INT8_ARITHMETIC else None
             notes += (known,) if known else stages.settings_notes(artifact, tried)
             notes += found.notes(format) if found else ()
         entries.sort(key=lambda entry: chosen.index(entry["format"]))
@@ -203,7 +207,7 @@ def export(
             building,
             model=about,
             target=target,
-            precision=recipe.name,
+            precision=bundles.precision_of(entries),
             recipe={"name": recipe.name, "summary": recipe.summary, **(made.to_dict() if made else {})},
             inputs=original.inputs,
             outputs=original.outputs,

@@ -73,11 +73,14 @@ def instructions(count: int | None, fp32: int | None = None) -> str:
 def bundle_report(bundle: Bundle, layers: bool = False) -> RenderableType:
     """Shows what an export wrote, how each file was checked and what to know of it; with `layers` also each layer."""
     manifest = bundle.manifest
+    precision = manifest["precision"]
     rows = table("file", "size", "SQNR", "max difference", "agreement")
     for entry in manifest["artifacts"]:
         near = entry["parity"]
         rows.add_row(
-            entry["file"],
+            entry["file"]
+            if entry.get("precision", precision) == precision
+            else f"{entry['file']} {entry['precision']}",
             size(entry["size_bytes"]),
             _decibel(near["sqnr_db"], near["max_abs"]),
             f"{near['max_abs']:.2g}",
@@ -85,9 +88,7 @@ def bundle_report(bundle: Bundle, layers: bool = False) -> RenderableType:
         )
     samples = manifest["artifacts"][0]["parity"]["samples"]
     checked = f"{samples} real samples" if samples else "random inputs"
-    head = Text.assemble(
-        ("Wrote ", ""), (f"{bundle.path}/", "bold"), f"  {manifest['precision']}, checked on {checked}"
-    )
+    head = Text.assemble(("Wrote ", ""), (f"{bundle.path}/", "bold"), f"  {precision}, checked on {checked}")
     return Group(*([sensitivity_report(manifest["recipe"])] if layers else []), head, rows, *notes(bundle.notes))
 
 

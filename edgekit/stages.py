@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import islice, zip_longest
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from edgekit import data as sources
 from edgekit import judge, ragged
 from edgekit.beside import beside, is_copy
 from edgekit.errors import EdgeKitError, reason
-from edgekit.progress import Progress
+from edgekit.progress import Progress, Silent
 from edgekit.results import SUFFIXES, Artifact, Layout, State, TensorSpec, axis_order
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class Exported:
     facts: dict[str, Any]
     notes: tuple[str, ...]
     checked: Any = None
+    precision: str | None = None  # where it is not the one that was asked for, which changed nothing in this format
 
 
 def load(
@@ -231,11 +233,14 @@ def emitting(
         if others:
             with progress.step("Exporting ONNX"):
                 proto = _onnx(original, program, half_weights)
+                plain = half_weights and not _has_halves(proto)
         for format in others:
             if format == "onnx":
                 exported = _onnx_file(proto, program is not None)
             else:
                 exported = _tflite(proto, original, source, layouts["tflite"], progress)
+            if plain:
+                exported = replace(exported, precision="fp32", notes=(*exported.notes, _no_gain(format, "fp16")))
             with progress.step(f"Checking {bundles.file_name(format)}") if check is not None else nullcontext():
                 exported = checked(format, exported)
             yield format, exported
@@ -245,10 +250,47 @@ def emitting(
             yield "executorch", exported
 
     def lower() -> Exported:
-        return checked("executorch", _executorch(original, program, half_weights))
+        weights_alone = _quantizes_weights_alone(program)
+        exported = _executorch(original, program, half_weights)
+        if weights_alone and not _holds_int8(exported.data):
+            note = _no_gain("executorch", "int8 weights beside float inputs")
+            exported = _executorch(original, compress(original, None, "fp32", Silent()).program, False)
+            exported = replace(exported, precision="fp32", notes=(*exported.notes, note))
+        return checked("executorch", exported)
 
     with beside(lower, useful=pte and bool(others)) as lowered:
         yield files()
+
+
+def _has_halves(proto: onnx.ModelProto) -> bool:
+    """Whether a model stores weights as float16."""
+    from edgekit.exporters.onnx_halves import has_halves
+
+    return has_halves(proto)
+
+
+def _quantizes_weights_alone(program: ExportedProgram) -> bool:
+    """Whether `program` has int8 weights, and multiplies by them in float."""
+    from edgekit.quant.shares import LEAST_WEIGHTS, shares
+
+    found = shares(program)
+    return found.weights >= LEAST_WEIGHTS and found.products < LEAST_WEIGHTS
+
+
+def _holds_int8(data: bytes) -> bool:
+    """Whether a .pte file stores more than hardly any of its weights as int8: XNNPACK may have taken them as floats."""
+    from edgekit.quant.shares import LEAST_WEIGHTS
+    from edgekit.read_pte import Program
+
+    sizes = {"int8": 0, "float32": 0}
+    for dtype, shape, _ in Program(data).constant_values():
+        if len(shape) > 1 and dtype in sizes:
+            sizes[dtype] += prod(shape)
+    return sizes["int8"] >= LEAST_WEIGHTS * sum(sizes.values())
+
+
+def _no_gain(format: str, what: str) -> str:
+    return f"{bundles.file_name(format)}: {what} changed nothing in this format: the file is fp32, and is called so"
 
 
 def _onnx_file(proto: onnx.ModelProto, ours: bool) -> Exported:
@@ -289,7 +331,8 @@ def _about(original: Model, source: sources.Data | None) -> Description:
 
 
 def _onnx(original: Model, program: ExportedProgram | None, half_weights: bool) -> onnx.ModelProto:
-    from edgekit.exporters.to_onnx import halve, to_onnx
+    from edgekit.exporters.onnx_halves import halve
+    from edgekit.exporters.to_onnx import to_onnx
 
     if program is None:
         return halve(original.onnx) if half_weights else original.onnx

@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 
 from edgekit.errors import EdgeKitError
 from edgekit.exporters.onnx_graph import WEIGHTED, constant, initializer, producer, qparams, sweep
+from edgekit.exporters.onnx_halves import halve_weights
 from edgekit.exporters.onnx_weights import (
     TRANSLATIONS,
     fold_zero_points,
@@ -60,13 +61,6 @@ def to_onnx(
     proto.producer_name, proto.producer_version = "edgekit", ""
     onnx.checker.check_model(proto, full_check=True)
     return proto
-
-
-def halve(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Returns `proto` with its weights stored as float16; see `halve_weights`."""
-    model = ir.from_proto(proto)
-    halve_weights(model)
-    return ir.to_proto(model)
 
 
 def rename(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str]) -> None:
@@ -168,27 +162,6 @@ def quantize_biases(model: ir.Model) -> None:
         dequantize.outputs[0].shape, dequantize.outputs[0].type = bias.shape, bias.type
         graph.insert_before(node, dequantize)
         node.replace_input_with(2, dequantize.outputs[0])
-    sweep(model)
-
-
-def halve_weights(model: ir.Model, smallest: int = 64) -> None:
-    """Stores float32 initializers of at least `smallest` elements as float16 behind a Cast.
-
-    Runtimes fold the Cast when they load the file: half the size at the speed of float32. Raises EdgeKitError
-    where a weight lies outside float16's range.
-    """
-    graph = model.graph
-    for value in list(graph.initializers.values()):
-        tensor = constant(value)
-        if tensor.dtype != np.float32 or tensor.size < smallest:
-            continue
-        if np.abs(tensor, where=np.isfinite(tensor), out=np.zeros_like(tensor)).max() > np.finfo(np.float16).max:
-            raise EdgeKitError(f"weight '{value.name}' does not fit float16", "export with --precision fp32 or int8")
-        half = initializer(model, f"{value.name}_half", tensor.astype(np.float16))
-        cast = ir.node("Cast", [half], attributes={"to": ir.DataType.FLOAT.value})
-        cast.outputs[0].shape, cast.outputs[0].type = value.shape, value.type
-        graph.insert_before(graph[0], cast)
-        value.replace_all_uses_with(cast.outputs[0])
     sweep(model)
 
 

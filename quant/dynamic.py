@@ -18,6 +18,7 @@ from edgekit.quant.quantizer import EMBEDDING, WEIGHTED, dynamic_spec, target_gr
 from edgekit.quant.rounding import channel_scales
 
 RECURRENT = {aten.lstm.input: "LSTM", aten.gru.input: "GRU"}  # their weights are the matrices of argument 2
+LEAST_SHARE = 0.1  # of the weights, below which quantizing linear layers alone is not worth a file
 LAYER_NAMES = {
     aten.linear.default: "linear",
     aten.conv1d.default: "convolution",
@@ -31,24 +32,37 @@ LAYER_NAMES = {
 class WeightQuantizer(Quantizer):
     """Annotates the weights of a canonical graph, and with `dynamic` the inputs of linear layers.
 
-    With `dynamic`, convolutions stay in float. `keep_float` names nodes that do so in any case. After annotating,
-    `quantized` and `left_float` count the layers by name, and `share` is how much of the float weights is quantized.
+    With `dynamic`, convolutions stay in float, unless the other layers hold less than LEAST_SHARE of the weights: then
+    their weights are quantized too, and `convolutions` is set. `keep_float` names nodes that stay in float in any case.
+    After annotating, `quantized` and `left_float` count the layers by name, `share` is how much of the float weights is
+    quantized, and `other_share` how much of them is so in layers that are no convolutions.
     """
 
     def __init__(self, *, dynamic: bool, keep_float: frozenset[str] = frozenset()) -> None:
         self.dynamic, self.keep_float = dynamic, keep_float
+        self.convolutions = not dynamic
         self.quantized: Counter[str] = Counter()
         self.left_float: Counter[str] = Counter()
-        self.share = 0.0
+        self.share = self.other_share = 0.0
 
     def annotate(self, model: GraphModule) -> GraphModule:
         """Annotates every layer that has weights of its own."""
+        self._annotate(model)
+        self.other_share = self.share
+        if not self.convolutions and self.share < LEAST_SHARE:
+            self.convolutions = True
+            self.quantized.clear()
+            self.left_float.clear()
+            self._annotate(model)
+        return model
+
+    def _annotate(self, model: GraphModule) -> None:
         quantized: set[str] = set()
         for node in model.graph.nodes:
             if node.target not in LAYER_NAMES or node.name in self.keep_float:
                 continue
             inputs = {w: weight_spec(axis, scale) for w, (axis, scale) in weight_scales(model, node).items()}
-            if not inputs or (self.dynamic and "convolution" in LAYER_NAMES[node.target]):
+            if not inputs or (not self.convolutions and "convolution" in LAYER_NAMES[node.target]):
                 self.left_float[LAYER_NAMES[node.target]] += 1
                 continue
             if self.dynamic and node.target == aten.linear.default:
@@ -58,7 +72,6 @@ class WeightQuantizer(Quantizer):
             quantized |= {weight.target for weight in inputs if is_attribute(weight)}
         sizes = {n.target: n.meta["val"].numel() for n in model.graph.nodes if is_attribute(n) and _is_float(n)}
         self.share = sum(sizes[target] for target in quantized) / max(sum(sizes.values()), 1)
-        return model
 
     def validate(self, model: GraphModule) -> None:
         """Nothing to check: the table holds only layers that some runtime executes."""

@@ -32,8 +32,6 @@ q = torch.ops.quantized_decomposed
 
 Batch = tuple[torch.Tensor, ...]
 
-LEAST_SHARE = 0.1  # of the weights, below which quantizing linear layers alone is not worth a file
-
 
 @dataclass(frozen=True)
 class Compressed:
@@ -149,18 +147,25 @@ def int8_dynamic(
 ) -> Compressed:
     """Quantizes the weights of linear, LSTM, GRU and embedding layers, and the inputs of linear ones as the file runs.
 
-    Convolutions stay in float. Raises EdgeKitError where less than LEAST_SHARE of the weights can be quantized.
+    Convolutions stay in float; where the others hold hardly any weights, those of convolutions are stored as int8 too.
+    Raises EdgeKitError where no layer can be quantized.
     """
     graph = capture(module, example)
     quantizer = WeightQuantizer(dynamic=True, keep_float=keep_float)
     prepared = prepare_pt2e(graph, quantizer)
-    if quantizer.share < LEAST_SHARE:
+    if not quantizer.quantized:
         raise EdgeKitError(
-            "int8-dynamic quantizes linear, LSTM, GRU and embedding layers, and they hold only "
-            f"{100 * quantizer.share:.0f} % of this model's weights",
-            "use --precision int8, which quantizes convolutions and needs --data; or int8-weight-only, for size alone",
+            "int8-dynamic quantizes linear, LSTM, GRU and embedding layers, and this model has none",
+            "use --precision fp16, or int8 with --data",
         )
     notes = []
+    if quantizer.convolutions:
+        stored = Counter({name: count for name, count in quantizer.quantized.items() if "convolution" in name})
+        notes.append(
+            "int8-dynamic is for linear and recurrent layers, which hold "
+            f"{100 * quantizer.other_share:.0f} % of this model's weights: the weights of {counted(stored)} are stored "
+            "as int8, for size alone; --precision int8, which needs --data, computes convolutions in int8"
+        )
     if quantizer.left_float:
         notes.append(
             f"int8-dynamic leaves {counted(quantizer.left_float)} in float: with inputs quantized as they come, "

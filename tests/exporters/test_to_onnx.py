@@ -18,7 +18,8 @@ from torch import nn
 
 from edgekit.errors import EdgeKitError
 from edgekit.exporters.onnx_codes import for_onnxruntime
-from edgekit.exporters.to_onnx import OPSET, halve, to_onnx
+from edgekit.exporters.onnx_halves import halve
+from edgekit.exporters.to_onnx import OPSET, to_onnx
 from edgekit.quant.passes import aten, q
 from edgekit.quant.recipes import float32
 from edgekit.runtimes.ort import EXACT, session_options

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from int8_nets import Net, build, sqnr
+from int8_nets import Net, sqnr
 from torch import nn
 from weight_nets import NAMES, PRECISIONS, batch, cases, compressed, program
 
@@ -93,15 +93,25 @@ def test_notes() -> None:
         assert "smaller, not faster" in note
 
 
-def test_convolutional_networks_are_refused() -> None:
-    module = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.Flatten(), nn.Linear(64 * 16, 2))
-    with pytest.raises(EdgeKitError, match="only 5 % of this model's weights") as caught:
-        int8_dynamic(module.eval(), (torch.randn(1, 3, 8, 8),))
-    assert "--precision int8" in caught.value.help
-    with pytest.raises(EdgeKitError, match="hold only 0 %"):
-        int8_dynamic(build("conv_relu"), (torch.randn(2, 3, 8, 8),))
+@torch.no_grad()
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Softplus, nn.Mish])
+def test_convolutional_networks_are_stored_as_int8(activation: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Conv2d(3, 64, 3), activation(), nn.Conv2d(64, 64, 3), nn.Flatten(), nn.Linear(64 * 16, 2)
+    ).eval()
+    x = torch.randn(1, 3, 8, 8)
+    made = int8_dynamic(module, (x,))
+    (note,) = made.notes
+    assert "which hold 5 % of this model's weights" in note and "2 convolution layers are stored as int8" in note
+    assert "--precision int8, which needs --data" in note
+    codes = [value for value in made.program.state_dict.values() if value.dtype == torch.int8 and value.ndim > 1]
+    assert sum(value.numel() for value in codes) == sum(p.numel() for p in module.parameters() if p.ndim > 1)
+    assert sqnr(module(x), made.program.module()(x)) > 30
 
 
 def test_networks_without_weights_are_refused() -> None:
+    with pytest.raises(EdgeKitError, match="this model has none"):
+        int8_dynamic(nn.Conv3d(1, 2, 3).eval(), (torch.randn(1, 1, 3, 3, 3),))
     with pytest.raises(EdgeKitError, match="this model has none"):
         int8_weight_only(Net(lambda n, x: torch.softmax(x, -1)).eval(), (torch.randn(2, 3),))
