@@ -55,7 +55,7 @@ class Bundle:
             Artifact(
                 self.path / entry["file"],
                 entry["format"],
-                precision,
+                entry.get("precision", precision),
                 inputs,
                 outputs,
                 _layout(entry),

@@ -225,6 +225,7 @@ def emitting(
         )
     others = [format for format in formats if format != "executorch"]
     pte = len(others) < len(formats)
+    weights_alone = pte and _quantizes_weights_alone(program)
 
     def checked(format: str, exported: Exported) -> Exported:
         return exported if check is None else replace(exported, checked=check(format, exported))
@@ -250,7 +251,6 @@ def emitting(
             yield "executorch", exported
 
     def lower() -> Exported:
-        weights_alone = _quantizes_weights_alone(program)
         exported = _executorch(original, program, half_weights)
         if weights_alone and not _holds_int8(exported.data):
             note = _no_gain("executorch", "int8 weights beside float inputs")
