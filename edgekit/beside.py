@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import pickle
@@ -17,7 +18,8 @@ from typing import TypeVar
 T = TypeVar("T")
 Item = TypeVar("Item")
 
-ENDING = (signal.SIGINT, signal.SIGTERM)
+ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 GRACE_S = 3.0
 _is_copy = False
 
@@ -149,6 +151,11 @@ def is_copy() -> bool:
     return _is_copy
 
 
+def die_with_parent(number: int) -> None:
+    """Has the system send this process a signal once the one that it is a copy of is no more. For Linux."""
+    ctypes.CDLL(None).prctl(DIE_WITH_PARENT, number)
+
+
 def _unwind(number: int, frame: object) -> None:
     """Ends a copy by what its `with` blocks notice, once."""
     for ending in ENDING:
@@ -162,6 +169,7 @@ def _run(work: Callable[[], object], channel: Connection) -> None:
     _is_copy = True
     for number in ENDING:
         signal.signal(number, _unwind)
+    die_with_parent(signal.SIGTERM)  # one that is killed says nothing
     import torch
 
     torch.set_num_threads(1)  # the threads of the original are not in its copy

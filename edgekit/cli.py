@@ -9,8 +9,10 @@ import os
 import signal
 import sys
 import tempfile
+import traceback
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -578,14 +580,16 @@ class Terminal:
     """The user's own terminal: tables go to standard output, progress and errors to standard error."""
 
     def __init__(self, out: int, err: int, json_to: str | None) -> None:
-        from rich.console import Console
-
+        from edgekit.console import PlainConsole
         from edgekit.progress import Terminal as TerminalProgress
 
         self.json_to = json_to
         # With --json -, standard output is the JSON alone.
-        self.out = Console(file=os.fdopen(out, "w", closefd=False), highlight=False)
-        self.err = Console(file=os.fdopen(err, "w", closefd=False), highlight=False)
+        # A terminal that has no sign for a character shows another one, after minutes of work.
+        self.out, self.err = (
+            PlainConsole(file=os.fdopen(number, "w", errors="replace", closefd=False), highlight=False)
+            for number in (out, err)
+        )
         if not self.out.is_terminal:
             self.out.width = max(self.out.width, 160)  # a pipe has no width of its own: do not wrap tables at 80
         self.progress = TerminalProgress(self.err)
@@ -623,7 +627,11 @@ def _plain(text: str) -> str:
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a command as Ctrl-C does: everything is cleaned up on the way out."""
+    """A signal that ends a command as Ctrl-C does: everything is cleaned up on the way out."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
 
 @contextmanager
@@ -637,8 +645,10 @@ def session(verbose: bool, json_to: str | None) -> Iterator[Terminal]:
     sys.stderr.flush()
     out, err = os.dup(1), os.dup(2)
     ui = Terminal(out, err, json_to)
-    before = signal.signal(signal.SIGTERM, _terminate)
+    before = {number: signal.signal(number, _terminate) for number in _endings()}
+    scratch = ExitStack()
     try:
+        scratch.enter_context(_torch_cache())
         _redirect(LOG if verbose else Path(os.devnull), 1, 2)
         if json_to not in (None, "-"):
             from edgekit.files import check_writable
@@ -661,9 +671,11 @@ def session(verbose: bool, json_to: str | None) -> Iterator[Terminal]:
     except KeyboardInterrupt as stop:
         left = "; ".join(getattr(stop, "__notes__", ())) or "nothing was left behind"
         ui.err.print(f"[bold red]interrupted:[/bold red] {_plain(left)}", soft_wrap=True)
-        ui.exit_code = 143 if isinstance(stop, _Terminated) else 130
+        ui.exit_code = 128 + (stop.number if isinstance(stop, _Terminated) else signal.SIGINT)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        scratch.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
         for stream in (sys.stdout, sys.stderr, ui.out.file, ui.err.file):
             with suppress(OSError):
                 stream.flush()
@@ -683,7 +695,36 @@ def _redirect(path: Path, *descriptors: int) -> None:
 
 
 def _terminate(signum: int, frame: Any) -> None:
-    raise _Terminated
+    raise _Terminated(signum)
+
+
+def _endings() -> list[int]:
+    """The signals that end a command: of a kill, and of a terminal that is closed, unless nohup has that ignored."""
+    hangup = getattr(signal, "SIGHUP", None)
+    ignored = hangup is None or signal.getsignal(hangup) == signal.SIG_IGN
+    return [signal.SIGTERM, *([] if ignored else [hangup])]
+
+
+@contextmanager
+def _torch_cache() -> Iterator[None]:
+    """Gives torch's compiler, which makes a folder for its results on import, one that goes with the command."""
+    variable = "TORCHINDUCTOR_CACHE_DIR"
+    if variable in os.environ:
+        yield
+        return
+    from edgekit.files import make_temporary, remove
+
+    try:
+        folder = make_temporary()
+    except OSError:  # told by whatever needs the place
+        yield
+        return
+    os.environ[variable] = str(folder)
+    try:
+        yield
+    finally:
+        os.environ.pop(variable, None)
+        remove(folder)
 
 
 def mendable(error: Exception) -> EdgeKitError | None:
@@ -698,8 +739,30 @@ def mendable(error: Exception) -> EdgeKitError | None:
     return EdgeKitError(f"cannot use {where}: {os.strerror(number)}", MACHINE_ERRORS[number])
 
 
+def _open_standard_streams() -> None:
+    """Puts the null device in the place of standard streams that are closed, where files would be opened instead."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Prints the traceback of a bug; what a file brought into its text cannot speak to the terminal."""
+    from edgekit.console import visible
+
+    sys.stderr.write(visible("".join(traceback.format_exception(kind, error, trace))))
+
+
 def main() -> None:
     """Runs the command line."""
+    _open_standard_streams()
+    warnings.simplefilter("ignore")  # whatever the environment asks for: those of libraries say nothing to its user
+    os.environ.pop("PYTHONWARNINGS", None)
+    sys.excepthook = _print_traceback
     gc.set_threshold(*GC_THRESHOLDS)
     try:
         app()

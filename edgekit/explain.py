@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from edgekit import bundle as bundles
@@ -189,7 +188,7 @@ def _culprit(
     program = graph.compressed.program if graph is not None else None
     layouts = {artifact.format: artifact.layout}
     try:
-        with TemporaryDirectory(prefix="edgekit-") as folder:
+        with files.temporary_folder() as folder:
             with stages.emitting(original, program, [artifact.format], half, progress, layouts, source) as exports:
                 exported = dict(exports)
             twin = Path(folder, f"twin{artifact.path.suffix}")

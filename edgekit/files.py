@@ -6,8 +6,10 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -16,7 +18,103 @@ from typing import Any
 
 from edgekit.errors import EdgeKitError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+TRIES = 100
+_held: dict[Path, int] = {}  # what this process works in → the descriptor whose lock says that it lives
+
+
+@contextmanager
+def temporary_folder() -> Iterator[str]:
+    """Yields an empty folder for the block, `edgekit-<hex>` in the folder for temporary files.
+
+    It is removed with the block, and where this process is killed by the next one that wants such a folder.
+    """
+    folder = make_temporary()
+    try:
+        yield str(folder)
+    finally:
+        remove(folder)
+
+
+def make_temporary(parent: Path | None = None, start: str = "edgekit-") -> Path:
+    """Makes a folder as `temporary_folder` does, or in `parent` with a name that begins with `start`, for `remove`."""
+    return _claim(parent or Path(tempfile.gettempdir()), start, "")
+
+
+def remove(folder: Path) -> None:
+    """Removes a folder of `make_temporary` with all that is in it; one that is not there is passed over."""
+    shutil.rmtree(folder, ignore_errors=True)
+    descriptor = _held.pop(folder, None)
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+def _claim(parent: Path, start: str, end: str, file: bool = False) -> Path:
+    """Makes a new folder (or file) of ours in `parent`, with a lock that lasts as long as this process and its copies.
+
+    What processes left there under such names that live no more is removed first.
+    """
+    _sweep(parent, start, end)
+    for _ in range(TRIES):
+        path = parent / f"{start}{secrets.token_hex(8)}{end}"
+        if file:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        else:
+            path.mkdir(mode=0o700)
+            if fcntl is None:
+                return path
+            try:
+                descriptor = os.open(path, os.O_RDONLY)
+            except FileNotFoundError:  # swept away by another process before it was locked
+                continue
+        _held[path] = descriptor
+        if _lock(descriptor) and path.exists():
+            return path
+        os.close(_held.pop(path))
+    raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN), str(parent))
+
+
+def _lock(descriptor: int) -> bool:
+    """Whether the lock of a file or folder is ours now. File systems without locks have none to give."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _sweep(parent: Path, start: str, end: str) -> None:
+    """Removes what killed processes left in `parent`: names of ours whose locks nobody holds, of this user alone."""
+    if fcntl is None:
+        return
+    ours = re.compile(re.escape(start) + r"[0-9a-f]{16}" + re.escape(end))
+    try:
+        left = [path for path in parent.iterdir() if ours.fullmatch(path.name)]
+    except OSError:
+        return
+    for path in left:
+        with suppress(OSError):
+            found = path.lstat()
+            if found.st_uid != os.geteuid() or stat.S_ISLNK(found.st_mode):
+                continue
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if stat.S_ISDIR(found.st_mode):
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink()
+            finally:
+                os.close(descriptor)
 
 
 @contextmanager
@@ -24,29 +122,55 @@ def new_folder(path: Path, ours: Collection[str]) -> Iterator[Path]:
     """Yields an empty temporary folder that becomes `path` when the block ends well, and is removed when it does not.
 
     An existing folder is replaced only where it holds nothing but files named in `ours`, so that nothing but our own
-    output is ever deleted. Raises EdgeKitError where the place cannot be written to, before the block runs.
+    output is ever deleted. What a killed process left of it is removed, or put back where it was killed amid the
+    change. Raises EdgeKitError where the place cannot be written to, before the block runs.
     """
     path = path.resolve() if path.is_symlink() else path
     made: list[Path] = []
     temporary: Path | None = None
     try:
         with writing(path):
+            if path.parent.is_dir():
+                with _alone(path.parent):
+                    _put_back(path)
             _check_ours(path, ours)
             made = [p for p in path.parents if not p.exists()]
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Named before it is made: an interruption in between would leave it behind.
-            temporary = path.parent / f".{path.name}-{secrets.token_hex(8)}"
-            temporary.mkdir(mode=0o700)
+            temporary = _claim(path.parent, f".{path.name}-", "")
         yield temporary
-        with writing(path):
+        with writing(path), _alone(path.parent):
             temporary.chmod(0o755)
             _replace(path, temporary)
     finally:
         if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+            remove(temporary)
         for parent in made:
             with suppress(OSError):  # holds the result, or what others put there
                 parent.rmdir()
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Waits until no other process changes what lies in `folder`, where its file system has locks."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _put_back(path: Path) -> None:
+    """Ends what a process began that was killed while it put a new folder in the place of `path`."""
+    for old in sorted(path.parent.glob(f".{path.name}-*.old")):
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(path)
 
 
 @contextmanager
@@ -117,8 +241,13 @@ def check_writable(path: Path) -> None:
         raise EdgeKitError(f"cannot write {path}: it is a folder", "name a file")
     if _is_special(path):
         return
-    with writing(path), tempfile.NamedTemporaryFile(prefix=f".{path.name}-", dir=path.parent):
-        pass
+    with writing(path):
+        _drop(_claim(path.parent, f".{path.name}-", ".partial", file=True))
+
+
+def _drop(temporary: Path) -> None:
+    temporary.unlink(missing_ok=True)
+    os.close(_held.pop(temporary))
 
 
 def _is_special(path: Path) -> bool:
@@ -129,24 +258,25 @@ def _is_special(path: Path) -> bool:
 def write(path: Path, data: bytes) -> None:
     """Writes `data` to `path` under a temporary name first; raises EdgeKitError where that fails."""
     path = path.resolve() if path.is_symlink() else path
-    temporary = path.with_name(f".{path.name}.partial")
     with writing(path):
         if _is_special(path):
             path.write_bytes(data)
             return
+        temporary = _claim(path.parent, f".{path.name}-", ".partial", file=True)
         try:
-            with temporary.open("wb") as file:
+            with open(_held[temporary], "wb", closefd=False) as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
         finally:
-            temporary.unlink(missing_ok=True)
+            _drop(temporary)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` as indented JSON; NaN and infinities are bugs and raise ValueError."""
-    write(path, (json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    write(path, text.encode(errors="replace"))  # a file's name may be no text
 
 
 def sha256(path: Path) -> str:

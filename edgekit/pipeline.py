@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from edgekit import baseline as baselines
@@ -428,7 +427,7 @@ def fp32_references(
         missing.remove("executorch")
         notes = ("no fp32 .pte to compare speed with: ExecuTorch starts from a PyTorch model",)
     if missing:
-        folder = Path(stack.enter_context(TemporaryDirectory(prefix="edgekit-")))
+        folder = Path(stack.enter_context(files.temporary_folder()))
         compressed = stages.compress(original, None, "fp32", progress)
         program = compressed.program if compressed is not None else None
         layouts = {artifact.format: artifact.layout for artifact in given}

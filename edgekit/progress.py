@@ -50,14 +50,14 @@ class Terminal:
         else:
             yield lambda: None
         if monotonic() - started >= 2:
-            self.console.print(f"[dim]{name}: {monotonic() - started:.1f} s[/dim]")
+            self.console.print(f"{name}: {monotonic() - started:.1f} s", style="dim", markup=False, highlight=False)
 
     @contextmanager
     def _bar(self, name: str, total: int | None) -> Iterator[Advance]:
         from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as Bar
 
-        columns = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
+        columns = [SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()]
         if total is not None:
             columns += [BarColumn(bar_width=24), MofNCompleteColumn()]
         # Redirecting would show what libraries print, which the command line keeps out of the terminal.

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from edgekit import batch_axis, files, prune_options, pruned_files, stages, training
@@ -245,7 +244,7 @@ def _run(job: Job, folder: Path, building: Path, checkpoint: Path, resume: bool)
     with ExitStack() as stack:
         if wanted is not None:
             device = stack.enter_context(stages.opened(wanted.device, timeout=wanted.timeout))
-            scratch = Path(stack.enter_context(TemporaryDirectory(prefix="edgekit-")))
+            scratch = Path(stack.enter_context(files.temporary_folder()))
         with stages.quickest_threads(original):
             if options.limit is not None and wanted is not None:
                 search = prune_search.search(job, options.limit, wanted, device, scratch, checkpoint, resume)

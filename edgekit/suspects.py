@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
+from edgekit import files
 from edgekit.contents import Contents, Node, float_islands
 from edgekit.results import Artifact
 from edgekit.summary import READERS
@@ -113,7 +113,7 @@ def describe(contents: Contents) -> Structure:
 
 def runs(path: Path) -> Contents | None:
     """Returns what ONNX Runtime makes of the file at `path` once it is optimized; None where it cannot load it."""
-    with TemporaryDirectory(prefix="edgekit-") as folder:
+    with files.temporary_folder() as folder:
         made = Path(folder) / "optimized.onnx"
         command = [sys.executable, "-P", "-c", OPTIMIZE, str(path), str(made)]
         try:

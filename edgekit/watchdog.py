@@ -6,7 +6,6 @@ a file may ask for is screened by name before (see `edgekit.archive`, `edgekit.u
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import os
 import pickle
@@ -21,12 +20,12 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from edgekit import limits
+from edgekit.beside import die_with_parent
 from edgekit.errors import EdgeKitError
 from edgekit.limits import Budget
 
 T = TypeVar("T")
 
-DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 SMALL_FILE = 4096  # bytes: tempfile tries a folder by writing into it
 MEMORY_RAN_OUT = ("can't allocate memory", "bad_alloc", "Failed to allocate memory", "Unable to allocate")
 _inside = False
@@ -119,7 +118,7 @@ def _work(work: Callable[[], object], channel: int, budget: Budget) -> NoReturn:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # who is interrupted ends this one
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
-        ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
+        die_with_parent(signal.SIGKILL)
         limit_process(budget)
         if "torch" in sys.modules:
             sys.modules["torch"].set_num_threads(1)  # the threads of the original are not in its copy

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from edgekit import files
 from edgekit.errors import EdgeKitError
 
 STEP_TIMEOUT_S = 900.0
@@ -33,7 +32,7 @@ def cached(name: str, make: Callable[[Path], None]) -> Path:
         return done
     try:
         top.mkdir(parents=True, exist_ok=True)
-        making = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=top))
+        making = files.make_temporary(top, f".{name}-")
     except OSError as error:
         raise EdgeKitError(
             f"cannot use the cache {top}: {error.strerror}", "set XDG_CACHE_HOME to a folder that can be written"
@@ -49,7 +48,7 @@ def cached(name: str, make: Callable[[Path], None]) -> Path:
     except OSError as error:
         raise EdgeKitError(f"cannot use the cache {top}: {error.strerror}", "free some space there") from error
     finally:
-        shutil.rmtree(making, ignore_errors=True)
+        files.remove(making)
     return done
 
 
@@ -59,7 +58,7 @@ def wheels(pinned: Sequence[tuple[str, str, str]], python: str, what: str) -> It
 
     pip checks the hashes. Raises EdgeKitError(`what`) where it cannot download them.
     """
-    with tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
+    with files.temporary_folder() as folder:
         wanted = Path(folder, "requirements.txt")
         wanted.write_text("".join(f"{requirement} --hash=sha256:{digest}\n" for requirement, _, digest in pinned))
         platforms = [word for tag in dict.fromkeys(tag for _, tag, _ in pinned) for word in ("--platform", tag)]

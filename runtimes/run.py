@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
@@ -131,7 +130,7 @@ def run_artifact(
     longest = timeout_s or max(TIMEOUT_S, 10 * opened.stall_s)
     emulated = opened.timing == "emulated"
     try:
-        with tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
+        with files.temporary_folder() as folder:
             here = Path(folder)
             job = {
                 "runtime": name,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import os
 import signal
@@ -12,12 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
+from edgekit.beside import ENDING, die_with_parent
 from edgekit.runtimes import worker
 
 from .device import Process
 from .local import LocalDevice
-
-DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
 class ForkedDevice(LocalDevice):
@@ -61,9 +59,9 @@ def _work(job: Path, output: int) -> None:
     code = 1
     try:
         faulthandler.disable()
-        ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
+        die_with_parent(signal.SIGKILL)
         os.setsid()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in ENDING:
             signal.signal(number, signal.SIG_DFL)
         nothing = os.open(os.devnull, os.O_RDONLY)
         for given, standard in ((nothing, 0), (output, 1), (output, 2)):

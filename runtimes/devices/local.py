@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Literal
 
 from edgekit.errors import EdgeKitError
+from edgekit.files import make_temporary
+from edgekit.files import remove as remove_temporary
 
 from . import facts
 from .device import STALL_S, Device, Exit, Process, listen
@@ -54,7 +56,7 @@ class LocalDevice:
 
     def push(self, files: Mapping[str, Path]) -> str:
         """A temporary folder with a link to every file: nothing is copied on one machine."""
-        job = tempfile.mkdtemp(prefix="edgekit-")
+        job = str(make_temporary())
         self._jobs.append(job)
         for name, path in files.items():
             (Path(job) / name).symlink_to(path.resolve())
@@ -91,12 +93,12 @@ class LocalDevice:
     def remove(self, folder: str) -> None:
         """Remove one folder."""
         self._jobs.remove(folder)
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_temporary(Path(folder))
 
     def cleanup(self) -> None:
         """Remove the job folders."""
         while self._jobs:
-            shutil.rmtree(self._jobs.pop(), ignore_errors=True)
+            remove_temporary(Path(self._jobs.pop()))
 
 
 def _kill_group(process: Process) -> None:
