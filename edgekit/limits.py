@@ -40,10 +40,13 @@ ARCHIVE_SLACK = 64 * MB
 PICKLE_BYTES = 128 * MB
 PICKLE_OPCODES = 5_000_000
 TEXT_BYTES = 128 * MB  # a program in JSON, TorchScript's source
+MANIFEST_BYTES = 16 * MB
 TEXTS = {".pkl": PICKLE_BYTES, ".json": TEXT_BYTES, ".py": TEXT_BYTES}
 
 # Graphs.
 RANK = 64  # dimensions of one tensor
+ELEMENTS = 1 << 40  # of one tensor, as a file tells its shape
+RUN_BYTES = 256 * MB  # of made-up inputs for one run of a file
 SUBGRAPHS = 8  # If, Loop and Scan inside one another: ONNX Runtime takes twice as long for each level
 NODES = 1_000_000  # of a graph with all that it calls
 EXPRESSION_CHARACTERS = 2_000

@@ -644,10 +644,10 @@ def _replay(
         bundles.check_hash(artifact.path, entry["sha256"])
         feeds = [golden[f"input/{spec.name}"] for spec in artifact.inputs]
         outputs = stages.run(artifact, feeds, device=device).outputs
+        recorded = [golden[f"{artifact.format}/{spec.name}"] for spec in artifact.outputs]
+        near = judge.parities(*stages.aligned(recorded, outputs, artifact))
     except EdgeKitError as error:
         return Replay(artifact, None, error.what)
-    recorded = [golden[f"{artifact.format}/{spec.name}"] for spec in artifact.outputs]
-    near = judge.parities(*stages.aligned(recorded, outputs, artifact))
     scales = stages.output_scales(qparams, artifact.outputs)
     allowed = judge.steps_allowed(artifact.format, same_machine)
     return Replay(artifact, judge.worst(near), judge.reproduced(artifact.precision, near, scales, allowed))

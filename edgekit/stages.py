@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekit import bundle as bundles
 from edgekit import data as sources
-from edgekit import judge, ragged
+from edgekit import judge, limits, ragged
 from edgekit.beside import beside, is_copy
 from edgekit.errors import EdgeKitError, reason
 from edgekit.progress import Progress, Silent
@@ -406,6 +406,12 @@ def random_feeds(inputs: Sequence[TensorSpec], runs: int = bundles.GOLDEN_SAMPLE
                 f"there are no random inputs for {spec}",
                 "a file is timed on numbers of a fixed shape: export it with one, or measure it by edgekit compare",
             )
+    size = sum(spec.nbytes for spec in inputs)
+    if size > limits.RUN_BYTES:
+        raise EdgeKitError(
+            f"one run takes {size:,} bytes of inputs, and random ones are made up to {limits.RUN_BYTES:,}",
+            "measure the file on data of its own: edgekit compare",
+        )
     rng = np.random.default_rng(0)
     return tuple(
         rng.standard_normal((runs, *spec.shape)).astype(spec.dtype)
