@@ -431,7 +431,7 @@ SCRIPTS = {
 def scripted(body: str = "return x", state: str = "") -> bytes:
     """A TorchScript archive of one class whose forward is `body`, with more methods."""
     buffer = io.BytesIO()
-    torch.jit.script(nn.Identity()).save(buffer)
+    torch.jit.save(torch.jit.script(nn.Identity()), buffer)
     made = io.BytesIO()
     with zipfile.ZipFile(buffer) as archive, zipfile.ZipFile(made, "w") as to:
         for name in archive.namelist():
@@ -463,7 +463,7 @@ def scripts() -> Iterator[Case]:
         inspecting("model.pt", lambda: scripted("return x", SETSTATE), "--input", "1x4"),
     )
     buffer = io.BytesIO()
-    torch.jit.script(nn.Linear(4, 4)).save(buffer)
+    torch.jit.save(torch.jit.script(nn.Linear(4, 4)), buffer)
     for seed in range(25):
         content = mutated(buffer.getvalue(), seed)
         yield Case(
@@ -974,7 +974,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         chosen = cases() if given.full else cases()[::7]
-        if given.full:
+        if given.full and given.mutations:
             exported = edgekit.export(network(), target="x86", precision="int8", data=samples(), out=place, name="net")
             chosen += list(artifacts(exported.path, given.mutations))
         chosen = [case for case in chosen if not given.only or given.only in case.family]
