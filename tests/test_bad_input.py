@@ -267,7 +267,7 @@ COMPARISONS: dict[str, tuple[Callable[[Path], tuple[str, ...]], tuple[str, ...],
     "half a manifest": (cut_manifest, (), "edgekit.json is damaged", "export the model again"),
     "a manifest without end": (deep_manifest, (), "edgekit.json is damaged", "export the model again"),
     "a manifest of something else": (
-        lambda place: manifest(place, lambda m: m.pop("inputs")), (), "is damaged: KeyError", "export"),
+        lambda place: manifest(place, lambda m: m.pop("inputs")), (), "is damaged: it has no inputs", "export"),
     "a manifest of a later version": (
         lambda place: manifest(place, lambda m: m.update(schema=99)), (), "has schema 99", "export with this"),
     "a manifest that points elsewhere": (
