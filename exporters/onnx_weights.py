@@ -1,8 +1,8 @@
 """ONNX: layers with int8 weights and float or dynamically quantized inputs.
 
 The shared model holds each weight as DequantizeLinear(int8 codes, scale per channel, 0) in front of its MatMul, Gemm,
-Conv, ConvTranspose, Gather, LSTM or GRU, and each dynamic input as DynamicQuantizeLinear → DequantizeLinear, one for
-all layers that read it. `integer_layers` then spells both as ONNX Runtime runs them fastest.
+Conv, ConvTranspose, Gather, LSTM, GRU or RNN, and each dynamic input as DynamicQuantizeLinear → DequantizeLinear, one
+for all layers that read it. `integer_layers` then spells both as ONNX Runtime runs them fastest.
 """
 
 from __future__ import annotations
@@ -21,8 +21,16 @@ from edgekit.exporters.onnx_graph import constant, initializer, producer, sweep
 
 q = torch.ops.quantized_decomposed
 
-RECURRENT = {"LSTM", "GRU"}
-WEIGHTS = {"MatMul": (1,), "Gemm": (1,), "Conv": (1,), "ConvTranspose": (1,), "LSTM": (1, 2), "GRU": (1, 2)}
+RECURRENT = {"LSTM", "GRU", "RNN"}
+WEIGHTS = {
+    "MatMul": (1,),
+    "Gemm": (1,),
+    "Conv": (1,),
+    "ConvTranspose": (1,),
+    "LSTM": (1, 2),
+    "GRU": (1, 2),
+    "RNN": (1, 2),
+}
 
 
 def _choose_qparams(x: Any, quant_min: int, quant_max: int, eps: float, dtype: int) -> tuple[Any, Any]:
@@ -75,7 +83,7 @@ def join_dynamic_quantization(model: ir.Model) -> None:
 
 
 def join_recurrent_weights(model: ir.Model) -> None:
-    """Stores each quantized weight of an LSTM or GRU as codes in the gate order of ONNX.
+    """Stores each quantized weight of an LSTM, GRU or RNN as codes in the gate order of ONNX.
 
     torch's exporter reorders the gates behind the DequantizeLinear, by slices and joins. What comes out is one
     DequantizeLinear(codes (directions, gates, n), scales (gates,), axis=1).

@@ -11,6 +11,7 @@ import torch
 from torch.export import ExportedProgram
 
 from edgekit.errors import EdgeKitError
+from edgekit.exporters import onnx_recurrent
 from edgekit.exporters.onnx_graph import WEIGHTED, constant, initializer, producer, qparams, sweep
 from edgekit.exporters.onnx_halves import halve_weights
 from edgekit.exporters.onnx_weights import (
@@ -41,7 +42,7 @@ def to_onnx(
                 dynamo=True,
                 opset_version=OPSET,
                 verbose=False,
-                custom_translation_table=TRANSLATIONS,
+                custom_translation_table={**TRANSLATIONS, **onnx_recurrent.TRANSLATIONS},
             )
     except torch.onnx.errors.OnnxExporterError as error:
         raise EdgeKitError(

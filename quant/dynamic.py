@@ -14,11 +14,17 @@ from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, Quantizer
 
 from edgekit.quant.passes import argument, aten, attribute, is_attribute
-from edgekit.quant.quantizer import EMBEDDING, WEIGHTED, dynamic_spec, target_groups, weight_spec
+from edgekit.quant.quantizer import EMBEDDING, WEIGHTED, EdgeQuantizer, dynamic_spec, target_groups, weight_spec
 from edgekit.quant.rounding import channel_scales
 
-RECURRENT = {aten.lstm.input: "LSTM", aten.gru.input: "GRU"}  # their weights are the matrices of argument 2
 LEAST_SHARE = 0.1  # of the weights, below which quantizing linear layers alone is not worth a file
+# Their weights are the matrices of argument 2.
+RECURRENT = {
+    aten.lstm.input: "LSTM",
+    aten.gru.input: "GRU",
+    aten.rnn_tanh.input: "RNN",
+    aten.rnn_relu.input: "RNN",
+}
 LAYER_NAMES = {
     aten.linear.default: "linear",
     aten.conv1d.default: "convolution",
@@ -77,10 +83,34 @@ class WeightQuantizer(Quantizer):
         """Nothing to check: the table holds only layers that some runtime executes."""
 
 
+class StaticQuantizer(EdgeQuantizer):
+    """Annotates a canonical graph for static int8, and of recurrent layers the weights alone.
+
+    No runtime has int8 kernels for them that keep to one scheme, and an error in a state stays for all later steps.
+    After annotating, `recurrent` counts these layers by name.
+    """
+
+    recurrent: Counter[str]
+
+    def annotate(self, model: GraphModule) -> GraphModule:
+        """Annotates every node once."""
+        super().annotate(model)
+        self.recurrent = Counter()
+        for node in model.graph.nodes:
+            if node.target not in RECURRENT or node.name in self.keep_float:
+                continue
+            weights = weight_scales(model, node)
+            if weights:
+                inputs = {weight: weight_spec(axis, scale) for weight, (axis, scale) in weights.items()}
+                node.meta["quantization_annotation"] = QuantizationAnnotation(input_qspec_map=inputs, _annotated=True)
+                self.recurrent[RECURRENT[node.target]] += 1
+        return model
+
+
 def weight_scales(model: GraphModule, node: Node) -> dict[Node, tuple[int | None, torch.Tensor]]:
     """Returns the axis of the channels, and their scales, of each weight that a node of LAYER_NAMES has of its own.
 
-    The two directions of an LSTM or GRU share scales: ONNX stores them as one tensor.
+    The two directions of a recurrent layer share scales: ONNX stores them as one tensor.
     """
     found: list[tuple[Node, int | None]]
     if node.target in RECURRENT:

@@ -20,6 +20,7 @@ from edgekit.lean import unread_notes
 from edgekit.quant.branches import drop_zero_branches
 from edgekit.quant.constants import fold_constants
 from edgekit.quant.fx import add_attribute, argument, attribute, calls, insert, is_attribute
+from edgekit.quant.recurrent_cells import cells_to_layers
 
 aten = torch.ops.aten
 q = torch.ops.quantized_decomposed
@@ -420,6 +421,7 @@ PASSES = (
     drop_no_ops,
     drop_zero_branches,
     fold_constants,
+    cells_to_layers,
     splits_to_slices,
     clamps_to_activations,
     named_paddings_to_amounts,

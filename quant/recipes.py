@@ -19,12 +19,11 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from edgekit.beside import deal
 from edgekit.errors import EdgeKitError
 from edgekit.quant.batches import Batches, processes_help
-from edgekit.quant.dynamic import RECURRENT, WeightQuantizer, counted
+from edgekit.quant.dynamic import RECURRENT, StaticQuantizer, WeightQuantizer, counted
 from edgekit.quant.equalize import equalize
 from edgekit.quant.mixed import head_notes, uneven_heads
 from edgekit.quant.observers import MSEObserver
 from edgekit.quant.passes import capture, drop_implied_clips, export
-from edgekit.quant.quantizer import EdgeQuantizer
 from edgekit.quant.rounding import round_weights
 from edgekit.quant.smooth import smooth
 
@@ -93,8 +92,11 @@ def calibrate(
 ) -> Calibrated:
     """Rounds the weights of `module` and finds the ranges of its activations; see `int8_static`."""
     graph, original, keep_float, notes = evened(module, example, batches, keep_float)
-    prepared = prepare_pt2e(graph, EdgeQuantizer(round_weights(graph, batches, keep_float), keep_float))
+    quantizer = StaticQuantizer(round_weights(graph, batches, keep_float), keep_float)
+    prepared = prepare_pt2e(graph, quantizer)
     observe(prepared, batches)
+    if quantizer.recurrent:
+        notes = (*notes, f"int8 computes {counted(quantizer.recurrent)} in float, from int8 weights")
     return Calibrated(original, prepared, example, notes)
 
 
@@ -145,7 +147,7 @@ def convert(calibrated: Calibrated) -> Compressed:
 def int8_dynamic(
     module: torch.nn.Module, example: Batch, batches: Iterable[Batch] = (), keep_float: frozenset[str] = frozenset()
 ) -> Compressed:
-    """Quantizes the weights of linear, LSTM, GRU and embedding layers, and the inputs of linear ones as the file runs.
+    """Quantizes the weights of linear, recurrent and embedding layers, and the inputs of linear ones as the file runs.
 
     Convolutions stay in float; where the others hold hardly any weights, those of convolutions are stored as int8 too.
     Raises EdgeKitError where no layer can be quantized.
@@ -155,7 +157,7 @@ def int8_dynamic(
     prepared = prepare_pt2e(graph, quantizer)
     if not quantizer.quantized:
         raise EdgeKitError(
-            "int8-dynamic quantizes linear, LSTM, GRU and embedding layers, and this model has none",
+            "int8-dynamic quantizes linear, recurrent and embedding layers, and this model has none",
             "use --precision fp16, or int8 with --data",
         )
     notes = []
