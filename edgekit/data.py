@@ -6,15 +6,17 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from edgekit import detection
 from edgekit.batch_axis import Placement, placements
 from edgekit.errors import EdgeKitError
 from edgekit.results import TensorSpec
-from edgekit.spool import Rows, Spool
+from edgekit.spool import BLOCK, Rows, Spool
 
 if TYPE_CHECKING:
+    import zipfile
+
     import numpy as np
 
     Arrays = Mapping[str | int, np.ndarray]  # one array per input, by name or by position, batched along axis 0
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 IMAGE_CHANNELS = (1, 3)
 CALIBRATION_SAMPLES = 512  # the most that calibration reads, so that it takes seconds
+IN_MEMORY = 64 << 20  # bytes of an array of a file that are read at once; of larger ones the rows that are asked for
 CALIBRATION = {"calib_x", "calib_y"}
 RESERVED = {"x", "y", "y_boxes", "y_labels", "calib_x", "calib_y", "mean", "std", "labels"}
 OBJECTS = ("y_boxes", "y_labels")
@@ -265,6 +268,23 @@ def _rows(array: np.ndarray, place: Placement, batch: Batch) -> np.ndarray:
     return rows
 
 
+def unprocessed(
+    stream: Iterable[Batch], inputs: Sequence[TensorSpec]
+) -> tuple[Iterable[Batch], tuple[str, ...], tuple[Preprocessing | None, ...]]:
+    """Returns a stream with uint8 images as they are, the dtype of each input in it, and what makes it the model's.
+
+    Kept like that, images take a quarter of the space.
+    """
+    how = getattr(stream, "preprocessing", None)
+    if how is None or not isinstance(stream, _Slices | _Images):
+        return stream, tuple(spec.dtype for spec in inputs), (None,) * len(inputs)
+    raw = replace(stream, preprocessing=None)
+    first = _in_order(next(iter(raw)).inputs, inputs)
+    images = [_is_image(array) and spec.dtype == "float32" for array, spec in zip(first, inputs, strict=True)]
+    dtypes = tuple("uint8" if image else spec.dtype for image, spec in zip(images, inputs, strict=True))
+    return raw, dtypes, tuple(how if image else None for image in images)
+
+
 def conform(array: np.ndarray, spec: TensorSpec) -> np.ndarray:
     """Returns `array` as the contiguous dtype of `spec`; raises EdgeKitError where that does not hold its values."""
     import numpy as np
@@ -326,16 +346,14 @@ def _is_image(array: np.ndarray) -> bool:
     return array.dtype.name == "uint8" and array.ndim == 4
 
 
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+def _read_arrays(path: Path) -> dict[str, Any]:
     import pickle
     import zipfile
-
-    import numpy as np
 
     with path.open("rb") as file:
         magic = file.read(6)
     if magic == b"\x93NUMPY":
-        return {"x": _guarded(path, lambda: np.load(path, allow_pickle=False))}
+        return {"x": _guarded(path, lambda: _read_npy(path))}
     if path.suffix == ".npz":
         return _guarded(path, lambda: _read_npz(path))
     if not zipfile.is_zipfile(path):
@@ -343,7 +361,7 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     import torch
 
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise EdgeKitError(f"{path} is not a .pt file of plain tensors: {str(error).splitlines()[0]}", HELP) from None
     if isinstance(content, torch.Tensor):
@@ -353,15 +371,66 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     return {str(key): _array(value) for key, value in content.items()}
 
 
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
+def _read_npz(path: Path) -> dict[str, np.ndarray | Rows]:
+    import zipfile
+
+    if not zipfile.is_zipfile(path):
+        raise ValueError("it is damaged, cut short, or no .npz file")
+    with zipfile.ZipFile(path) as archive:
+        members = [info for info in archive.infolist() if info.filename.endswith(".npy")]
+        return {info.filename.removesuffix(".npy"): _read_member(path, archive, info) for info in members}
+
+
+def _read_npy(path: Path) -> np.ndarray | Rows:
+    import numpy as np
+
+    with path.open("rb") as file:
+        dtype, shape, in_order = _header(file)
+        if math.prod(shape) * dtype.itemsize <= IN_MEMORY or not in_order:
+            return np.asarray(np.load(path, allow_pickle=False))
+        return _stored_rows(path, file.tell(), dtype, shape)
+
+
+def _read_member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray | Rows:
+    """Reads an array of an .npz file: a large one stays there, or goes into a temporary file where it is compressed."""
     import zipfile
 
     import numpy as np
 
-    if not zipfile.is_zipfile(path):
-        raise ValueError("it is damaged, cut short, or no .npz file")
-    with np.load(path, allow_pickle=False) as arrays:
-        return dict(arrays)
+    with archive.open(info) as member:
+        dtype, shape, in_order = _header(member)
+        if info.file_size <= IN_MEMORY or not in_order:
+            member.seek(0)
+            return np.asarray(np.lib.format.read_array(member, allow_pickle=False))
+        start, spool = member.tell(), Spool() if info.compress_type != zipfile.ZIP_STORED else None
+        while block := member.read(BLOCK):  # to its end, where the archive tells whether it is damaged
+            if spool is not None:
+                spool.write(block)
+    if spool is not None:
+        return spool.rows(dtype, shape)
+    with path.open("rb") as file:
+        file.seek(info.header_offset + 26)  # where the local header tells the lengths of its last two fields
+        lengths = file.read(4)
+    header = 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
+    return _stored_rows(path, info.header_offset + header + start, dtype, shape)
+
+
+def _stored_rows(path: Path, offset: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Rows:
+    if path.stat().st_size < offset + math.prod(shape) * dtype.itemsize:
+        raise ValueError("it is cut short")
+    return Rows(path.open("rb", buffering=0), offset, dtype, shape)
+
+
+def _header(file: IO[bytes]) -> tuple[np.dtype[Any], tuple[int, ...], bool]:
+    """Reads the header of an array; returns dtype, shape, and whether rows follow one another."""
+    import numpy as np
+
+    version = np.lib.format.read_magic(file)
+    reading = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, columns_first, dtype = reading(file)
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects, which are not read from files")
+    return dtype, shape, bool(shape) and not columns_first
 
 
 def _guarded(path: Path, read: Any) -> Any:
@@ -446,7 +515,7 @@ def _for_each_sample(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _target_of(source: str, arrays: Mapping[str, np.ndarray]) -> np.ndarray | None:
-    given = [arrays[key] for key in OBJECTS if key in arrays]
+    given = [arrays[key][:] for key in OBJECTS if key in arrays]
     if not given:
         return arrays.get("y")
     if len(given) != len(OBJECTS) or "y" in arrays:
@@ -487,7 +556,7 @@ class _Images:
 
     files: Sequence[tuple[Path, int]]
     size: tuple[int, int, int]
-    preprocessing: Preprocessing
+    preprocessing: Preprocessing | None
 
     def __len__(self) -> int:
         return len(self.files)
@@ -498,7 +567,8 @@ class _Images:
         for start in range(0, len(self.files), 16):
             part = self.files[start : start + 16]
             images = np.stack([_read_image(path, self.size) for path, _ in part])
-            yield Batch({0: self.preprocessing(images)}, np.array([label for _, label in part]))
+            labels = np.array([label for _, label in part])
+            yield Batch({0: self.preprocessing(images) if self.preprocessing else images}, labels)
 
 
 def _read_image(path: Path, size: tuple[int, int, int]) -> np.ndarray:
@@ -628,9 +698,11 @@ def _array(value: Any) -> np.ndarray:
     return array
 
 
-def _plain(value: Any) -> np.ndarray:
+def _plain(value: Any) -> Any:
     import numpy as np
 
+    if isinstance(value, Rows):
+        return value
     if hasattr(value, "detach"):
         value = value.detach().cpu()
         value = value.float() if value.is_floating_point() else value  # numpy has no bfloat16

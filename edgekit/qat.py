@@ -144,7 +144,7 @@ def train(
             calibration = stages.Calibration(source, original.inputs)
             prepared = qat.prepare(original.module, original.example, calibration)
             batch = stages.batch_of(original.inputs)
-            few = tuple(tensor[: min(len(memory) // batch, 3) * batch] for tensor in memory.inputs)
+            few = memory.some(min(len(memory) // batch, 3) * batch)
             pair = qat.pupil(prepared, original.module, few)
         if pair is None:
             pair = qat.Student(prepared.prepared), original.module
@@ -188,11 +188,8 @@ def _lessons(
 
 def _cut(memory: training.Memory, batch: int) -> training.Memory:
     """Returns the same samples in batches of `batch`; a part of the held-out ones that is no batch is left out."""
-    import torch
-
-    whole = [torch.cat(parts).split(batch) for parts in zip(*memory.held_out, strict=True)]
-    held_out = tuple(part for part in zip(*whole, strict=True) if len(part[0]) == batch)
-    return replace(memory, batch=batch, held_out=held_out)
+    held_out = memory.held_out
+    return replace(memory, batch=batch, held_out=held_out.cut(batch) if isinstance(held_out, training.HeldOut) else ())
 
 
 def _recovered(
@@ -235,10 +232,11 @@ def _distance(network: torch.nn.Module, teacher: torch.nn.Module, memory: traini
     """Returns how far the outputs of `network` are from the teacher's on samples as they are."""
     from edgekit.quant.recovery import distance
 
-    count = max(MEASURED // memory.batch, 1) * memory.batch
-    some = zip(*(tensor[:count].split(memory.batch) for tensor in memory.inputs), strict=True)
-    batches = memory.held_out or [part for part in some if len(part[0]) == memory.batch] or [memory.inputs]
-    return distance(network, teacher, batches)
+    if memory.held_out:
+        return distance(network, teacher, memory.held_out)
+    some = memory.some(max(MEASURED // memory.batch, 1) * memory.batch)
+    parts = zip(*(tensor.split(memory.batch) for tensor in some), strict=True)
+    return distance(network, teacher, [part for part in parts if len(part[0]) == memory.batch] or [some])
 
 
 def _told(done: str, samples: int, before: float, after: float) -> str:

@@ -45,6 +45,8 @@ class Rows:
 
         wanted = np.arange(len(self))[rows]
         found = np.empty((len(wanted), *self.shape[1:]), self.dtype)
+        if not found.size:
+            return found
         flat = found.reshape(len(wanted), -1).view(np.uint8)
         size = flat.shape[1]
         # Rows that follow each other are read at once.
@@ -97,6 +99,38 @@ class Spool:
     def rows(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Rows:
         """Returns all that was written as one array."""
         return Rows(self._file, 0, dtype, shape)
+
+
+class Shelf:
+    """An array (N, …) that grows by rows: in memory as long as it has at most `most` bytes, and else on disk."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._parts: list[np.ndarray] = []
+        self._spool: Spool | None = None
+        self._count = 0
+
+    def put(self, rows: np.ndarray) -> None:
+        """Adds rows, all of one dtype and shape; they are copied where they stay in memory."""
+        self._count += len(rows)
+        if self._spool is None:
+            self._parts.append(rows.copy())
+            if sum(part.nbytes for part in self._parts) > self._most:
+                self._spool = Spool()
+                for part in self._parts:
+                    self._spool.put(part)
+                del self._parts[1:]  # the first tells dtype and shape
+        else:
+            self._spool.put(rows)
+
+    def rows(self) -> np.ndarray | Rows:
+        """Returns all rows, of which there is at least one, as what can be indexed."""
+        import numpy as np
+
+        first = self._parts[0]
+        if self._spool is None:
+            return np.concatenate(self._parts)
+        return self._spool.rows(first.dtype, (self._count, *first.shape[1:]))
 
 
 def _folder() -> Any:

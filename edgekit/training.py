@@ -1,25 +1,27 @@
-"""Samples to train with: everything that a source holds, in memory, shuffled anew in each epoch."""
+"""Samples to train with: everything that a source holds, in memory or on disk, shuffled anew in each epoch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from edgekit import data as sources
 from edgekit import stages
 from edgekit.errors import EdgeKitError
 from edgekit.results import TensorSpec
+from edgekit.spool import Rows, Shelf
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from edgekit.model import Model
 
     Tensors = tuple[torch.Tensor, ...]
 
-LARGEST = 8 << 30  # bytes of samples that are kept in memory
+IN_MEMORY = 256 << 20  # bytes of samples that are kept in memory; more lie in a temporary file
 BATCHES = (32, 128)  # samples of a step: of few samples, and from MANY on
 MANY = 10_000
 HELD_OUT_FROM = 2_000  # samples: of fewer, each is worth more in the training
@@ -94,22 +96,81 @@ def lessons(
     return replace(found, notes=("the training images are normalized as those of --data",))
 
 
-@dataclass(frozen=True)
-class Memory:
-    """All training samples as one tensor per input, cut into shuffled batches; `held_out` has a part of them."""
+class Column(Protocol):
+    """One input of all samples: a tensor, or what reads the rows asked for from disk."""
 
-    inputs: Tensors
-    labels: torch.Tensor | None
-    batch: int
-    held_out: tuple[Tensors, ...]
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: torch.Tensor) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """A column whose rows lie in memory or on disk; with `preprocessing` they are uint8 images, and it is applied."""
+
+    rows: np.ndarray | Rows
+    preprocessing: sources.Preprocessing | None = None
 
     def __len__(self) -> int:
-        return len(self.inputs[0])
+        return len(self.rows)
+
+    def __getitem__(self, rows: torch.Tensor) -> torch.Tensor:
+        """Returns the rows of an array of indices."""
+        import torch
+
+        found = self.rows[rows.numpy()]
+        return torch.from_numpy(found if self.preprocessing is None else self.preprocessing(found))
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """Batches of samples that are never trained on, read as they are asked for."""
+
+    inputs: Sequence[Column]
+    batches: tuple[torch.Tensor, ...]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Tensors]:
+        for rows in self.batches:
+            yield tuple(column[rows] for column in self.inputs)
+
+    def cut(self, batch: int) -> HeldOut:
+        """Returns them in batches of `batch`; a part that is no batch is left out."""
+        import torch
+
+        if not self.batches:
+            return self
+        return replace(self, batches=tuple(p for p in torch.cat(self.batches).split(batch) if len(p) == batch))
+
+
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """All training samples, a column for each input, cut into shuffled batches; `held_out` has a part of them.
+
+    `rows` are those that are trained on: all where it is None.
+    """
+
+    inputs: Sequence[Column]
+    labels: torch.Tensor | None
+    batch: int
+    held_out: HeldOut | tuple[Tensors, ...]
+    rows: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.inputs[0] if self.rows is None else self.rows)
 
     @property
     def steps(self) -> int:
         """Batches of an epoch: what is left over at its end waits for another epoch."""
         return max(len(self) // self.batch, 1)
+
+    def some(self, count: int) -> Tensors:
+        """Returns the first `count` samples, or as many as there are."""
+        import torch
+
+        return self._take(torch.arange(min(count, len(self))))[0]
 
     def epoch(self, generator: torch.Generator) -> Iterator[tuple[Tensors, torch.Tensor | None]]:
         """Yields each batch of one epoch."""
@@ -117,7 +178,11 @@ class Memory:
 
         order = torch.randperm(len(self), generator=generator)[: self.steps * self.batch]
         for part in order.split(self.batch):
-            yield tuple(tensor[part] for tensor in self.inputs), None if self.labels is None else self.labels[part]
+            yield self._take(part)
+
+    def _take(self, part: torch.Tensor) -> tuple[Tensors, torch.Tensor | None]:
+        rows = part if self.rows is None else self.rows[part]
+        return tuple(column[rows] for column in self.inputs), None if self.labels is None else self.labels[rows]
 
 
 @dataclass(frozen=True)
@@ -136,35 +201,36 @@ class Part:
 def read(stream: Iterable[sources.Batch], original: Model, seed: int) -> Memory:
     """Reads every sample of `stream`; of many a share is held out, chosen by `seed`.
 
-    Raises EdgeKitError where they do not fit into memory, or do not fit the model.
+    Those that take more than IN_MEMORY bytes lie on disk. Raises EdgeKitError where they do not fit there, or do not
+    fit the model.
     """
     import torch
 
     specs = widened(original, BATCHES[0])
-    held: list[tuple[Any, Any]] = []
-    size = 0
-    for inputs, labels in labeled(stream, specs, original.inputs):
-        held.append((inputs, labels))
-        size += sum(tensor.nbytes for tensor in inputs)
-        if size > LARGEST:
-            raise EdgeKitError(
-                f"the training samples take more than {LARGEST >> 30} GiB of memory", "give fewer: --train with a part"
-            )
-    if not held:
+    raw, dtypes, preprocessings = sources.unprocessed(stream, specs)
+    kinds = tuple(replace(spec, dtype=dtype) for spec, dtype in zip(specs, dtypes, strict=True))
+    same = tuple(replace(spec, dtype=dtype) for spec, dtype in zip(original.inputs, dtypes, strict=True))
+    shelves = [Shelf(IN_MEMORY // len(specs)) for _ in specs]
+    found: list[torch.Tensor | None] = []
+    for inputs, labels in labeled(raw, kinds, same):
+        found.append(labels)
+        for shelf, tensor in zip(shelves, inputs, strict=True):
+            shelf.put(tensor.numpy())
+    if not found:
         raise EdgeKitError("there are no samples to train with", sources.HELP)
-    tensors = tuple(torch.cat(parts) for parts in zip(*(inputs for inputs, _ in held), strict=True))
-    labels = None if any(part is None for _, part in held) else torch.cat([part for _, part in held])
-    count = len(tensors[0])
+    columns = tuple(Stored(s.rows(), how) for s, how in zip(shelves, preprocessings, strict=True))
+    known = [part for part in found if part is not None]
+    count = len(columns[0])
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     aside = min(int(HELD_OUT * count), MOST_HELD_OUT) if count >= HELD_OUT_FROM else 0
     step = specs[0].shape[0] if specs[0].shape else 1
     aside -= aside % step  # a model of a fixed batch takes whole ones
     wide = specs != original.inputs and count >= MANY
-    chosen, rest = order[:aside], order[aside:]
-    held_out = tuple(tuple(tensor[part] for tensor in tensors) for part in chosen.split(step)) if aside else ()
+    held_out = HeldOut(columns, order[:aside].split(step) if aside else ())
     return Memory(
-        tuple(tensor[rest] for tensor in tensors) if aside else tensors,
-        labels[rest] if aside and labels is not None else labels,
+        columns,
+        torch.cat(known) if len(known) == len(found) else None,
         BATCHES[1] if wide else step,
         held_out,
+        order[aside:] if aside else None,
     )

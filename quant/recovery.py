@@ -12,7 +12,7 @@ import copy
 import hashlib
 import io
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -75,6 +75,14 @@ class Recovered:
         }
 
 
+class Batches(Protocol):
+    """Batches that are read anew at each pass."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Tensors]: ...
+
+
 class Samples(Protocol):
     """Training samples: `epoch` gives shuffled batches of inputs and labels; `held_out` is never trained on."""
 
@@ -84,7 +92,7 @@ class Samples(Protocol):
         ...
 
     @property
-    def held_out(self) -> Sequence[Tensors]:
+    def held_out(self) -> Batches:
         """Batches that are never trained on."""
         ...
 
@@ -196,7 +204,7 @@ class _Training:
         self.module.eval()
         self.losses.append(total / max(self.samples.steps, 1))
         if self.samples.held_out:
-            parts = [_on(x, self.device) for x in self.samples.held_out]
+            parts = (_on(x, self.device) for x in self.samples.held_out)
             self.held_out.append(distance(self.module, self.guide, parts))
         if not self.held_out or self.held_out[-1] <= min(self.held_out):
             self.best, self.best_epoch = copy.deepcopy(self.module.state_dict()), len(self.losses)
@@ -259,7 +267,7 @@ class _Training:
         return hashlib.sha256(repr((asdict(self.plan), shapes, self.samples.steps, model)).encode()).hexdigest()
 
 
-def distance(module: nn.Module, reference: nn.Module, batches: Sequence[Tensors]) -> float:
+def distance(module: nn.Module, reference: nn.Module, batches: Iterable[Tensors]) -> float:
     """Returns the mean `divergence` of the outputs of `module` from those of `reference` over `batches`."""
     with torch.no_grad():
         moved = [float(divergence(module(*inputs), reference(*inputs))) for inputs in batches]

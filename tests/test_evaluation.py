@@ -12,7 +12,7 @@ import torch
 from kit import SHAPE, network, quick, samples
 
 import edgekit
-from edgekit import baseline, evaluation, judge, metrics, pipeline, stages
+from edgekit import baseline, evaluation, judge, metrics, pipeline, stages, training
 from edgekit import data as sources
 from edgekit.bundle import Bundle
 from edgekit.errors import EdgeKitError
@@ -20,6 +20,7 @@ from edgekit.evaluation import Chunk, Evaluation, evaluate
 from edgekit.journal import Journal
 from edgekit.model import Model, load
 from edgekit.results import TensorSpec
+from edgekit.spool import Spool
 
 RNG = np.random.default_rng(0)
 BATCH_BYTES = 4 * (np.prod(SHAPE) + 10)  # inputs and outputs of a sample
@@ -198,3 +199,44 @@ def test_a_comparison_goes_on_in_the_chunk_where_it_failed(
         all_of_it(resume=False)
     assert all_of_it(resume=True) == 3
     assert ran == [7, 7, 7, 7, 7, 7, 5]
+
+
+@pytest.mark.parametrize("in_memory", [1 << 30, 0], ids=["memory", "disk"])
+def test_training_samples_are_the_same_in_memory_and_on_disk(in_memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches, labels and held-out samples are those of the order that the seeds give, images normalized."""
+    monkeypatch.setattr(training, "IN_MEMORY", in_memory)
+    images = RNG.integers(0, 256, (2100, *SHAPE)).astype(np.uint8)
+    labels = np.arange(2100) % 10
+    data = sources.load({"x": images, "y": labels}, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
+    memory = training.read(data.evaluation, model(), seed=3)
+    assert isinstance(memory.inputs[0], training.Stored)
+    assert isinstance(memory.inputs[0].rows, np.ndarray) == bool(in_memory) and memory.inputs[0].rows.dtype == np.uint8
+    mean, std = (np.array(v, np.float32).reshape(1, 3, 1, 1) for v in ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4)))
+    expected = torch.from_numpy((images * np.float32(1 / 255) - mean) / std)
+    order = torch.randperm(2100, generator=torch.Generator().manual_seed(3))
+    aside, rest = order[:96], order[96:]  # 5 % of them, in whole batches of 32
+    assert len(memory) == 2004 and len(memory.held_out) == 3
+    torch.testing.assert_close(torch.cat([x for (x,) in memory.held_out]), expected[aside], rtol=0, atol=1e-6)
+    shuffled = rest[torch.randperm(2004, generator=torch.Generator().manual_seed(5))]
+    for (x,), y in memory.epoch(torch.Generator().manual_seed(5)):
+        picked, shuffled = shuffled[:32], shuffled[32:]
+        torch.testing.assert_close(x, expected[picked], rtol=0, atol=1e-6)
+        assert y is not None and y.tolist() == labels[picked].tolist()
+    assert isinstance(memory.held_out, training.HeldOut)
+    assert [len(x) for (x,) in memory.held_out.cut(40)] == [40, 40]
+
+
+def test_rows_on_disk_are_read_as_numpy_reads_them() -> None:
+    spool = Spool()
+    arrays = [RNG.integers(0, 9, (7, 2, 3)), RNG.random((5,)).astype(np.float32), np.zeros((4, 0)), np.array([True])]
+    kept = [spool.put(array) for array in arrays]
+    for rows, array in zip(kept, arrays, strict=True):
+        assert (rows.shape, rows.ndim, rows.dtype, rows.nbytes) == (array.shape, array.ndim, array.dtype, array.nbytes)
+        for index in (
+            slice(None),
+            slice(1, 3),
+            np.array([0]),
+            RNG.permutation(len(array)),
+            np.arange(len(array))[::-1],
+        ):
+            np.testing.assert_array_equal(rows[index], array[index])
