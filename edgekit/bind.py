@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,21 @@ from torch.utils import _pytree as pytree
 
 from edgekit.batch_axis import Placement, placements
 from edgekit.data_dependent import Watch, open_onnx, open_torch
-from edgekit.errors import EdgeKitError, reason
+from edgekit.errors import EdgeKitError, MissingInputs, reason
 from edgekit.flat import SLOT, Flat, OnnxReference, leaves
 from edgekit.openers import Opened, release_modes
 from edgekit.results import State, TensorSpec
 from edgekit.state import Buffers, explicit, run_watched, state_note
 
 _SHAPES_HELP = "give one --input per input, such as --input 1x3x224x224, or --data with samples"
+OBJECTS = (
+    "module",
+    "state_dict",
+    "checkpoint",
+    "safetensors",
+    "factory",
+    "object",
+)  # forms with a forward of their own
 _NUMBERS_HELP = "export a model that takes numbers, and prepare its text outside of it"
 _FLOAT_HELP = "load the float model: EdgeKit quantizes it"
 
@@ -36,6 +45,7 @@ class Bound:
     outputs: tuple[TensorSpec, ...]
     example: tuple[torch.Tensor, ...]
     state: tuple[State, ...] = ()
+    unscaled: bool = False
 
 
 @dataclass(frozen=True)
@@ -154,14 +164,24 @@ def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], what: str) -> None
             )
 
 
-def bind(opened: Opened, specs: Sequence[TensorSpec], example: Sequence[Any] | Mapping[str, Any] | None) -> Bound:
+def bind(
+    opened: Opened,
+    specs: Sequence[TensorSpec],
+    example: Sequence[Any] | Mapping[str, Any] | None,
+    images: Sequence[Any] | Mapping[str, Any] | None = None,
+) -> Bound:
     """Settle the inputs (from `specs`, else `example`, else the file), run the module on them, and name the outputs.
+
+    `images` are the example as images of 0..255, which take its place where the model takes bytes or scales them.
 
     Raises EdgeKitError where inputs are missing, unknown or do not fit, where the module does not run on them, or
     where it returns something that is no tensor.
     """
     signature = _signature(opened)
-    samples = _samples(example, opened.notes)
+    unscaled = images is not None and _takes_bytes(opened, specs, images)
+    samples = _samples(images if unscaled else example, opened.notes)
+    if unscaled and samples is not None:
+        samples = _of_kinds(samples, specs or opened.specs)
     if specs:
         given = _made(specs, samples, signature, "--input")
     elif samples is not None:
@@ -169,7 +189,9 @@ def bind(opened: Opened, specs: Sequence[TensorSpec], example: Sequence[Any] | M
         given = _made(opened.specs, samples, signature, "the file") if fixed else _unstacked(samples, opened.specs)
     else:
         given = _from_file(opened, signature)
-    as_dict = _is_one_dict(given, signature) and not specs
+    as_dict = not specs and _is_one_dict(given, signature, opened)
+    if not specs and not as_dict and len(given) == 1 and given[0][0] not in signature.names:
+        given = [("", given[0][1])]  # a lone array of the data is the one input, whatever either calls it
     inputs = given if as_dict else _arranged(given, signature, opened.name)
     tensors = tuple(t for _, t in inputs)
     states: tuple[State, ...] = ()
@@ -201,7 +223,29 @@ def bind(opened: Opened, specs: Sequence[TensorSpec], example: Sequence[Any] | M
     taken = {name for name, _ in inputs}
     outputs = tuple(opens([_spec(f"{name}_out" if name in taken else name, t) for name, t in pairs]))
     example = (*tensors, *(torch.from_numpy(state.value.copy()) for state in states))
-    return Bound(module, input_specs, outputs, example, states)
+    return Bound(module, input_specs, outputs, example, states, unscaled)
+
+
+def _takes_bytes(opened: Opened, specs: Sequence[TensorSpec], images: Sequence[Any] | Mapping[str, Any]) -> bool:
+    """Whether images of 0..255 are to go in as they are: an input is of uint8, or the network scales its one itself."""
+    from edgekit.pixels import scales_bytes
+
+    if any(spec.dtype == "uint8" for spec in specs or opened.specs):
+        return True
+    named = _samples(images, []) or []
+    if len(named) != 1 or isinstance(opened.module, OnnxReference):
+        return False
+    return scales_bytes(opened.module, (named[0][1],))
+
+
+def _of_kinds(samples: Named, specs: Sequence[TensorSpec]) -> Named:
+    """Images in the types of `specs`, by name or else by position, where those are known."""
+    by_name = {spec.name: spec.dtype for spec in specs}
+    found = []
+    for (name, tensor), dtype in zip_longest(samples, [spec.dtype for spec in specs][: len(samples)]):
+        kind = getattr(torch, by_name.get(name, dtype) or "", None)
+        found.append((name, tensor.to(kind) if isinstance(kind, torch.dtype) else tensor))
+    return found
 
 
 def _signature(opened: Opened) -> Signature:
@@ -304,10 +348,26 @@ def _unstacked(samples: Named, specs: Sequence[TensorSpec]) -> Named:
     ]
 
 
-def _is_one_dict(given: Named, signature: Signature) -> bool:
-    """Whether named tensors, none of which the model knows, are meant as the one dict that its forward takes."""
-    unknown = len(given) > 1 and all(name and name not in signature.names for name, _ in given)
-    return unknown and len(signature.required) == 1
+def _is_one_dict(given: Named, signature: Signature, opened: Opened) -> bool:
+    """Whether named tensors, none of which the model knows, are meant as the one dict that its forward takes.
+
+    One alone is, where the model does not run on it as a tensor.
+    """
+    if len(signature.required) != 1 or any(not name or name in signature.names for name, _ in given):
+        return False
+    if len(given) > 1 or opened.form not in OBJECTS:
+        return len(given) > 1
+    (name, tensor) = given[0]
+    return not _runs(opened.module, tensor) and _runs(opened.module, {name: tensor})
+
+
+def _runs(module: torch.nn.Module, argument: object) -> bool:
+    try:
+        with torch.no_grad():
+            module(argument)
+    except Exception:  # whatever a forward raises for what it does not take
+        return False
+    return True
 
 
 def _arranged(given: Named, signature: Signature, what: str) -> Named:
@@ -337,8 +397,8 @@ def _arranged(given: Named, signature: Signature, what: str) -> Named:
     placed.update(zip(free, loose, strict=False))
     missing = [n for n in signature.required if n not in placed]
     if missing:
-        raise EdgeKitError(
-            f"{what} needs the inputs {', '.join(missing)} as well; its inputs: {signature}", _SHAPES_HELP
+        raise MissingInputs(
+            f"{what} needs the inputs {', '.join(missing)} as well; its inputs: {signature}", _SHAPES_HELP, missing
         )
     rest = loose[len(free) :]
     extra = [("input" if len(rest) == 1 and not placed else f"input_{i}", t) for i, t in enumerate(rest)]

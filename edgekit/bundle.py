@@ -132,6 +132,15 @@ def recipe_of(artifact: Artifact) -> Mapping[str, Any]:
     return recipe if isinstance(recipe, dict) else {}
 
 
+def calibrated_on(artifact: Artifact) -> frozenset[str]:
+    """Returns the digests of the samples that a file was calibrated on, as the bundle around it tells, or none."""
+    if not (artifact.path.parent / MANIFEST).is_file():
+        return frozenset()
+    told = read(artifact.path.parent).manifest.get("calibration")
+    digests = told.get("digests") if isinstance(told, dict) else None
+    return frozenset(map(str, digests)) if isinstance(digests, list) else frozenset()
+
+
 def describe(
     folder: Path,
     *,
@@ -143,6 +152,7 @@ def describe(
     outputs: Sequence[TensorSpec],
     state: Sequence[State],
     preprocessing: Mapping[str, Any] | None,
+    calibration: Mapping[str, Any] | None = None,
     labels: Sequence[str],
     qparams: Mapping[str, Any],
     artifacts: Sequence[Mapping[str, Any]],
@@ -168,6 +178,7 @@ def describe(
             **({"state": [_described(part) for part in state]} if state else {}),
             "layout": "NCHW",
             "preprocessing": preprocessing,
+            "calibration": calibration,
             "labels": list(labels),
             "qparams": dict(qparams),
             "artifacts": entries,

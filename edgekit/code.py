@@ -15,6 +15,7 @@ from types import ModuleType
 
 from edgekit.errors import EdgeKitError
 
+_modules_of: dict[Path, dict[str, ModuleType]] = {}  # by folder, those that gave way to others of the same names
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
@@ -110,13 +111,33 @@ def _split(text: str) -> tuple[str, str | None]:
 
 @contextmanager
 def _on_path(folder: Path) -> Iterator[None]:
+    """Lets code import from `folder`, and get its own modules where another folder has some of the same names."""
     entry = str(folder)
     sys.path.insert(0, entry)
+    _switch_to(folder.resolve())
     try:
         yield
     finally:
         if entry in sys.path:
             sys.path.remove(entry)
+
+
+def _switch_to(folder: Path) -> None:
+    """Puts the modules of `folder` in the place of those that came by the same names from other folders of users."""
+    importlib.invalidate_caches()
+    _modules_of.setdefault(folder, {})
+    for other, kept in _modules_of.items():
+        if other == folder:
+            continue
+        for name, module in list(sys.modules.items()):
+            head = name.partition(".")[0]
+            path = getattr(sys.modules.get(head), "__file__", None)
+            ours = (folder / f"{head}.py").is_file() or (folder / head / "__init__.py").is_file()
+            if ours and path is not None and Path(path) in (other / f"{head}.py", other / head / "__init__.py"):
+                kept[name] = module
+                del sys.modules[name]
+    for name, module in _modules_of[folder].items():
+        sys.modules.setdefault(name, module)
 
 
 def _findable(name: str) -> bool:
@@ -132,7 +153,8 @@ def _findable(name: str) -> bool:
 def _import_file(path: Path, shown: str) -> ModuleType:
     """Run a file as a module; one that was run before and has not changed since is not run again."""
     stamp = (str(path), path.stat().st_mtime_ns)
-    for module in list(sys.modules.values()):
+    kept = [module for modules in _modules_of.values() for module in modules.values()]
+    for module in [*sys.modules.values(), *kept]:
         if getattr(module, "_edgekit_stamp", None) == stamp:
             return module
     # A file called torch.py or json.py must not take the place of the module that others import.

@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from edgekit import detection
 from edgekit.batch_axis import Placement, placements
-from edgekit.errors import EdgeKitError
+from edgekit.errors import EdgeKitError, reason
 from edgekit.results import TensorSpec
 from edgekit.spool import BLOCK, Rows, Spool
 
@@ -18,16 +18,24 @@ if TYPE_CHECKING:
     import zipfile
 
     import numpy as np
+    import torch
+    from PIL import Image
 
     Arrays = Mapping[str | int, np.ndarray]  # one array per input, by name or by position, batched along axis 0
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 IMAGE_CHANNELS = (1, 3)
+MOST_PIXELS = 178_956_970  # of an image, where PIL takes it for a decompression bomb
+SIXTEEN_BITS = ("PNG", "PPM")  # formats whose integers, of PIL's mode I, have 16 bits
+PARTS = {"train", "training", "val", "valid", "validation", "eval", "dev", "test", "testing"}  # of a data set
 CALIBRATION_SAMPLES = 512  # the most that calibration reads, so that it takes seconds
 IN_MEMORY = 64 << 20  # bytes of an array of a file that are read at once; of larger ones the rows that are asked for
 CALIBRATION = {"calib_x", "calib_y"}
 RESERVED = {"x", "y", "y_boxes", "y_labels", "calib_x", "calib_y", "mean", "std", "labels"}
 OBJECTS = ("y_boxes", "y_labels")
+NOT_NORMALIZED = "scaled to 0..1 and not normalized"
+AS_THEY_ARE = "uint8 images go in as they are, of 0..255: the model takes bytes, or scales them itself"
+Y_IS_AN_INPUT = "y is an input of the model, and no label: the data has none"
 HELP = "give --data an .npz with x and y, a .pt likewise, a folder of class folders, or FILE.py:function"
 
 
@@ -75,7 +83,8 @@ class Data:
     """A source of samples. `calibration` and `evaluation` can each be read any number of times.
 
     `separate` says whether calibration reads samples that evaluation does not. `training` are all samples that
-    calibration may read, where it reads a part of them.
+    calibration may read, where it reads a part of them. `shared` is what to know of a calibration on samples that
+    evaluation reads too.
     """
 
     source: str
@@ -86,6 +95,33 @@ class Data:
     notes: tuple[str, ...] = ()
     separate: bool = False
     training: Iterable[Batch] | None = None
+    shared: str | None = None
+
+    def unscaled(self) -> Data:
+        """Returns the same with uint8 images as they are, for a model that takes bytes or scales them itself."""
+        streams = {
+            key: replace(stream, preprocessing=None)
+            for key in ("calibration", "evaluation", "training")
+            if isinstance(stream := getattr(self, key), _Slices | _Images)
+        }
+        notes = (*(note for note in self.notes if NOT_NORMALIZED not in note), AS_THEY_ARE)
+        return replace(self, preprocessing=None, notes=notes, **streams)
+
+    def with_targets_as(self, name: str) -> Data | None:
+        """Returns the same with the array `y` as the input `name` and without labels; None where it is not called so.
+
+        The input that has no name of its own is then called `x`.
+        """
+        if name != "y" or not isinstance(self.evaluation, _Slices) or self.evaluation.target is None or self.separate:
+            return None
+        given = self.evaluation
+        arrays = {"x" if key == 0 else key: array for key, array in given.arrays.items()} | {name: given.target}
+        parts = {
+            key: replace(stream, arrays=arrays, target=None)
+            for key in ("calibration", "evaluation")
+            if isinstance(stream := getattr(self, key), _Slices)
+        }
+        return replace(self, notes=(*self.notes, Y_IS_AN_INPUT), **parts)
 
     def read_once(self) -> Iterable[Batch]:
         """Returns the evaluation samples to be read as a whole for the last time.
@@ -308,6 +344,8 @@ def _in_order(arrays: Arrays, inputs: Sequence[TensorSpec]) -> list[np.ndarray]:
             f"the data has {len(arrays)} inputs, the model takes {len(inputs)}: {', '.join(s.name for s in inputs)}",
             HELP,
         )
+    if len(arrays) == 1:  # whatever either of them calls it
+        return list(arrays.values())
     missing = [spec.name for i, spec in enumerate(inputs) if spec.name not in arrays and i not in arrays]
     if missing:
         raise EdgeKitError(
@@ -448,7 +486,7 @@ def _guarded(path: Path, read: Any) -> Any:
 def _from_arrays(source: str, arrays: Mapping[str, Any], mean: Sequence[float], std: Sequence[float]) -> Data:
     import numpy as np
 
-    arrays = {str(key): _plain(value) for key, value in arrays.items()}
+    arrays = _with_labels({str(key): _plain(value) for key, value in arrays.items()})
     named = {key: array for key, array in arrays.items() if key not in RESERVED or key == "x"}
     if not named:
         raise EdgeKitError(f"{source} has no inputs: it holds {', '.join(arrays) or 'nothing'}", HELP)
@@ -468,14 +506,14 @@ def _from_arrays(source: str, arrays: Mapping[str, Any], mean: Sequence[float], 
     # A lone `x` is the model's one input, whatever the model calls it.
     lone = set(named) == {"x"}
     inputs: Arrays = {0 if lone else key: array for key, array in named.items()}
-    preprocessing, notes, training = None, [], None
+    preprocessing, notes, training, shared = None, [], None, None
     images = [array for array in inputs.values() if _is_image(array)]
     if images:
         mean = mean or tuple(float(v) for v in np.ravel(arrays.get("mean", ())))
         std = std or tuple(float(v) for v in np.ravel(arrays.get("std", ())))
         preprocessing = _preprocessing(images[0].shape[1], mean, std)
         if not mean:
-            notes.append("uint8 images are scaled to 0..1 and not normalized: no mean and std given")
+            notes.append(f"uint8 images are {NOT_NORMALIZED}: no mean and std given")
     elif mean:
         raise _not_normalizable(source)
     elif "mean" in arrays:
@@ -497,11 +535,22 @@ def _from_arrays(source: str, arrays: Mapping[str, Any], mean: Sequence[float], 
         )
     else:
         calibration = _Slices(inputs, None, preprocessing, _spaced(next(iter(inputs.values()))))
-        notes.append(f"calibration reads samples that evaluation reads too: {source} has no calib_x of its own")
+        shared = f"calibration reads samples that evaluation reads too: {source} has no calib_x of its own"
     labels = tuple(str(label) for label in arrays.get("labels", ()))
     evaluation = _Slices(inputs, target, preprocessing)
     separate = "calib_x" in arrays
-    return Data(source, calibration, evaluation, preprocessing, labels, tuple(notes), separate, training)
+    return Data(source, calibration, evaluation, preprocessing, labels, tuple(notes), separate, training, shared)
+
+
+def _with_labels(arrays: dict[str, Any]) -> dict[str, Any]:
+    """Returns `arrays` with `labels` as the targets where they are a class index for each sample, and no names."""
+    labels = arrays.get("labels")
+    if labels is None or OBJECTS[0] in arrays or "y" in arrays or labels.ndim != 1 or labels.dtype.kind not in "iu":
+        return arrays
+    samples = {len(array) for key, array in arrays.items() if array.ndim and (key not in RESERVED or key == "x")}
+    if samples != {len(labels)}:
+        return arrays
+    return {**{key: array for key, array in arrays.items() if key != "labels"}, "y": labels}
 
 
 def _for_each_sample(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -572,18 +621,29 @@ class _Images:
 
 
 def _read_image(path: Path, size: tuple[int, int, int]) -> np.ndarray:
+    """Returns the center of an image file as uint8 (channels, height, width), upright as its EXIF data says.
+
+    Raises EdgeKitError for a file that cannot be read, or whose values have no range of their own.
+    """
+    import warnings
+
     import numpy as np
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     channels, height, width = size
     try:
-        with Image.open(path) as opened:
-            image = opened.convert("L" if channels == 1 else "RGB")
+        with warnings.catch_warnings(), Image.open(path) as opened:
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            if opened.width * opened.height > MOST_PIXELS:
+                raise ValueError(f"it is {opened.width}x{opened.height} pixels, and {MOST_PIXELS:,} are read at most")
+            image = _of_bytes(ImageOps.exif_transpose(opened), opened.format)
+            image = image.convert("L" if channels == 1 else "RGB")
             # The usual evaluation crop: 224 out of a short side of 256.
             factor = max(height / image.height, width / image.width) * 256 / 224
-            image = image.resize(
-                (math.ceil(image.width * factor), math.ceil(image.height * factor)), Image.Resampling.BILINEAR
-            )
+            wide, high = math.ceil(image.width * factor), math.ceil(image.height * factor)
+            if wide * high > MOST_PIXELS:
+                raise ValueError(f"it is {image.width}x{image.height} pixels, too long and narrow to be scaled")
+            image = image.resize((wide, high), Image.Resampling.BILINEAR)
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise EdgeKitError(f"{path} is not a readable image: {error}", "remove it from the data folder") from None
     left, top = (image.width - width) // 2, (image.height - height) // 2
@@ -591,10 +651,42 @@ def _read_image(path: Path, size: tuple[int, int, int]) -> np.ndarray:
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
 
+def _of_bytes(image: Image.Image, format: str | None) -> Image.Image:
+    """Returns an image whose values are bytes: those of 16 bits are scaled by their own range, others have none.
+
+    PIL itself cuts off what is above 255.
+    """
+    import numpy as np
+    from PIL import Image
+
+    if image.mode.startswith("I;16") or (image.mode == "I" and format in SIXTEEN_BITS):
+        values = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
+        raise ValueError(f"its values are {kind}, whose range nothing tells: save it with 8 or 16 bits")
+    return image
+
+
+def _check_not_parts(folder: Path, classes: Sequence[Path]) -> None:
+    """Raises EdgeKitError for the root of a data set that is split into parts."""
+    parts = [entry for entry in classes if entry.name.lower() in PARTS]
+    if not parts or len(parts) < len(classes):
+        return
+    if len(parts) == 1 and not any(entry.is_dir() for entry in parts[0].iterdir()):
+        return  # one class, by its name
+    names = ", ".join(entry.name for entry in parts)
+    raise EdgeKitError(
+        f"{folder} holds the parts of a data set ({names}), and not one folder for each class",
+        f"name one of them: --data {parts[-1]}",
+    )
+
+
 def _from_folder(
     folder: Path, image_size: tuple[int, int, int] | None, mean: Sequence[float], std: Sequence[float]
 ) -> Data:
     classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    _check_not_parts(folder, classes)
     numbered = bool(classes) and all(entry.name.isdecimal() for entry in classes)
     files = [
         (path, int(entry.name) if numbered else index)
@@ -615,9 +707,7 @@ def _from_folder(
     if image_size[0] not in IMAGE_CHANNELS:
         raise EdgeKitError(f"images have 1 or 3 channels, the model takes {image_size[0]}", HELP)
     preprocessing = _preprocessing(image_size[0], mean, std)
-    notes = ["calibration reads images that evaluation reads too"]
-    if not mean:
-        notes.append("images are scaled to 0..1 and not normalized: no --mean and --std given")
+    notes = () if mean else (f"images are {NOT_NORMALIZED}: no --mean and --std given",)
     calibration = [files[i] for i in _spaced(files)]
     return Data(
         str(folder),
@@ -625,7 +715,8 @@ def _from_folder(
         _Images(files, image_size, preprocessing),
         preprocessing,
         () if numbered else tuple(entry.name for entry in classes),
-        tuple(notes),
+        notes,
+        shared="calibration reads images that evaluation reads too",
     )
 
 
@@ -662,8 +753,8 @@ def _from_iterable(source: str, made: Any, mean: Sequence[float]) -> Data:
     if mean:
         raise _not_normalizable(source)
     made = rereadable(made)
-    notes = ("calibration reads samples that evaluation reads too",)
-    return Data(source, _Iterable(source, made, CALIBRATION_SAMPLES), _Iterable(source, made), notes=notes)
+    shared = "calibration reads samples that evaluation reads too"
+    return Data(source, _Iterable(source, made, CALIBRATION_SAMPLES), _Iterable(source, made), shared=shared)
 
 
 def _as_batch(source: str, item: Any) -> Batch:
@@ -699,14 +790,33 @@ def _array(value: Any) -> np.ndarray:
 
 
 def _plain(value: Any) -> Any:
+    """Returns what a user gave as an array: tensors as dense numbers that numpy has."""
     import numpy as np
 
     if isinstance(value, Rows):
         return value
     if hasattr(value, "detach"):
-        value = value.detach().cpu()
-        value = value.float() if value.is_floating_point() else value  # numpy has no bfloat16
+        return _of_tensor(value.detach())
     try:
         return np.asarray(value)
     except ValueError:
         raise EdgeKitError("the rows of one array differ in length", HELP) from None
+
+
+def _of_tensor(tensor: torch.Tensor) -> np.ndarray:
+    import torch
+
+    if tensor.is_meta:
+        raise EdgeKitError("the data holds a tensor on the meta device, which has no values", "save the samples anew")
+    try:
+        if tensor.is_quantized:
+            tensor = tensor.dequantize()
+        if tensor.layout != torch.strided:
+            tensor = tensor.to_dense()
+        tensor = tensor.cpu()
+        # numpy has no bfloat16, nor any type of 8 bits
+        return (tensor.float() if tensor.is_floating_point() else tensor.resolve_conj().resolve_neg()).numpy()
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        raise EdgeKitError(
+            f"the data holds a tensor that is no array of numbers: {reason(error)}", "save it as a plain dense tensor"
+        ) from None

@@ -1,5 +1,9 @@
 """The one error that EdgeKit raises for everything its user can mend."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 MOST_SHOWN = 200  # characters of what another library says
 
 
@@ -17,6 +21,14 @@ class EdgeKitError(Exception):
 
     def __str__(self) -> str:
         return f"{self.what}\n  help: {self.help}" if self.help else self.what
+
+
+class MissingInputs(EdgeKitError):
+    """A model takes more inputs than are given: `names`."""
+
+    def __init__(self, what: str, help: str | None = None, names: Sequence[str] = ()) -> None:
+        super().__init__(what, help)
+        self.names = tuple(names)
 
 
 def reason(error: BaseException) -> str:

@@ -56,6 +56,14 @@ class Chunk:
         """Joins (runs, batch, …) outputs to one row a sample and drops the padding."""
         return [array[: self.count] for array in stages.flat(outputs, self.batch, self.outputs)]
 
+    def digests(self) -> list[str]:
+        """A name for the content of each sample."""
+        found: list[str] = []
+        for run in range(self.runs):
+            real = min(self.batch, self.count - len(found))
+            found += stages.sample_digests([feed[run] for feed in self.feeds], real)
+        return found
+
     @cached_property
     def digest(self) -> str:
         """A name for the content of its feeds."""
@@ -220,13 +228,15 @@ def evaluate(
     files: Mapping[Artifact, Runner],
     metric: Metric | None,
     advance: Callable[[], None] = lambda: None,
+    look: Callable[[Chunk], None] = lambda chunk: None,
 ) -> tuple[Scores | None, dict[Artifact, Tally]]:
     """Runs the original and every file on each chunk; returns the original's scores, and the tally of each file.
 
-    `advance` is called after each run.
+    `advance` is called after each run, and `look` is shown each chunk.
     """
     scored, tallies = Scored(metric), {artifact: Tally(metric) for artifact in files}
     for chunk in evaluation:
+        look(chunk)
         reference = chunk.cut(original(chunk))
         scored.add(chunk, reference)
         advance()

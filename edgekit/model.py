@@ -32,6 +32,7 @@ class Model:
     `form` is `state_dict`, `checkpoint`, `module`, `torchscript`, `pt2`, `safetensors`, `onnx`, `factory` or `object`.
     `example` holds one tensor per input: the caller's samples, or made-up values. `notes` tell what was done to the
     model. For the form `onnx`, `onnx` is the checked graph, and `module` runs it in ONNX Runtime (not exportable).
+    `unscaled` says that it takes the images that it was loaded with as they are, of 0..255.
     Where a model has `state`, `module` takes it behind the inputs and gives its next value behind the outputs, and the
     tensors of `example` end with its initial value.
     """
@@ -45,6 +46,7 @@ class Model:
     notes: tuple[str, ...]
     onnx: onnx.ModelProto | None
     state: tuple[State, ...] = ()
+    unscaled: bool = False
 
     @property
     def all_inputs(self) -> tuple[TensorSpec, ...]:
@@ -63,13 +65,15 @@ def load(
     code: str | None = None,
     inputs: Sequence[str] = (),
     example: Sequence[np.ndarray] | Mapping[str, np.ndarray] | None = None,
+    images: Sequence[np.ndarray] | Mapping[str, np.ndarray] | None = None,
 ) -> Model:
     """Load a model file, the code that makes a model, or a module object, and try it on example inputs.
 
     The static input shapes (batch included) come from `inputs` (see `parse_spec`), else from `example` (arrays by
     position or by input name), else from the file where it holds them. Where there are no samples, the example is
     seeded: normal random numbers for float inputs, zeros for integers and booleans. A module object is copied, never
-    changed.
+    changed. `images` are the example with images of uint8 as they are: they take its place where an input is of that
+    type, or where the model scales its images itself.
 
     Raises EdgeKitError for everything that is wrong with the file, the code, the weights or the inputs.
     """
@@ -87,7 +91,7 @@ def load(
             opened = open_source(str(source), code)
         if opened.onnx is None:
             tidy(opened)
-        return opened, bind(opened, specs, example)
+        return opened, bind(opened, specs, example, images)
 
     if not isinstance(source, nn.Module) and not runs_user_code(str(source), code):
         rehearsed(str(source), opened_and_bound, _bytes(specs, example))
@@ -102,6 +106,7 @@ def load(
         tuple(opened.notes),
         opened.onnx,
         bound.state,
+        bound.unscaled,
     )
 
 

@@ -177,6 +177,7 @@ def export(
         results, entries = {"original": reference}, []
         notes = [*assumed, *without, *original.notes, *pruned_notes]
         notes += source.notes if source else ("checked on random inputs: no --data was given",)
+        notes += (source.shared,) if source and source.shared and recipe.needs_data else ()
         notes += compressed.notes if compressed is not None else ()
         notes += made.notes if made else ()
         notes += precision_notes
@@ -212,6 +213,7 @@ def export(
             outputs=original.outputs,
             state=original.state,
             preprocessing=source.preprocessing.to_dict() if source and source.preprocessing else None,
+            calibration=stages.calibrated_on(original, source) if source and recipe.needs_data else None,
             labels=source.labels if source else (),
             qparams=stages.qparams(original, program),
             artifacts=entries,
@@ -444,13 +446,13 @@ def run_all(
     original: baselines.Reference,
     artifacts: Sequence[Artifact],
     metric: metrics.Metric,
-    settings: list[str],
+    notes: list[str],
     device: Device,
     threads: int,
     journal: Journal,
     progress: Progress,
 ) -> tuple[metrics.Scores | None, dict[Artifact, Tally]]:
-    """Runs the original and every file on all samples, chunk by chunk; notes on a runtime's settings go to `settings`.
+    """Runs the original and every file on all samples, chunk by chunk; what to know of the runs goes to `notes`.
 
     Returns the scores of the original, and what is kept of each file's outputs.
     """
@@ -459,14 +461,26 @@ def run_all(
         def run(chunk: Chunk) -> Sequence[np.ndarray]:
             options = {"device": device, "threads": threads, "digest": chunk.digest}
             result = journal.run(artifact, chunk.feeds, **options)
-            settings.extend(note for note in stages.settings_notes(artifact, result) if note not in settings)
+            notes.extend(note for note in stages.settings_notes(artifact, result) if note not in notes)
             return result.outputs
 
         return run
 
+    calibrated = {name: found for a, name in labels(artifacts).items() if (found := bundles.calibrated_on(a))}
+    seen = dict.fromkeys(calibrated, 0)
+
+    def look(chunk: Chunk) -> None:
+        digests = chunk.digests() if calibrated else ()
+        for name, found in calibrated.items():
+            seen[name] += sum(digest in found for digest in digests)
+
     total = None if evaluation.chunks is None else evaluation.chunks * (1 + len(artifacts))
     with progress.step(f"Running the original and {', '.join(labels(artifacts).values())}", total) as advance:
-        return evaluate(evaluation, original, {a: runner(a) for a in artifacts}, metric, advance)
+        found = evaluate(evaluation, original, {a: runner(a) for a in artifacts}, metric, advance, look)
+    for count in sorted(set(seen.values()) - {0}):
+        names = ", ".join(name for name, shared in seen.items() if shared == count)
+        notes.append(f"{names} calibrated on {count:,} of these {evaluation.count:,} samples, which flatters a little")
+    return found
 
 
 def race(

@@ -16,7 +16,7 @@ from edgekit import bundle as bundles
 from edgekit import data as sources
 from edgekit import judge, limits, ragged
 from edgekit.beside import beside, is_copy
-from edgekit.errors import EdgeKitError, reason
+from edgekit.errors import EdgeKitError, MissingInputs, reason
 from edgekit.progress import Progress, Silent
 from edgekit.results import SUFFIXES, Artifact, Layout, State, TensorSpec, axis_order
 
@@ -74,12 +74,58 @@ def load(
     shape = specs[0].shape if specs else ()
     size = image_size(shape, channels_last=not inputs)
     source = sources.load(data, image_size=size, mean=mean, std=std)
-    example = source.example()
-    if like and shape and not inputs:
-        example = {key: array.repeat(max(shape[0], 1), axis=0) for key, array in example.items()}
-    loaded = load_model(model, code=code, inputs=inputs, example=_named(example))
+    if any(spec.name == "y" for spec in specs):
+        source = source.with_targets_as("y") or source
+    try:
+        loaded, source = _loaded(model, source, inputs, code, like)
+    except MissingInputs as error:
+        found = source.with_targets_as(error.names[0]) if len(error.names) == 1 else None
+        if found is None:
+            raise
+        loaded, source = _loaded(model, found, inputs, code, like)
     first = next(iter(sources.batches(source.evaluation, loaded.inputs)))[0]  # tells now whether the data fits
     return replace(loaded, example=(*_tensors(first), *loaded.example[len(first) :])), source
+
+
+def _loaded(
+    model: Any, source: sources.Data, inputs: Sequence[str], code: str | None, like: Sequence[TensorSpec]
+) -> tuple[Model, sources.Data]:
+    """Loads the model on a sample of `source`; images stay as they are where it takes bytes or scales them itself."""
+    from edgekit.model import load as load_model
+
+    scaled = source.preprocessing
+    unscaled = source.unscaled() if scaled is not None and not scaled.mean else None
+    examples = [None if given is None else given.example() for given in (source, unscaled)]
+    if like and like[0].shape and not inputs:
+        repeats = max(like[0].shape[0], 1)
+        examples = [e and {key: array.repeat(repeats, axis=0) for key, array in e.items()} for e in examples]
+        if examples[1] and like[0].dtype != "uint8":
+            examples[1] = {key: array.astype(like[0].dtype) for key, array in examples[1].items()}
+    example, images = (None if given is None else _named(given) for given in examples)
+    loaded = load_model(model, code=code, inputs=inputs, example=example, images=images)
+    return loaded, source if unscaled is None or not loaded.unscaled else unscaled
+
+
+def calibrated_on(original: Model, source: sources.Data) -> dict[str, Any]:
+    """Returns what the manifest says of the samples that a recipe calibrated on: their source, and a digest of each."""
+    most = -(-sources.CALIBRATION_SAMPLES // batch_of(original.inputs))
+    found: list[str] = []
+    for arrays, real, _ in islice(sources.batches(source.calibration, original.inputs), most):
+        found += sample_digests(arrays, real)
+    return {"source": source.source, "samples": len(found), "digests": found}
+
+
+def sample_digests(arrays: Sequence[np.ndarray], count: int) -> list[str]:
+    """Returns a name for the content of each of the first `count` samples of a batch, all inputs together."""
+    import hashlib
+
+    import numpy as np
+
+    rows = [np.ascontiguousarray(array) if array.ndim else array.reshape(1) for array in arrays]
+    return [
+        hashlib.blake2b(b"".join(row[i : i + 1].tobytes() for row in rows), digest_size=6).hexdigest()
+        for i in range(count)
+    ]
 
 
 def no_state(original: Model, what: str) -> EdgeKitError:

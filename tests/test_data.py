@@ -50,7 +50,7 @@ def test_npz_of_x_and_y(tmp_path: Path) -> None:
     assert np.array_equal(got[0], x)
     assert np.array_equal(target, y)
     assert data.example()[0].shape == (1, 3, 4, 4)
-    assert any("calib_x" in note for note in data.notes)
+    assert data.shared is not None and "calib_x" in data.shared
 
 
 @pytest.mark.parametrize("names", [("ids", "mask"), ("x", "mask"), ("mask", "x")])
