@@ -16,6 +16,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from edgekit.batch_axis import Placement, placements
+from edgekit.data import ANY_INPUT
 from edgekit.data_dependent import Watch, open_onnx, open_torch
 from edgekit.errors import EdgeKitError, MissingInputs, reason
 from edgekit.flat import SLOT, Flat, OnnxReference, leaves
@@ -190,8 +191,6 @@ def bind(
     else:
         given = _from_file(opened, signature)
     as_dict = not specs and _is_one_dict(given, signature, opened)
-    if not specs and not as_dict and len(given) == 1 and given[0][0] not in signature.names:
-        given = [("", given[0][1])]  # a lone array of the data is the one input, whatever either calls it
     inputs = given if as_dict else _arranged(given, signature, opened.name)
     tensors = tuple(t for _, t in inputs)
     states: tuple[State, ...] = ()
@@ -377,9 +376,9 @@ def _arranged(given: Named, signature: Signature, what: str) -> Named:
         len(given) == 1
         and len(signature.required) <= 1
         and given[0][0] not in names
-        and given[0][0] in ("", "x", "input")
+        and given[0][0] in {"", *ANY_INPUT}
     ):
-        given = [("", given[0][1])]  # a data file calls its one array `x`, whatever the model calls it
+        given = [("", given[0][1])]  # a data file has a word of its own for its one array
     unknown = [name for name, _ in given if name and name not in names]
     if unknown:
         raise EdgeKitError(

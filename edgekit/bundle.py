@@ -134,9 +134,7 @@ def recipe_of(artifact: Artifact) -> Mapping[str, Any]:
 
 def calibrated_on(artifact: Artifact) -> frozenset[str]:
     """Returns the digests of the samples that a file was calibrated on, as the bundle around it tells, or none."""
-    if not (artifact.path.parent / MANIFEST).is_file():
-        return frozenset()
-    told = read(artifact.path.parent).manifest.get("calibration")
+    told = recipe_of(artifact).get("calibration")
     digests = told.get("digests") if isinstance(told, dict) else None
     return frozenset(map(str, digests)) if isinstance(digests, list) else frozenset()
 
@@ -152,7 +150,6 @@ def describe(
     outputs: Sequence[TensorSpec],
     state: Sequence[State],
     preprocessing: Mapping[str, Any] | None,
-    calibration: Mapping[str, Any] | None = None,
     labels: Sequence[str],
     qparams: Mapping[str, Any],
     artifacts: Sequence[Mapping[str, Any]],
@@ -178,7 +175,6 @@ def describe(
             **({"state": [_described(part) for part in state]} if state else {}),
             "layout": "NCHW",
             "preprocessing": preprocessing,
-            "calibration": calibration,
             "labels": list(labels),
             "qparams": dict(qparams),
             "artifacts": entries,

@@ -33,6 +33,15 @@ IN_MEMORY = 64 << 20  # bytes of an array of a file that are read at once; of la
 CALIBRATION = {"calib_x", "calib_y"}
 RESERVED = {"x", "y", "y_boxes", "y_labels", "calib_x", "calib_y", "mean", "std", "labels"}
 OBJECTS = ("y_boxes", "y_labels")
+ANY_INPUT = {
+    "x",
+    "X",
+    "input",
+    "inputs",
+    "image",
+    "images",
+    "data",
+}  # names of a lone array, whatever the model calls it
 NOT_NORMALIZED = "scaled to 0..1 and not normalized"
 AS_THEY_ARE = "uint8 images go in as they are, of 0..255: the model takes bytes, or scales them itself"
 Y_IS_AN_INPUT = "y is an input of the model, and no label: the data has none"
@@ -344,7 +353,7 @@ def _in_order(arrays: Arrays, inputs: Sequence[TensorSpec]) -> list[np.ndarray]:
             f"the data has {len(arrays)} inputs, the model takes {len(inputs)}: {', '.join(s.name for s in inputs)}",
             HELP,
         )
-    if len(arrays) == 1:  # whatever either of them calls it
+    if len(arrays) == 1 and set(arrays) <= ANY_INPUT:
         return list(arrays.values())
     missing = [spec.name for i, spec in enumerate(inputs) if spec.name not in arrays and i not in arrays]
     if missing:
@@ -467,7 +476,7 @@ def _header(file: IO[bytes]) -> tuple[np.dtype[Any], tuple[int, ...], bool]:
     reading = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, columns_first, dtype = reading(file)
     if dtype.hasobject:
-        raise ValueError("it holds Python objects, which are not read from files")
+        raise ValueError("Object arrays are Python objects, which are not read from files")
     return dtype, shape, bool(shape) and not columns_first
 
 

@@ -56,12 +56,12 @@ class Chunk:
         """Joins (runs, batch, …) outputs to one row a sample and drops the padding."""
         return [array[: self.count] for array in stages.flat(outputs, self.batch, self.outputs)]
 
-    def digests(self) -> list[str]:
-        """A name for the content of each sample."""
+    def digests(self, inputs: Sequence[TensorSpec]) -> list[str]:
+        """Returns a name for the content of each sample."""
         found: list[str] = []
         for run in range(self.runs):
             real = min(self.batch, self.count - len(found))
-            found += stages.sample_digests([feed[run] for feed in self.feeds], real)
+            found += stages.sample_digests([feed[run] for feed in self.feeds], inputs, real)
         return found
 
     @cached_property
@@ -93,7 +93,7 @@ class Evaluation:
         self._pass: Iterator[Chunk] | None = self._read()
         self._head: Chunk | None = next(self._pass)
         head = self._head
-        self.batch = head.batch
+        self.batch, self.inputs = head.batch, original.inputs
         self.target = head.target
         """The targets of the first chunk, which tell the kind of all; None where the data has no labels."""
         self.first = tuple(feed[: bundles.GOLDEN_SAMPLES].copy() for feed in head.feeds)

@@ -201,6 +201,9 @@ def export(
             known = row.int8_notes.get(format) if artifact.precision in judge.INT8_ARITHMETIC else None
             notes += (known,) if known else stages.settings_notes(artifact, tried)
             notes += found.notes(format) if found else ()
+        about_calibration: dict[str, Any] = {}
+        if source is not None and recipe.needs_data:
+            about_calibration["calibration"] = stages.calibrated_on(original, source)
         entries.sort(key=lambda entry: chosen.index(entry["format"]))
         bundles.write_golden(building, original.inputs, original.outputs, feeds, results)
         bundles.describe(
@@ -208,12 +211,16 @@ def export(
             model=about,
             target=target,
             precision=bundles.precision_of(entries),
-            recipe={"name": recipe.name, "summary": recipe.summary, **(made.to_dict() if made else {})},
+            recipe={
+                "name": recipe.name,
+                "summary": recipe.summary,
+                **about_calibration,
+                **(made.to_dict() if made else {}),
+            },
             inputs=original.inputs,
             outputs=original.outputs,
             state=original.state,
             preprocessing=source.preprocessing.to_dict() if source and source.preprocessing else None,
-            calibration=stages.calibrated_on(original, source) if source and recipe.needs_data else None,
             labels=source.labels if source else (),
             qparams=stages.qparams(original, program),
             artifacts=entries,
@@ -470,7 +477,7 @@ def run_all(
     seen = dict.fromkeys(calibrated, 0)
 
     def look(chunk: Chunk) -> None:
-        digests = chunk.digests() if calibrated else ()
+        digests = chunk.digests(evaluation.inputs) if calibrated else ()
         for name, found in calibrated.items():
             seen[name] += sum(digest in found for digest in digests)
 

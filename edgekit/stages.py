@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from edgekit import bundle as bundles
 from edgekit import data as sources
 from edgekit import judge, limits, ragged
+from edgekit.batch_axis import placements
 from edgekit.beside import beside, is_copy
 from edgekit.errors import EdgeKitError, MissingInputs, reason
 from edgekit.progress import Progress, Silent
@@ -111,21 +112,23 @@ def calibrated_on(original: Model, source: sources.Data) -> dict[str, Any]:
     most = -(-sources.CALIBRATION_SAMPLES // batch_of(original.inputs))
     found: list[str] = []
     for arrays, real, _ in islice(sources.batches(source.calibration, original.inputs), most):
-        found += sample_digests(arrays, real)
+        found += sample_digests(arrays, original.inputs, real)
     return {"source": source.source, "samples": len(found), "digests": found}
 
 
-def sample_digests(arrays: Sequence[np.ndarray], count: int) -> list[str]:
+def sample_digests(arrays: Sequence[np.ndarray], inputs: Sequence[TensorSpec], count: int) -> list[str]:
     """Returns a name for the content of each of the first `count` samples of a batch, all inputs together."""
     import hashlib
 
     import numpy as np
 
-    rows = [np.ascontiguousarray(array) if array.ndim else array.reshape(1) for array in arrays]
-    return [
-        hashlib.blake2b(b"".join(row[i : i + 1].tobytes() for row in rows), digest_size=6).hexdigest()
-        for i in range(count)
-    ]
+    axes = [place.axis for place in placements(inputs)]
+
+    def content(i: int) -> bytes:
+        parts = (a if axis is None else np.take(a, i, axis) for a, axis in zip(arrays, axes, strict=True))
+        return b"".join(part.tobytes() for part in parts)
+
+    return [hashlib.blake2b(content(i), digest_size=6).hexdigest() for i in range(count)]
 
 
 def no_state(original: Model, what: str) -> EdgeKitError:
