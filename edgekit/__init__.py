@@ -3,7 +3,12 @@
 import os
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what __getattr__ finds, for type checkers
+    from edgekit.api import compare, export, profile, prune, verify
+    from edgekit.errors import EdgeKitError
+    from edgekit.qat import Qat
 
 # ONNX Runtime tells its makers of each session, and keeps a name for this machine, unless this is set before it starts.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -16,11 +21,11 @@ __version__ = "0.1.0"
 
 # Public name → the module that holds it, imported when the name is first used (PEP 562): torch alone takes a second.
 _PUBLIC = {
-    "export": "pipeline",
-    "compare": "pipeline",
-    "profile": "pipeline",
-    "verify": "pipeline",
-    "prune": "pruning",
+    "export": "api",
+    "compare": "api",
+    "profile": "api",
+    "verify": "api",
+    "prune": "api",
     "Qat": "qat",
     "EdgeKitError": "errors",
 }
@@ -31,3 +36,7 @@ def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'edgekit' has no attribute {name!r}")
     return getattr(import_module(f"edgekit.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

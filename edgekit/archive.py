@@ -254,6 +254,34 @@ def load_script(path: Path) -> torch.jit.ScriptModule:
         ) from error
 
 
+def traced_inputs(path: Path) -> list[Any]:
+    """The arguments, as tensors of the meta device, that the `forward` of a TorchScript file was traced with.
+
+    None where it was not traced, or keeps none: torch stores their shapes and types, without their values.
+    """
+    import torch
+    from torch._weights_only_unpickler import Unpickler
+
+    def storage(saved: tuple[Any, ...]) -> Any:
+        kind, count = saved[1], int(saved[4])
+        raw = torch.UntypedStorage(count * kind.dtype.itemsize, device="meta")
+        return torch.storage.TypedStorage(wrap_storage=raw, dtype=kind.dtype, _internal=True)
+
+    tagged = (lambda value, _tag: value, "torch.jit._pickle.restore_type_tag")
+    try:
+        reader = torch._C.PyTorchFileReader(str(path))
+        if "traced_inputs.pkl" not in reader.get_all_records():
+            return []
+        with torch.serialization.safe_globals([tagged]):
+            unpickler: Any = Unpickler(io.BytesIO(reader.get_record("traced_inputs.pkl")))
+            unpickler.persistent_load = storage
+            found = unpickler.load()
+    except Exception:  # what is no plain tensor there is not needed: shapes can be given
+        return []
+    samples = found.get("forward") if isinstance(found, dict) else None
+    return samples if isinstance(samples, list) else []
+
+
 def _check_sizes(reader: Any, path: Path) -> None:
     """Bounds what torch's own reader finds; Python's zipfile reads crafted archives in other ways."""
     limits.check_members(path, [(name, reader.get_record_size(name)) for name in reader.get_all_records()])

@@ -38,12 +38,15 @@ VERSIONED = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Bundle:
     """An exported bundle on disk."""
 
     path: Path
     manifest: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        return f"Bundle({str(self.path)!r}, for {self.manifest['target']}: {contents_of(self.manifest)})"
 
     @property
     def artifacts(self) -> tuple[Artifact, ...]:
@@ -182,6 +185,45 @@ def describe(
             "notes": list(notes),
         },
     )
+
+
+def replaced(folder: Path, manifest: str, name: str, identity: Mapping[str, Any], new: str = "") -> tuple[str, ...]:
+    """Returns a note where what EdgeKit wrote into `folder` before is replaced by another result of the same model.
+
+    `identity` is the model's (see `stages.identity`), and `new` what is about to be written, as `contents_of` says it.
+    Raises EdgeKitError where the folder holds the result of another model: two of one name never replace each other.
+    """
+    try:
+        before = json.loads((folder / manifest).read_text("utf-8"))
+        model = before["model"] if isinstance(before["model"], dict) else {"name": before["model"]}
+        known = model.get("identity") or before.get("original")
+        old = contents_of(before)
+    except FileNotFoundError:
+        return ()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return (f"replaced a damaged result in {folder}",)
+    if not isinstance(known, Mapping):
+        return (f"replaced a result in {folder} that does not say which model it is of",)
+    same_source = identity["source"] is not None and known.get("source") == identity["source"]
+    same_weights = known.get("weights") == identity["weights"]
+    # A module that Python hands over has no source: one of the same layers is taken for another training of it.
+    both_objects = identity["source"] is None and known.get("source") is None
+    if not (same_source or same_weights or (both_objects and known.get("structure") == identity["structure"])):
+        raise EdgeKitError(
+            f"{folder} holds the result of another model that is called {model.get('name')} too",
+            f"give this one a name of its own: --name {name}-2; or choose another --out, or move that folder away",
+        )
+    if not same_weights:
+        return (f"replaced what {folder} held of the same model with other weights",)
+    return (f"replaced the {old} of the same model in {folder}",) if old != new else ()
+
+
+def contents_of(manifest: Mapping[str, Any]) -> str:
+    """Returns precision and formats of a bundle in words: `int8 bundle (onnx, tflite)`; nothing for other results."""
+    if "artifacts" not in manifest:
+        return ""
+    formats = ", ".join(sorted(entry["format"] for entry in manifest["artifacts"]))
+    return f"{manifest['precision']} bundle ({formats})"
 
 
 def write_golden(

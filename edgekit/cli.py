@@ -11,14 +11,14 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from edgekit.errors import EdgeKitError
+from edgekit.errors import Checks, EdgeKitError, UsageError, single_errors
 
 app = typer.Typer(
     name="edgekit",
@@ -65,6 +65,10 @@ InputOption = Annotated[
 DataOption = Annotated[
     str | None, typer.Option("--data", metavar="DATA", help=".npz, .pt, folder of class folders, or FILE.py:function.")
 ]
+NameOption = Annotated[
+    str | None,
+    typer.Option("--name", metavar="NAME", help="Name of the result's folder; else that of the file or factory."),
+]
 MeanOption = Annotated[
     str | None, typer.Option("--mean", metavar="M[,M,M]", help="Mean per channel of images scaled to 0..1.")
 ]
@@ -90,7 +94,9 @@ TimeoutOption = Annotated[
 ResumeOption = Annotated[
     bool, typer.Option("--resume", help="Go on from what a command that failed has measured already.")
 ]
-VerboseOption = Annotated[bool, typer.Option("--verbose", help=f"Keep what the libraries say in {LOG}.")]
+VerboseOption = Annotated[
+    bool, typer.Option("--verbose", help=f"Show every note, and keep what the libraries say in {LOG}.")
+]
 
 
 @app.command()
@@ -98,16 +104,24 @@ def export(
     model: ModelArgument,
     target: Annotated[str, typer.Option("--target", metavar="NAME", help="android, ios, linux-arm64 or x86.")],
     format: Annotated[
-        str | None, typer.Option("--format", metavar="F[,F]", help="Of executorch, onnx, tflite.")
+        str | None,
+        typer.Option(
+            "--format", metavar="F[,F]", help="Of executorch, onnx, tflite; else those that can hold the model."
+        ),
     ] = None,
     precision: Annotated[
         str | None,
-        typer.Option("--precision", metavar="P", help="fp32, fp16, int8, int8-dynamic or int8-weight-only."),
+        typer.Option(
+            "--precision",
+            metavar="P",
+            help="fp32, fp16, int8, int8-dynamic or int8-weight-only; else int8 with --data, or the best without.",
+        ),
     ] = None,
     data: DataOption = None,
     input: InputOption = None,
     code: CodeOption = None,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder that the bundle is written into.")] = Path(),
+    name: NameOption = None,
     mean: MeanOption = None,
     std: StdOption = None,
     tflite_layout: Annotated[
@@ -167,31 +181,36 @@ def export(
 ) -> None:
     """Compress and export a model for a target, and check every file against the original."""
     with session(verbose, json) as ui:
-        from edgekit import pipeline, report
+        from edgekit import preflight
         from edgekit.qat import Qat
 
         training = Qat(train, epochs, learning_rate, augment, patience, seed or 0, resume, finetune)
         if not qat and (seed is not None or training != Qat()):
-            raise EdgeKitError("options of a training are given, and no --qat", "add --qat, or leave them out")
-        bundle = pipeline.export(
-            model,
-            target=target,
-            formats=format,
-            precision=precision,
-            data=data,
-            inputs=tuple(input or ()),
-            code=code,
-            out=out,
-            mean=numbers(mean),
-            std=numbers(std),
-            tflite_layout=tflite_layout,
-            max_drop=max_drop,
-            sensitivity=sensitivity,
-            qat=training if qat else None,
-            prune=prune,
-            progress=ui.progress,
-        )
-        ui.show(report.bundle_report(bundle, layers=sensitivity), {"path": str(bundle.path), **bundle.manifest})
+            ui.checks.errors.append(
+                EdgeKitError("options of a training are given, and no --qat", "add --qat, or leave them out")
+            )
+        given: dict[str, Any] = {
+            "target": target,
+            "formats": format,
+            "precision": precision,
+            "data": data,
+            "inputs": tuple(input or ()),
+            "code": code,
+            "out": out,
+            "name": name,
+            **ui.normalization(mean, std),
+            "tflite_layout": tflite_layout,
+            "max_drop": max_drop,
+            "sensitivity": sensitivity,
+            "qat": training if qat else None,
+            "prune": prune,
+        }
+        ui.check(preflight.check_export, model, **given)
+        from edgekit import pipeline, report
+
+        bundle = pipeline.export(model, **given, progress=ui.progress)
+        shown = report.bundle_report(bundle, layers=sensitivity, verbose=verbose)
+        ui.show(shown, {"path": str(bundle.path), **bundle.manifest})
 
 
 @app.command()
@@ -247,30 +266,30 @@ def compare(
 ) -> None:
     """Measure exported files against the original: accuracy, latency, memory, size."""
     with session(verbose, json) as ui:
-        from edgekit import files, page, pipeline, report
+        from edgekit import files, preflight
 
         if html is not None:
-            files.check_writable(html)
-        comparison = pipeline.compare(
-            model,
-            artifacts,
-            data=data,
-            inputs=tuple(input or ()),
-            code=code,
-            metric=metric,
-            max_drop=max_drop,
-            device=device,
-            baseline_device=baseline_device,
-            threads=threads,
-            rounds=rounds,
-            cache=not no_cache,
-            mean=numbers(mean),
-            std=numbers(std),
-            explain=explain,
-            timeout=timeout,
-            resume=resume,
-            progress=ui.progress,
-        )
+            ui.checks.run(files.check_writable, html)
+        given: dict[str, Any] = {
+            "data": data,
+            "inputs": tuple(input or ()),
+            "code": code,
+            "metric": metric,
+            "max_drop": max_drop,
+            "device": device,
+            "baseline_device": baseline_device,
+            "threads": threads,
+            "rounds": rounds,
+            "cache": not no_cache,
+            **ui.normalization(mean, std),
+            "explain": explain,
+            "timeout": timeout,
+            "resume": resume,
+        }
+        ui.check(preflight.check_compare, model, artifacts, **given)
+        from edgekit import page, pipeline, report
+
+        comparison = pipeline.compare(model, artifacts, **given, progress=ui.progress)
         shown = report.comparison_report(comparison)
         ui.show(shown, comparison.to_dict())
         if html is not None:
@@ -281,7 +300,9 @@ def compare(
 
 @app.command()
 def profile(
-    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A .pte, .onnx or .tflite file.")],
+    artifact: Annotated[
+        Path, typer.Argument(metavar="ARTIFACT|BUNDLE", help="A .pte, .onnx or .tflite file, or a bundle folder.")
+    ],
     ops: Annotated[bool, typer.Option("--ops", help="Also time each op, by the runtime's own profiler.")] = False,
     trace: Annotated[
         Path | None, typer.Option("--trace", metavar="FILE", help="With --ops: write a Chrome trace (JSON).")
@@ -293,21 +314,18 @@ def profile(
     json: JsonOption = None,
     verbose: VerboseOption = False,
 ) -> None:
-    """Measure latency, load time and memory of one exported file."""
+    """Measure latency, load time and memory of an exported file, or of each file of a bundle."""
     with session(verbose, json) as ui:
+        ui.check()
         from edgekit import pipeline, report
 
-        result = pipeline.profile(
-            artifact,
-            device=device,
-            threads=threads,
-            ops=ops,
-            trace=trace,
-            timeout=timeout,
-            resume=resume,
-            progress=ui.progress,
-        )
-        ui.show(report.profile_report(result), result.to_dict())
+        given: dict[str, Any] = {"device": device, "threads": threads, "ops": ops, "timeout": timeout, "resume": resume}
+        result = pipeline.profile(artifact, trace=trace, **given, progress=ui.progress)
+        if isinstance(result, tuple):
+            whole = {"path": str(artifact), "artifacts": [profile.to_dict() for profile in result]}
+            ui.show(report.profiles_report(result), whole)
+        else:
+            ui.show(report.profile_report(result), result.to_dict())
 
 
 @app.command()
@@ -320,6 +338,7 @@ def verify(
 ) -> None:
     """Check a bundle's hashes and replay its golden inputs."""
     with session(verbose, json) as ui:
+        ui.check()
         from edgekit import pipeline, report
 
         replays = pipeline.verify(bundle, device=device, timeout=timeout, progress=ui.progress)
@@ -425,6 +444,7 @@ def prune(
     input: InputOption = None,
     code: CodeOption = None,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder that the result is written into.")] = Path(),
+    name: NameOption = None,
     mean: MeanOption = None,
     std: StdOption = None,
     json: JsonOption = None,
@@ -435,47 +455,52 @@ def prune(
     One of --ratio, --target-latency, --target-size and --sparsity says how much.
     """
     with session(verbose, json) as ui:
+        from edgekit import preflight
+
+        given: dict[str, Any] = {
+            "ratio": ratio,
+            "target_latency": target_latency,
+            "target_size": target_size,
+            "sparsity": sparsity,
+            "block": block,
+            "data": data,
+            "train": train,
+            "method": method,
+            "allocation": allocation,
+            "schedule": schedule,
+            "steps": steps,
+            "epochs": epochs,
+            "finetune": finetune,
+            "learning_rate": learning_rate,
+            "augment": augment,
+            "patience": patience,
+            "round_to": round_to,
+            "seed": seed,
+            "formats": format,
+            "precision": precision,
+            "device": device,
+            "threads": threads,
+            "timeout": timeout,
+            "inputs": tuple(input or ()),
+            "code": code,
+            "out": out,
+            "name": name,
+            **ui.normalization(mean, std),
+            "resume": resume,
+        }
+        ui.check(preflight.check_prune, model, **given)
         from edgekit import prune_report, pruning
 
-        pruned = pruning.prune(
-            model,
-            ratio=ratio,
-            target_latency=target_latency,
-            target_size=target_size,
-            sparsity=sparsity,
-            block=block,
-            data=data,
-            train=train,
-            method=method,
-            allocation=allocation,
-            schedule=schedule,
-            steps=steps,
-            epochs=epochs,
-            finetune=finetune,
-            learning_rate=learning_rate,
-            augment=augment,
-            patience=patience,
-            round_to=round_to,
-            seed=seed,
-            formats=format,
-            precision=precision,
-            device=device,
-            threads=threads,
-            timeout=timeout,
-            inputs=tuple(input or ()),
-            code=code,
-            out=out,
-            mean=numbers(mean),
-            std=numbers(std),
-            resume=resume,
-            progress=ui.progress,
-        )
+        pruned = pruning.prune(model, **given, progress=ui.progress)
         ui.show(prune_report.pruning_report(pruned), {"path": str(pruned.path), **pruned.to_dict()})
 
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(metavar="MODEL|ARTIFACT", help="A model in any form, or an exported file.")],
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL|ARTIFACT|BUNDLE", help="A model in any form, an exported file, or a bundle."),
+    ],
     input: InputOption = None,
     data: DataOption = None,
     code: CodeOption = None,
@@ -484,11 +509,19 @@ def inspect(
 ) -> None:
     """Show a model's layers, or an exported file's ops, delegates, inputs and outputs."""
     with session(verbose, json) as ui:
-        from edgekit import stages, summary
+        from edgekit import bundle, preflight, summary
 
-        if Path(model).is_file() and summary.is_artifact(Path(model)):
-            result: Any = summary.inspect_artifact(Path(model))
+        result: Any
+        if bundle.is_bundle(Path(model)):
+            ui.check()
+            result = summary.inspect_bundle(bundle.read(Path(model)))
+        elif Path(model).is_file() and summary.is_artifact(Path(model)):
+            ui.check()
+            result = summary.inspect_artifact(Path(model))
         else:
+            ui.check(preflight.check_inspect, model, data=data, inputs=tuple(input or ()), code=code)
+            from edgekit import stages
+
             loaded, _ = stages.load(model, data=data, inputs=tuple(input or ()), code=code, mean=(), std=())
             result = summary.inspect_model(loaded)
         ui.show(summary.render(result), result.to_dict())
@@ -507,6 +540,7 @@ def doctor(
 ) -> None:
     """Show what works on this machine, and what to install."""
     with session(verbose, json) as ui:
+        ui.check()
         if device is not None:
             from edgekit import device_doctor
 
@@ -527,6 +561,7 @@ def doctor(
 def targets(json: JsonOption = None, verbose: VerboseOption = False) -> None:
     """List the deployment targets."""
     with session(verbose, json) as ui:
+        ui.check()
         from dataclasses import asdict
 
         from edgekit import report
@@ -545,6 +580,7 @@ def demo(
 ) -> None:
     """Export the Fashion-MNIST example at int8 and prove it: every step on a model that comes with EdgeKit."""
     with session(verbose, json) as ui:
+        ui.check()
         from edgekit import pipeline, report
 
         here = example_folder()
@@ -566,16 +602,6 @@ def example_folder() -> Path:
     return Path(str(files("edgekit.examples.fashion_mnist")))
 
 
-def numbers(text: str | None) -> tuple[float, ...]:
-    """Parses comma-separated numbers; raises EdgeKitError for anything else."""
-    if text is None:
-        return ()
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise EdgeKitError(f"'{text}' is not a list of numbers", "write them as 0.485,0.456,0.406") from None
-
-
 class Terminal:
     """The user's own terminal: tables go to standard output, progress and errors to standard error."""
 
@@ -594,6 +620,19 @@ class Terminal:
             self.out.width = max(self.out.width, 160)  # a pipe has no width of its own: do not wrap tables at 80
         self.progress = TerminalProgress(self.err)
         self.exit_code = 0
+        self.checks = Checks()
+
+    def check(self, check: Callable[..., None] | None = None, *args: Any, **options: Any) -> None:
+        """Raises what `check` finds, together with what was found before it."""
+        if check is not None:
+            self.checks.run(check, *args, **options)
+        self.checks.finish()
+
+    def normalization(self, mean: str | None, std: str | None) -> dict[str, tuple[float, ...]]:
+        """Returns the numbers of --mean and --std; what cannot be read is told by `check`."""
+        from edgekit.preflight import numbers
+
+        return {"mean": self.checks.run(numbers, mean) or (), "std": self.checks.run(numbers, std) or ()}
 
     def show(self, renderable: Any, result: Any = None) -> None:
         """Prints a table for people, and writes `result` as JSON where --json asks for it."""
@@ -609,10 +648,13 @@ class Terminal:
             write_json(Path(self.json_to), result)
 
     def error(self, error: EdgeKitError) -> None:
-        """Prints what went wrong and what to do."""
-        self.err.print(f"[bold red]error:[/bold red] {_plain(error.what)}", soft_wrap=True)
-        if error.help:
-            self.err.print(f"  [cyan]help:[/cyan] {_plain(error.help)}", soft_wrap=True)
+        """Prints what went wrong and what to do, of each of several errors, and sets the exit code."""
+        errors = single_errors(error)
+        for one in errors:
+            self.err.print(f"[bold red]error:[/bold red] {_plain(one.what)}", soft_wrap=True)
+            if one.help:
+                self.err.print(f"  [cyan]help:[/cyan] {_plain(one.help)}", soft_wrap=True)
+        self.exit_code = 2 if any(isinstance(one, UsageError) for one in errors) else 1
 
     def fail_gate(self, why: str) -> None:
         """Makes the command end with exit code 3."""
@@ -653,12 +695,11 @@ def session(verbose: bool, json_to: str | None) -> Iterator[Terminal]:
         if json_to not in (None, "-"):
             from edgekit.files import check_writable
 
-            check_writable(Path(json_to))  # now, and not after minutes of work
+            ui.checks.run(check_writable, Path(json_to))  # now, and not after minutes of work
         yield ui
         ui.out.file.flush()
     except EdgeKitError as error:
         ui.error(error)
-        ui.exit_code = 1
     except BrokenPipeError:  # who read the output has seen enough
         _redirect(Path(os.devnull), out)
         ui.exit_code = 1
@@ -667,7 +708,6 @@ def session(verbose: bool, json_to: str | None) -> Iterator[Terminal]:
         if cause is None:
             raise
         ui.error(cause)
-        ui.exit_code = 1
     except KeyboardInterrupt as stop:
         left = "; ".join(getattr(stop, "__notes__", ())) or "nothing was left behind"
         ui.err.print(f"[bold red]interrupted:[/bold red] {_plain(left)}", soft_wrap=True)

@@ -17,6 +17,11 @@ from edgekit.errors import EdgeKitError
 
 _modules_of: dict[Path, dict[str, ModuleType]] = {}  # by folder, those that gave way to others of the same names
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+# Names of factories and classes that do not tell which model they make, and what comes before one that does.
+_PLAIN_NAME = re.compile(
+    r"((build|create|make|get|new|load)_?)?(my_?)?(model|net|network|module|factory|main)?", re.IGNORECASE
+)
+_MAKES = re.compile(r"(build|create|make|get|new|load)_(?=\w)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -31,15 +36,6 @@ class UserCode:
     def folder(self) -> Path:
         """The folder that the code is imported from."""
         return Path(self.module.__file__ or ".").resolve().parent
-
-    @property
-    def stem(self) -> str:
-        """A short name for what it builds: the file's stem or the module's last part."""
-        return (
-            Path(self.module.__file__ or "model").stem
-            if ".py" in self.text
-            else self.module.__name__.rpartition(".")[2]
-        )
 
     def get(self) -> object:
         """The object called `name`; EdgeKitError listing what there is if the code has no such name."""
@@ -61,6 +57,27 @@ def is_code(text: str) -> bool:
     return name is not None and _MODULE.fullmatch(head) is not None and not Path(text).exists()
 
 
+def model_name(text: str) -> str:
+    """A name for what the code `text` makes: that of the factory where it tells one, else of the file or module.
+
+    `models.py:lstm` is `lstm`, `nets.py:make_unet` is `unet`, and `net.py:make_model` is `net`.
+    """
+    head, name = _split(text)
+    if name is not None and not _PLAIN_NAME.fullmatch(name):
+        return _MAKES.sub("", name, count=1)
+    return Path(head).stem if head.endswith(".py") else head.rpartition(".")[2]
+
+
+def check_code(text: str) -> None:
+    """Raise EdgeKitError where `text` names a file that is not there, or is no name of code; runs nothing."""
+    head, _ = _split(text)
+    if head.endswith(".py"):
+        if not Path(head).is_file():
+            raise EdgeKitError(f"{head} does not exist", "name a Python file: FILE.py or FILE.py:name")
+    elif not _MODULE.fullmatch(head):
+        raise EdgeKitError(f"cannot read {text!r} as code", "write FILE.py, FILE.py:name or package.module:name")
+
+
 def import_code(text: str) -> UserCode:
     """Import `FILE.py[:name]` or `package.module[:name]` by running it, as the user asked by naming it.
 
@@ -68,13 +85,9 @@ def import_code(text: str) -> UserCode:
     EdgeKitError where it is missing, or where it fails: with the file, the line and the message.
     """
     head, name = _split(text)
+    check_code(text)
     if head.endswith(".py"):
-        path = Path(head)
-        if not path.is_file():
-            raise EdgeKitError(f"{head} does not exist", "name a Python file: FILE.py or FILE.py:name")
-        return UserCode(_import_file(path.resolve(), head), name, text)
-    if not _MODULE.fullmatch(head):
-        raise EdgeKitError(f"cannot read {text!r} as code", "write FILE.py, FILE.py:name or package.module:name")
+        return UserCode(_import_file(Path(head).resolve(), head), name, text)
     with _on_path(Path.cwd()):
         if not _findable(head):
             raise EdgeKitError(f"there is no Python module named {head!r}", "name it as FILE.py:name, or install it")

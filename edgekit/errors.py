@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
 
 MOST_SHOWN = 200  # characters of what another library says
 
@@ -31,6 +32,58 @@ class MissingInputs(EdgeKitError):
         self.names = tuple(names)
 
 
+class UsageError(EdgeKitError):
+    """A value that an option does not know, such as a target; the command line exits with 2 instead of 1."""
+
+
+class SeveralErrors(EdgeKitError):
+    """What several checks found, each with its own help: told together, so that one run shows all there is to mend."""
+
+    def __init__(self, errors: Sequence[EdgeKitError]) -> None:
+        super().__init__("; ".join(error.what for error in errors), "; ".join(e.help for e in errors if e.help) or None)
+        self.errors = tuple(errors)
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.errors))
+
+    def __reduce__(self) -> tuple[type[SeveralErrors], tuple[Sequence[EdgeKitError]]]:
+        return SeveralErrors, (self.errors,)
+
+
+Given = ParamSpec("Given")
+Found = TypeVar("Found")
+
+
+class Checks:
+    """Runs checks one after another, keeps what they raise, and raises all of it in the end."""
+
+    def __init__(self) -> None:
+        self.errors: list[EdgeKitError] = []
+
+    def run(self, check: Callable[Given, Found], *args: Given.args, **kwargs: Given.kwargs) -> Found | None:
+        """Returns what `check` returns; None where it raises an EdgeKitError, which is kept."""
+        try:
+            return check(*args, **kwargs)
+        except EdgeKitError as error:
+            self.errors += single_errors(error)
+            return None
+
+    def finish(self) -> None:
+        """Raises what was kept: the one error as it is, or a SeveralErrors."""
+        if self.errors:
+            raise self.errors[0] if len(self.errors) == 1 else SeveralErrors(self.errors)
+
+
+def single_errors(error: EdgeKitError) -> tuple[EdgeKitError, ...]:
+    """Returns the errors that `error` is made of, or it alone."""
+    return error.errors if isinstance(error, SeveralErrors) else (error,)
+
+
 def reason(error: BaseException) -> str:
-    """Returns the first line of what an error of another library says, or its class where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:MOST_SHOWN]
+    """Returns the line that tells what an error of another library is about, or its class where it says nothing.
+
+    That is the first line; of TorchScript's errors, which begin with a traceback, the last.
+    """
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    script = any(line.startswith("Traceback of TorchScript") for line in lines)
+    return lines[-1 if script else 0][:MOST_SHOWN]

@@ -149,6 +149,15 @@ def new_folder(path: Path, ours: Collection[str]) -> Iterator[Path]:
                 parent.rmdir()
 
 
+def check_folder(path: Path, ours: Collection[str]) -> None:
+    """Raises EdgeKitError where `new_folder` could not make or replace `path`; leaves nothing behind."""
+    path = path.resolve() if path.is_symlink() else path
+    _check_ours(path, ours)
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    with writing(path), tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=parent):
+        pass
+
+
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Waits until no other process changes what lies in `folder`, where its file system has locks."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from edgekit import detection
-from edgekit.errors import EdgeKitError
+from edgekit.errors import EdgeKitError, UsageError
 from edgekit.results import Unit
 
 if TYPE_CHECKING:
@@ -97,17 +97,20 @@ class Metric:
         return "points" if means.min() >= 0 and means.max() <= 1 else "units"
 
 
-def find(name: str) -> Metric:
-    """Returns a metric by its name, or the user's own function by `FILE.py:function`, which is imported.
+def find(name: str | Callable[..., Any]) -> Metric:
+    """Returns a metric by its name, or the user's own function: itself, or by `FILE.py:function`, which is imported.
 
     Raises EdgeKitError for a metric that EdgeKit does not know, and for code that fails or holds no such function.
     """
     from edgekit.code import import_code, is_code
 
+    if not isinstance(name, str):
+        function, own = name, getattr(name, "__name__", type(name).__name__)
+        return Metric(own, None, "a function (outputs, target)", lambda o, t: _own(own, function, None, o, t))
     if name in METRICS:
         return METRICS[name]
     if not is_code(name):
-        raise EdgeKitError(f"unknown metric '{name}'", f"choose one of {', '.join(METRICS)}, or FILE.py:function")
+        raise UsageError(f"unknown metric '{name}'", f"choose one of {', '.join(METRICS)}, or FILE.py:function")
     if name.endswith(".py"):
         raise EdgeKitError(f"{name} names a file but no function in it", f"write --metric {name}:function")
     code = import_code(name)

@@ -10,13 +10,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from edgekit.code import UserCode, import_code, is_code
+from edgekit.code import UserCode, import_code, is_code, model_name
 from edgekit.errors import EdgeKitError, reason
 from edgekit.limits import budget
-from edgekit.results import TensorSpec
+from edgekit.results import TensorSpec, counted
 from edgekit.unpickle import LEGACY_MAGIC, globals_of, read_pickle, refusal
 from edgekit.watchdog import rehearse
-from edgekit.weights import build, find_weights, fit
+from edgekit.weights import Checkpoint, Reading, build, find_weights, fit
 
 _FORMS_HELP = "give a .pt/.pth, .pt2, .safetensors or .onnx file, or FILE.py:factory"
 
@@ -48,7 +48,7 @@ def open_source(source: str, code: str | None) -> Opened:
         if code is not None:
             raise EdgeKitError(f"{source} is code already, so --code has nothing to add", "give only one of the two")
         factory = import_code(source)
-        return Opened(build(factory), factory.stem, "factory")
+        return Opened(build(factory), model_name(source), "factory")
     path = Path(source)
     kind = sniff(path)
     user = import_code(code) if code is not None and kind in ("torch", "safetensors") else None
@@ -152,7 +152,7 @@ def _open_torch(path: Path, code: UserCode | None) -> Opened:
         rehearsed(str(path), lambda: read_pickle(path, code), 0)
     loaded, inert = read_pickle(path, code)
     form, found, notes = find_weights(loaded, path.name)
-    if not isinstance(found, dict):
+    if not isinstance(found, Checkpoint):
         if inert:
             raise refusal(path.name, inert, code)
         return Opened(found, path.stem, form, notes)
@@ -175,27 +175,47 @@ def _open_safetensors(path: Path, code: UserCode | None) -> Opened:
         ) from error
     if not weights:
         raise EdgeKitError(f"{path.name} holds no tensors", "save the model's state_dict")
-    return _filled(path, weights, code, "safetensors", [], is_pruned(path))
+    return _filled(path, Checkpoint((Reading(weights),), weights), code, "safetensors", [], is_pruned(path))
 
 
 def _filled(
-    path: Path, weights: dict[str, Any], code: UserCode | None, form: str, notes: list[str], pruned: bool = False
+    path: Path, held: Checkpoint, code: UserCode | None, form: str, notes: list[str], pruned: bool = False
 ) -> Opened:
     """A module made by the user's code, with the weights of the file in it, narrowed to them where they are pruned."""
     if code is None:
+        weights = held.readings[0].weights
         first = ", ".join(list(weights)[:4])
         raise EdgeKitError(
-            f"{path.name} holds weights only ({len(weights)} tensors: {first}, …), not the network they belong to",
+            f"{path.name} holds weights only ({counted(len(weights), 'tensor')}: {first}, …), not the network they "
+            "belong to",
             "name the file that defines its class: --code FILE.py, or FILE.py:factory",
         )
-    module, more = fit(code, weights, path.name, pruned)
+    module, more = fit(code, held, path.name, pruned)
     return Opened(module, path.stem, form, notes + more)
 
 
 def _open_torchscript(path: Path, _code: UserCode | None) -> Opened:
     from edgekit.archive import load_script
 
-    return Opened(load_script(path), path.stem, "torchscript")
+    script = load_script(path)
+    return Opened(script, path.stem, "torchscript", **_traced_call(path, script))
+
+
+def _traced_call(path: Path, script: Any) -> dict[str, Any]:
+    """`specs` of a traced module: of the inputs that it was traced with, where they are plain tensors."""
+    import torch
+
+    from edgekit.archive import traced_inputs
+
+    samples = traced_inputs(path)
+    if not samples or not hasattr(script, "forward"):
+        return {}
+    names = [argument.name for argument in script.forward.schema.arguments[1:]]
+    if len(samples) > len(names) or not all(isinstance(sample, torch.Tensor) for sample in samples):
+        return {}
+    kinds = [str(sample.dtype).removeprefix("torch.") for sample in samples]
+    shapes = [tuple(sample.shape) for sample in samples]
+    return {"specs": tuple(map(TensorSpec, names, kinds, shapes))}
 
 
 def _open_pt2(path: Path, _code: UserCode | None) -> Opened:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from edgekit import baseline as baselines
 from edgekit import (
@@ -15,6 +15,7 @@ from edgekit import (
     gains,
     judge,
     metrics,
+    preflight,
     pruned_files,
     pruning,
     stages,
@@ -29,12 +30,11 @@ from edgekit import data as sources
 from edgekit import explain as explaining
 from edgekit import ops as op_times
 from edgekit import qat as qats
-from edgekit.errors import EdgeKitError
+from edgekit.errors import EdgeKitError, SeveralErrors
 from edgekit.evaluation import Chunk, Evaluation, Tally, evaluate
 from edgekit.journal import Journal
 from edgekit.progress import Progress, Silent
 from edgekit.results import (
-    LAYOUTS,
     Artifact,
     Baseline,
     Comparison,
@@ -60,10 +60,6 @@ MOST_ROUNDS = 20  # processes that time a file which is profiled, where its p50 
 LONGEST_S = 60.0  # seconds of timed runs after which ROUNDS processes are enough for a profile
 TIMING = Timing(warmup_runs=50, seconds=0.6, min_runs=20, max_runs=5000)
 SAME_MACHINE = ("local:", "python:")  # devices that are this machine
-NO_DATA_INT8 = (
-    "add --data with some 100 real samples (an .npz with x, a folder of images, FILE.py:function), or choose "
-    "--precision fp16, which needs none"
-)
 
 
 def export(
@@ -73,7 +69,7 @@ def export(
     formats: str | Sequence[str] | None = None,
     precision: str | None = None,
     data: Any = None,
-    inputs: Sequence[str] = (),
+    inputs: Any = (),
     code: str | None = None,
     out: str | Path = ".",
     name: str | None = None,
@@ -89,43 +85,51 @@ def export(
     """Exports `model` for `target`, checks every file against the original, and returns the bundle.
 
     `model` is a torch.nn.Module or any source that `edgekit.model.load` takes; `data` any that `edgekit.data.load`
-    takes (int8 calibrates on it; every precision is checked on it). With `tflite_layout` "nhwc" the .tflite file takes
-    and gives rank-4 tensors channels-last; golden values and the manifest's shapes stay NCHW. At int8, `max_drop` keeps
-    the fewest layers in float with which at most so many points of top-1 are lost on labeled data, and `sensitivity`
-    measures every layer; see `edgekit.tune`. With `qat` the network is trained for int8 first; see `edgekit.Qat`.
-    With `prune` that share of the multiply-adds goes before all that, and what is left is fine-tuned; see
-    `edgekit.prune`, whose OUT/<name>-pruned/ is written too. Files are then checked against the pruned network.
-    Writes OUT/<name>-<target>/ whole or not at all. Raises EdgeKitError for bad input, for a file that is not faithful
-    to the model, where `max_drop` cannot be reached, and for a training that diverges.
+    takes (int8 calibrates on it; every precision is checked on it). Without a `precision` that is int8 where there is
+    data, and else the best that needs none; without `formats` those of the target that can hold the model, and a note
+    on each that cannot. With `tflite_layout` "nhwc" the .tflite file takes and gives rank-4 tensors channels-last;
+    golden values and the manifest's shapes stay NCHW. At int8, `max_drop` keeps the fewest layers in float with which
+    at most so many points of top-1 are lost on labeled data, and `sensitivity` measures every layer; see
+    `edgekit.tune`. With `qat` the network is trained for int8 first; see `edgekit.Qat`. With `prune` that share of the
+    multiply-adds goes before all that, and what is left is fine-tuned; see `edgekit.prune`, whose OUT/<name>-pruned/ is
+    written too. Files are then checked against the pruned network.
+    Writes OUT/<name>-<target>/ whole or not at all, and never over the bundle of another model. Raises EdgeKitError for
+    bad input, for a file of a format that was asked for and that is not faithful to the model, where `max_drop` cannot
+    be reached, and for a training that diverges.
     """
-    from edgekit.quant.recipes import RECIPES
-
     progress = progress or Silent()
     data = sources.rereadable(data)
+    preflight.check_export(
+        model,
+        target=target,
+        formats=formats,
+        precision=precision,
+        data=data,
+        inputs=inputs,
+        code=code,
+        out=out,
+        name=name,
+        mean=mean,
+        std=std,
+        tflite_layout=tflite_layout,
+        max_drop=max_drop,
+        sensitivity=sensitivity,
+        qat=qat,
+        prune=prune,
+    )
     row = targets.find(target)
-    chosen = targets.find_formats(formats, row)
-    layouts = find_layouts(tflite_layout, chosen)
-    assumed = () if precision or not stages.is_onnx(model) else (stages.ONNX_IS_FP32,)
-    recipe = RECIPES.get(precision or ("fp32" if assumed else row.precision))
-    if recipe is None:
-        raise EdgeKitError(f"unknown precision '{precision}'", f"choose one of {', '.join(RECIPES)}")
     if qat is not None:
         qat = replace(qat, train=sources.rereadable(qat.train))
         data = qat.train if data is None else data
-        qats.check(qat, recipe.name, sensitivity or max_drop is not None, stages.is_onnx(model), data is not None)
-    if recipe.needs_data and data is None:
-        raise EdgeKitError(
-            f"{recipe.name} needs data to calibrate on: EdgeKit does not guess activation ranges", NO_DATA_INT8
-        )
-    tune.check(recipe.name, max_drop, sensitivity)
     with progress.step("Loading"):
         original, source = stages.load(model, data=data, inputs=inputs, code=code, mean=mean, std=std)
     if original.state and (qat is not None or prune is not None or sensitivity or max_drop is not None):
         raise stages.no_state(original, "--qat, --prune, --sensitivity and --max-drop")
     if qat is not None:
         batch_axis.check_first(original.inputs, "--qat")
-    chosen, without = stages.holding(original, chosen, formats is not None)
-    about: dict[str, Any] = {"name": original.name, "form": original.form}
+    stages.check_repeatable(original)
+    identity = stages.identity(original, model)
+    about: dict[str, Any] = {"name": original.name, "form": original.form, "identity": identity}
     pruned_notes: tuple[str, ...] = ()
     if prune is not None:
         narrow = pruning.prune(
@@ -143,6 +147,89 @@ def export(
         original = replace(original, module=narrow.module)
         about["pruned"], pruned_notes = narrow.summary, narrow.summary_notes
     folder = Path(out) / f"{name or original.name}-{target}"
+    bundles.replaced(folder, bundles.MANIFEST, name or original.name, identity)  # refuses now, before the work
+    given = {"source": source, "qat": qat, "max_drop": max_drop, "sensitivity": sensitivity, "mean": mean, "std": std}
+    plan = _Plan(folder, target, formats, tflite_layout, about, (*original.notes, *pruned_notes), precision is None)
+    wanted = (precision,) if precision is not None else stages.precisions(original, source, row.precision)
+    failed: list[str] = []
+    for choice in wanted:
+        said = _default_notes(model, target, choice, code, original, source, failed) if precision is None else ()
+        try:
+            return _write(original, replace(plan, notes=(*said, *plan.notes)), choice, progress, **given)
+        except NotFaithful as error:
+            if choice == wanted[-1]:
+                raise
+            failed.append(f"{choice} does not suit this model: {error.what}")
+    raise AssertionError("at least one precision is tried")
+
+
+class NotFaithful(EdgeKitError):
+    """No file of a precision computes what the model computes; another precision may."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What an export is to write, whatever the precision: the folder, what the manifest says, and notes.
+
+    With `free` choice of the precision a poor one is given up for the next.
+    """
+
+    folder: Path
+    target: str
+    formats: str | Sequence[str] | None
+    tflite_layout: str
+    about: Mapping[str, Any]
+    notes: tuple[str, ...]
+    free: bool
+
+
+def _default_notes(
+    model: Any,
+    target: str,
+    precision: str,
+    code: str | None,
+    original: Model,
+    source: sources.Data | None,
+    failed: Sequence[str],
+) -> tuple[str, ...]:
+    """Returns why `precision` was chosen, and the command for int8."""
+    if original.onnx is not None:
+        return (stages.ONNX_IS_FP32,)
+    if source is not None:
+        return ()
+    why = "linear and recurrent layers hold most weights" if precision == "int8-dynamic" else "no samples were given"
+    if isinstance(model, str | Path):
+        more = f" --code {code}" if code is not None else ""
+        command = f"edgekit export {model}{more} --target {target} --precision int8 --data DATA"
+    else:
+        command = f'edgekit.export(model, target="{target}", precision="int8", data=...)'
+    return (*failed, f"{precision}, which needs no data, because {why}; for int8: {command}")
+
+
+def _write(
+    original: Model,
+    plan: _Plan,
+    precision: str,
+    progress: Progress,
+    *,
+    source: sources.Data | None,
+    qat: Qat | None,
+    max_drop: float | None,
+    sensitivity: bool,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> bundles.Bundle:
+    """Compresses `original` to `precision`, exports and checks every file, and writes the bundle."""
+    from edgekit.quant.recipes import RECIPES
+
+    row, recipe, folder = targets.find(plan.target), RECIPES[precision], plan.folder
+    chosen = [*targets.find_formats(plan.formats, row)]
+    left_out: dict[str, EdgeKitError] = {}
+    if plan.formats is None and original.onnx is not None and "executorch" in chosen:
+        chosen = [format for format in chosen if format != "executorch"]
+        left_out["executorch"] = EdgeKitError("ExecuTorch starts from a PyTorch model, and this is an ONNX file")
+    chosen, without = stages.holding(original, chosen, plan.formats is not None)
+    layouts = preflight.find_layouts(plan.tflite_layout, chosen)
     checkpoint = folder.with_name(f"{folder.name}.checkpoint.pt")
     with files.resumable(checkpoint), files.new_folder(folder, bundles.FILES) as building, ExitStack() as stack:
         tuned = None
@@ -166,7 +253,9 @@ def export(
             return stages.try_out(building_of(format, exported), feeds, exported)
 
         exports = stack.enter_context(
-            stages.emitting(original, program, chosen, recipe.half_weights, progress, layouts, source, try_out)
+            stages.emitting(
+                original, program, chosen, recipe.half_weights, progress, layouts, source, try_out, plan.formats is None
+            )
         )
         with progress.step("Running the original"):
             reference = graph = stages.run_module(original.module, feeds, state=original.state)
@@ -174,8 +263,10 @@ def export(
                 graph = stages.run_module(program.module(check_guards=False), feeds, state=original.state)
         classes = judge.classifies(stages.first_target(original, source))
         graph_parity = judge.parities(*stages.aligned(reference, graph, original))
+        if plan.free and source is None and judge.loss(recipe.name, judge.worst(graph_parity)):
+            raise NotFaithful(f"its SQNR is {judge.worst(graph_parity).sqnr_db:.1f} dB")
         results, entries = {"original": reference}, []
-        notes = [*assumed, *without, *original.notes, *pruned_notes]
+        notes = [*without, *plan.notes]
         notes += source.notes if source else ("checked on random inputs: no --data was given",)
         notes += (source.shared,) if source and source.shared and recipe.needs_data else ()
         notes += compressed.notes if compressed is not None else ()
@@ -183,15 +274,22 @@ def export(
         notes += precision_notes
         notes += judge.loss(precision, judge.worst(graph_parity))
         for format, exported in exports:
+            if exported.error is not None:
+                left_out[format] = exported.error
+                continue
             artifact, tried = building_of(format, exported), exported.checked
-            results[format] = tried.outputs
-            each = judge.parities(*stages.aligned(reference, results[format], original), classes)
+            each = judge.parities(*stages.aligned(reference, tried.outputs, original), classes)
             why = judge.faithful(artifact.precision, each, graph_parity)
             if why is not None:
-                raise EdgeKitError(
+                error = NotFaithful(
                     f"{artifact.path.name} is not faithful to the model: it {why}",
                     f"nothing was written; leave {format} out with --format, and report this model",
                 )
+                if plan.formats is not None:
+                    raise error
+                left_out[format] = error
+                continue
+            results[format] = tried.outputs
             found = suspects.structure(artifact)
             facts = {"parity": {**judge.worst(each).to_dict(), "samples": samples}, **exported.facts}
             facts |= {"structure": found.to_dict()} if found else {}
@@ -204,12 +302,20 @@ def export(
         about_calibration: dict[str, Any] = {}
         if source is not None and recipe.needs_data:
             about_calibration["calibration"] = stages.calibrated_on(original, source)
+        if not entries:
+            raise _none_left(left_out)
+        for format, error in left_out.items():
+            (building / bundles.file_name(format)).unlink(missing_ok=True)
+            notes.append(f"{bundles.file_name(format)} was left out: {error.what}")
         entries.sort(key=lambda entry: chosen.index(entry["format"]))
+        manifest = {"precision": bundles.precision_of(entries), "artifacts": entries}
+        name, identity = folder.name.removesuffix(f"-{plan.target}"), plan.about["identity"]
+        notes += bundles.replaced(folder, bundles.MANIFEST, name, identity, bundles.contents_of(manifest))
         bundles.write_golden(building, original.inputs, original.outputs, feeds, results)
         bundles.describe(
             building,
-            model=about,
-            target=target,
+            model=plan.about,
+            target=plan.target,
             precision=bundles.precision_of(entries),
             recipe={
                 "name": recipe.name,
@@ -237,24 +343,22 @@ def artifact_of(original: Model, path: Path, format: str, precision: str, layout
     return Artifact(path, format, precision, original.inputs, original.outputs, layout, state=state)
 
 
-def find_layouts(tflite_layout: str, formats: Sequence[str]) -> dict[str, Layout]:
-    """Returns the layout of each format's images; raises EdgeKitError for an unknown one, or one without a file."""
-    layout = next((known for known in LAYOUTS if known == tflite_layout), None)
-    if layout is None:
-        raise EdgeKitError(f"unknown TFLite layout '{tflite_layout}'", f"choose one of {', '.join(LAYOUTS)}")
-    if layout != "nchw" and "tflite" not in formats:
-        raise EdgeKitError(f"the TFLite layout {layout} is for a file that is not exported", "add tflite to --format")
-    return {format: layout if format == "tflite" else "nchw" for format in formats}
+def _none_left(left_out: Mapping[str, EdgeKitError]) -> EdgeKitError:
+    """Returns the error of an export that no format can hold: NotFaithful where another precision may be."""
+    errors = {error.what: error for error in left_out.values()}
+    if any(isinstance(error, NotFaithful) for error in errors.values()):
+        return NotFaithful("; ".join(errors), "give another --precision, such as fp32")
+    return next(iter(errors.values())) if len(errors) == 1 else SeveralErrors(tuple(errors.values()))
 
 
 def compare(
     model: Any,
-    artifacts: Sequence[str | Path | bundles.Bundle],
+    artifacts: str | Path | bundles.Bundle | Sequence[str | Path | bundles.Bundle],
     *,
     data: Any,
-    inputs: Sequence[str] = (),
+    inputs: Any = (),
     code: str | None = None,
-    metric: str = "top1",
+    metric: str | Callable[[list[np.ndarray], np.ndarray], Any] = "top1",
     max_drop: float | None = None,
     device: str = "local:",
     baseline_device: str = "cpu",
@@ -270,7 +374,8 @@ def compare(
 ) -> Comparison:
     """Measures files or bundles against the original `model` on labeled `data`: accuracy, latency, memory, size.
 
-    `metric` is one of `metrics.METRICS` or the user's own `FILE.py:function`, and `max_drop` in the unit of its drop.
+    `metric` is one of `metrics.METRICS`, the user's own `FILE.py:function` or a function itself, and `max_drop` in the
+    unit of its drop.
     Every file runs in processes of its own on `device`; latencies are taken in turn over `rounds` processes each (by
     default ROUNDS), pinned to `threads` cores, beside the fp32 file of the same runtime (exported here where none is
     given). The original is measured once on the same content, unless `cache` is off (see `edgekit.baseline`). A job
@@ -280,6 +385,19 @@ def compare(
     cannot run.
     """
     progress = progress or Silent()
+    artifacts = [artifacts] if isinstance(artifacts, str | Path | bundles.Bundle) else artifacts
+    preflight.check_compare(
+        model,
+        artifacts,
+        data=data,
+        inputs=inputs,
+        code=code,
+        metric=metric,
+        device=device,
+        baseline_device=baseline_device,
+        mean=mean,
+        std=std,
+    )
     scale = metrics.find(metric)
     rounds = rounds or ROUNDS
     with ExitStack() as stack:
@@ -294,6 +412,7 @@ def compare(
                     "a comparison needs data", "give --data: real samples, with labels to measure accuracy"
                 )
             baselines.check(original, baseline_device)
+            stages.check_repeatable(original)
             given = unpruned([stages.fitted(artifact, original) for artifact in found], original)
             if explain and any(artifact.pruned for artifact in given):
                 raise EdgeKitError(
@@ -379,7 +498,7 @@ def compare(
         original.name,
         baseline_device,
         None if scores is None else metrics.value(scores),
-        None if scores is None else metric,
+        None if scores is None else scale.name,
         evaluation.count,
         baseline_latency,
         "points" if scores is None else scale.unit_of(scores),
@@ -530,8 +649,16 @@ def latency_of(runs: Sequence[Any], threads: int) -> Latency | None:
     return Latency(tuple(r.latency_ms for r in runs), threads) if runs[-1].timing == "measured" else None
 
 
+@overload
+def profile(artifact: bundles.Bundle, **options: Any) -> tuple[Profile, ...]: ...
+
+
+@overload
+def profile(artifact: str | Path, **options: Any) -> Any: ...
+
+
 def profile(
-    artifact: str | Path,
+    artifact: str | Path | bundles.Bundle,
     *,
     device: str = "local:",
     threads: int = 1,
@@ -540,9 +667,11 @@ def profile(
     timeout: float | None = None,
     resume: bool = False,
     progress: Progress | None = None,
-) -> Profile:
-    """Measures latency, load time and memory of one file on `device`, over several processes, on random inputs.
+) -> Profile | tuple[Profile, ...]:
+    """Measures latency, load time and memory of a file on `device`, over several processes.
 
+    Of a bundle, or its folder, each file is measured: that gives one Profile a file. The inputs are the golden ones of
+    the bundle, and of a bare file made up (see `example_inputs`).
     Processes of one file differ, in where its memory lies and in what else the machine does: up to MOST_ROUNDS of them
     are run until the p50 of the runs that nothing slowed down is known (see `edgekit.steady`). Notes say how many runs
     that leaves out, and where it is not known.
@@ -551,15 +680,39 @@ def profile(
     those of `compare`. On an emulated device instructions are counted instead, in one process. Raises EdgeKitError
     where `ops` are asked of one, or a `trace` without `ops`.
     """
-    progress = progress or Silent()
-    subject = identify(Path(artifact))
-    if trace is not None and not ops:
-        raise EdgeKitError("a trace holds the times of the ops, which were not asked for", "add --ops")
-    if trace is not None:
-        files.check_writable(Path(trace))
+    preflight.check_profile(artifact, device=device, ops=ops, trace=trace)
+    options: dict[str, Any] = {"device": device, "threads": threads, "ops": ops, "timeout": timeout, "resume": resume}
+    if isinstance(artifact, bundles.Bundle) or bundles.is_bundle(Path(artifact)):
+        found = expand([artifact])
+        traces = [trace_of(trace, each, len(found)) for each in found]
+        return tuple(
+            _profile(each, trace=path, **options, progress=progress or Silent())
+            for each, path in zip(found, traces, strict=True)
+        )
+    return _profile(identify(Path(artifact)), trace=trace, **options, progress=progress or Silent())
+
+
+def trace_of(trace: str | Path | None, artifact: Artifact, files: int) -> Path | None:
+    """Returns where the trace of one of several files goes: `t.json` becomes `t-onnx.json`."""
+    if trace is None or files == 1:
+        return None if trace is None else Path(trace)
+    return Path(trace).with_stem(f"{Path(trace).stem}-{artifact.format}")
+
+
+def _profile(
+    subject: Artifact,
+    *,
+    device: str,
+    threads: int,
+    ops: bool,
+    trace: str | Path | None,
+    timeout: float | None,
+    resume: bool,
+    progress: Progress,
+) -> Profile:
     times: OpTimes | None = None
     subject, notes = stages.closed(subject)
-    feeds = stages.random_feeds(subject.inputs)
+    feeds = stages.profile_feeds(subject)
     with Journal(resume) as journal, stages.opened(device, timeout=timeout) as there:
         if ops and there.timing == "emulated":
             raise EdgeKitError(f"{device} is emulated: the times of its ops say nothing", "leave out --ops")
@@ -632,14 +785,18 @@ def _op_times(
 
 
 def verify(
-    bundle: str | Path, *, device: str = "local:", timeout: float | None = None, progress: Progress | None = None
+    bundle: str | Path | bundles.Bundle,
+    *,
+    device: str = "local:",
+    timeout: float | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Replay, ...]:
     """Replays a bundle's golden inputs on `device` and compares with the outputs that were recorded at export.
 
     A file whose hash has changed is not run. Raises EdgeKitError for a folder that is no bundle, and for a device
     that does not answer.
     """
-    opened = bundles.read(Path(bundle))
+    opened = bundles.read(bundle.path if isinstance(bundle, bundles.Bundle) else Path(bundle))
     with stages.opened(device, timeout=timeout, timed=False) as there:
         try:
             golden = bundles.read_golden(opened)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgekit import targets
-from edgekit.errors import EdgeKitError
+from edgekit.errors import EdgeKitError, UsageError
 from edgekit.results import SUFFIXES
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def _check_training(epochs: int | None, finetune: Any, resume: bool, plan: Mappi
 
 def _steps(schedule: str, steps: int | None, limit: Limit | None, pattern: Pattern | None) -> int:
     if schedule not in SCHEDULES:
-        raise EdgeKitError(f"unknown schedule '{schedule}'", f"choose one of {', '.join(SCHEDULES)}")
+        raise UsageError(f"unknown schedule '{schedule}'", f"choose one of {', '.join(SCHEDULES)}")
     if schedule == "one-shot":
         if steps not in (None, 1):
             raise EdgeKitError(f"the schedule one-shot has one step, not {steps}", "add --schedule cubic")
@@ -190,15 +190,11 @@ def _files(
     timeout: float | None,
     has_data: bool,
 ) -> Wanted:
-    from edgekit.quant.recipes import RECIPES
-
     names = targets.Target(tuple(SUFFIXES), "fp32", "local", "what is measured here")
-    recipe = RECIPES.get(precision or names.precision)
-    if recipe is None:
-        raise EdgeKitError(f"unknown precision '{precision}'", f"choose one of {', '.join(RECIPES)}")
-    if recipe.needs_data and not has_data:
-        raise EdgeKitError(f"{recipe.name} needs data to calibrate on", "add --data, or choose --precision fp16")
-    return Wanted(targets.find_formats(formats, names), recipe.name, device, threads, timeout)
+    chosen = targets.find_precision(precision or names.precision)
+    if targets.PRECISIONS[chosen] and not has_data:
+        raise EdgeKitError(f"{chosen} needs data to calibrate on", "add --data, or choose --precision fp16")
+    return Wanted(targets.find_formats(formats, names), chosen, device, threads, timeout)
 
 
 def parse_limit(kind: Literal["latency", "size"], text: str) -> Limit:

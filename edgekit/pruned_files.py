@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekit import files
 from edgekit.errors import EdgeKitError, reason
+from edgekit.results import SUFFIXES
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 MANIFEST = "prune.json"
 PROGRAM, WEIGHTS = "model.pt2", "model.safetensors"
 FILES = (PROGRAM, WEIGHTS)
+FOLDER = {MANIFEST, *FILES, *(f"model{suffix}" for suffix in SUFFIXES.values())}  # all that a folder of it holds
 MARK = ("edgekit", "pruned")  # in a .safetensors file: its tensors have fewer channels than the code makes
 SAME = 1e-4  # of the largest output: what saving and loading may change
 

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekit import batch_axis, files, prune_options, pruned_files, stages, training
+from edgekit import batch_axis, files, preflight, prune_options, pruned_files, stages, training
 from edgekit import bundle as bundles
 from edgekit.errors import EdgeKitError
 from edgekit.progress import Progress, Silent
 from edgekit.prune_options import Options
 from edgekit.prune_steps import Job, checkpoint_of
 from edgekit.pruned_files import MANIFEST
-from edgekit.results import SUFFIXES, Accuracy
+from edgekit.results import Accuracy, counted
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,7 @@ MISSED = 1.05  # of the limit: what a measurement of another moment may be above
 FASTER = 0.9  # of the original's latency: a masked file below it is called faster
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Pruned:
     """A pruned network and what it took: per layer, in all, and in accuracy where the data has labels.
 
@@ -54,7 +54,11 @@ class Pruned:
     search: Found | None
     files: tuple[Measured, ...]
     notes: tuple[str, ...]
-    module: torch.nn.Module = field(repr=False, compare=False)
+    module: torch.nn.Module = field(compare=False)
+
+    def __repr__(self) -> str:
+        before, after = self.macs
+        return f"Pruned({str(self.path)!r}, {before:,} multiply-adds to {after:,}, {counted(len(self.files), 'file')})"
 
     @property
     def macs(self) -> tuple[int, int]:
@@ -140,7 +144,7 @@ def prune(
     device: str = "local:",
     threads: int = 1,
     timeout: float | None = None,
-    inputs: Sequence[str] = (),
+    inputs: Any = (),
     code: str | None = None,
     out: str | Path = ".",
     name: str | None = None,
@@ -176,6 +180,19 @@ def prune(
     from edgekit import prune_search
 
     progress = progress or Silent()
+    preflight.check_prune(
+        model,
+        data=data,
+        train=train,
+        formats=formats,
+        precision=precision,
+        inputs=inputs,
+        code=code,
+        out=out,
+        name=name,
+        mean=mean,
+        std=std,
+    )
     plan = {"learning_rate": learning_rate, "augment": augment, "patience": patience, "seed": seed}
     options = prune_options.check(
         ratio=ratio,
@@ -203,18 +220,20 @@ def prune(
         given = data if data is not None else train
         original, source = stages.load(model, data=given, inputs=inputs, code=code, mean=mean, std=std)
         check_form(original)
+        stages.check_repeatable(original)
         lessons = None if train is None or data is None else training.lessons(train, original, source, mean, std)
     job = Job(original, source, lessons, data is not None, options, progress)
     folder = Path(out) / f"{name or original.name}-pruned"
+    identity = stages.identity(original, model)
+    replaced = bundles.replaced(folder, MANIFEST, original.name, identity)
     checkpoint = folder.with_name(f"{folder.name}.checkpoint.pt")
-    ours = {MANIFEST, *pruned_files.FILES, *map(bundles.file_name, SUFFIXES)}
     anew = files.not_resumed(checkpoint, resume)
-    with files.resumable(checkpoint), files.new_folder(folder, ours) as building:
+    with files.resumable(checkpoint), files.new_folder(folder, pruned_files.FOLDER) as building:
         result = _run(job, folder, building, checkpoint, resume)
         with progress.step("Saving"):
             notes = pruned_files.save(original, result.module, model, code, building)
-        result = replace(result, notes=(*anew, *result.notes, *notes))
-        files.write_json(building / MANIFEST, result.to_dict())
+        result = replace(result, notes=(*anew, *result.notes, *notes, *replaced))
+        files.write_json(building / MANIFEST, {**result.to_dict(), "original": identity})
     for number in (None, *range(1, options.steps + 1)):
         kept = checkpoint_of(checkpoint, number)
         for path in (kept, kept.with_suffix(".safetensors"), prune_search.record_of(kept)):

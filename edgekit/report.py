@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import Any
@@ -27,6 +28,8 @@ from edgekit.results import (
 )
 from edgekit.targets import TARGETS
 
+LONGEST_NOTE = 200  # characters of a note that are shown without --verbose
+_VARIES = re.compile(r"'[^']*'|\"[^\"]*\"|\b[\w./]*\d[\w./]*")  # names and numbers, in which alike notes differ
 EMULATED = "emulated: instructions of one run, not times"
 VERDICT_STYLES = {"ship": "bold green", "reject": "bold red", "inconclusive": "bold yellow"}
 
@@ -70,8 +73,11 @@ def instructions(count: int | None, fp32: int | None = None) -> str:
     return f"{count / 1e6:.3g} M" + (f" ({100 * count / fp32:.0f} % of fp32)" if fp32 else "")
 
 
-def bundle_report(bundle: Bundle, layers: bool = False) -> RenderableType:
-    """Shows what an export wrote, how each file was checked and what to know of it; with `layers` also each layer."""
+def bundle_report(bundle: Bundle, layers: bool = False, verbose: bool = False) -> RenderableType:
+    """Shows what an export wrote, how each file was checked and what to know of it; with `layers` also each layer.
+
+    Without `verbose` notes that are alike are one line (see `summarized`).
+    """
     manifest = bundle.manifest
     precision = manifest["precision"]
     rows = table("file", "size", "SQNR", "max difference", "agreement")
@@ -89,7 +95,8 @@ def bundle_report(bundle: Bundle, layers: bool = False) -> RenderableType:
     samples = manifest["artifacts"][0]["parity"]["samples"]
     checked = f"{samples} real samples" if samples else "random inputs"
     head = Text.assemble(("Wrote ", ""), (f"{bundle.path}/", "bold"), f"  {precision}, checked on {checked}")
-    return Group(*([sensitivity_report(manifest["recipe"])] if layers else []), head, rows, *notes(bundle.notes))
+    told = bundle.notes if verbose else summarized(bundle.notes)
+    return Group(*([sensitivity_report(manifest["recipe"])] if layers else []), head, rows, *notes(told))
 
 
 def sensitivity_report(recipe: Mapping[str, Any]) -> RenderableType:
@@ -106,6 +113,20 @@ def sensitivity_report(recipe: Mapping[str, Any]) -> RenderableType:
             Text("in float", style="yellow") if layer["node"] in in_float else "",
         )
     return rows
+
+
+def summarized(lines: Sequence[str]) -> list[str]:
+    """Returns one line, cut where it is long, for all notes that differ in names and numbers alone: with how many."""
+    groups: dict[str, list[str]] = {}
+    for line in lines:
+        groups.setdefault(_VARIES.sub("…", line), []).append(line)
+    shown = []
+    for first, *others in groups.values():
+        line = first if len(first) <= LONGEST_NOTE else f"{first[: LONGEST_NOTE - 1].rstrip(' ,;')}…"
+        hidden = [f"{len(others)} more like it"] if others else []
+        hidden += ["the rest of it"] if line != first else []
+        shown.append(f"{line} ({' and '.join(hidden)}: --verbose)" if hidden else line)
+    return shown
 
 
 def notes(lines: Sequence[str]) -> list[Text]:
@@ -283,6 +304,11 @@ def profile_report(profile: Profile) -> RenderableType:
     caption = f"{len(lat.samples):,} runs in {len(lat.processes)} processes, {lat.threads} thread(s), {profile.device}"
     times = [Text(), ops_report(profile.ops)] if profile.ops is not None else []
     return Group(rows, Text(caption, style="dim"), *times, *notes(profile.notes))
+
+
+def profiles_report(profiles: Sequence[Profile]) -> RenderableType:
+    """Shows each file of a bundle."""
+    return Group(*(part for profile in profiles for part in (profile_report(profile), Text())))
 
 
 def ops_report(times: OpTimes) -> RenderableType:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -57,7 +57,7 @@ class State:
 
     input: TensorSpec
     output: str
-    initial: bytes
+    initial: bytes = field(repr=False)
 
     @property
     def value(self) -> np.ndarray:
@@ -130,7 +130,7 @@ class Parity:
         return {key: finite(value) if isinstance(value, float) else value for key, value in asdict(self).items()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Latency:
     """Raw latencies in ms of one artifact: a tuple of samples for each process that measured it.
 
@@ -141,6 +141,9 @@ class Latency:
     processes: tuple[tuple[float, ...], ...]
     threads: int
     undisturbed: tuple[tuple[float, ...], ...] = ()
+
+    def __repr__(self) -> str:
+        return f"Latency(p50 {self.p50:.4g} ms, {counted(len(self.samples), 'run')}, {counted(self.threads, 'thread')})"
 
     @property
     def samples(self) -> tuple[float, ...]:
@@ -458,6 +461,11 @@ class Comparison:
         }
 
 
+def counted(number: int, noun: str) -> str:
+    """Returns a number with its noun, in the plural where it is one: `1 layer`, `1,200 layers`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def finite(value: float) -> float | None:
     """Returns `value`, or None where JSON has no number for it."""
     return value if math.isfinite(value) else None
@@ -484,7 +492,7 @@ class OpTimes:
     A profiler costs time of its own, in the ops and between them.
     """
 
-    ops: tuple[OpTime, ...]
+    ops: tuple[OpTime, ...] = field(repr=False)
     runs: int
     whole_us: float
     latency_us: float

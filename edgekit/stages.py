@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from itertools import islice, zip_longest
 from math import prod
 from pathlib import Path
@@ -14,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from edgekit import bundle as bundles
 from edgekit import data as sources
-from edgekit import judge, limits, ragged
+from edgekit import example_inputs, judge, limits, pruned_files, ragged
 from edgekit.batch_axis import placements
 from edgekit.beside import beside, is_copy
-from edgekit.errors import EdgeKitError, MissingInputs, reason
+from edgekit.errors import EdgeKitError, MissingInputs, UsageError, reason
 from edgekit.progress import Progress, Silent
 from edgekit.results import SUFFIXES, Artifact, Layout, State, TensorSpec, axis_order
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 HOLDS_RAGGED = ("onnx",)  # formats whose outputs may have a size that the input's values decide
 ONNX_IS_FP32 = "fp32, because an ONNX file is not quantized: give the PyTorch model for int8"
+MOST_LINEAR = 0.5  # of the weights: where int8-dynamic reaches so many, it makes the smaller and faster file
 
 
 @dataclass(frozen=True)
@@ -47,13 +49,14 @@ class Exported:
     notes: tuple[str, ...]
     checked: Any = None
     precision: str | None = None  # where it is not the one that was asked for, which changed nothing in this format
+    error: EdgeKitError | None = None  # why there is no file
 
 
 def load(
     model: Any,
     *,
     data: Any,
-    inputs: Sequence[str],
+    inputs: Any,
     code: str | None,
     mean: Sequence[float],
     std: Sequence[float],
@@ -63,17 +66,18 @@ def load(
 
     Where `inputs` are not given, the batch and the image size are those of `like`, the inputs of an exported file.
     """
+    from edgekit.model import given_inputs, read_specs
     from edgekit.model import load as load_model
-    from edgekit.model import parse_spec
 
     sources.check_normalization(mean, std)
     if data is None:
         if mean:
             raise EdgeKitError("--mean and --std normalize data, and none are given", "add --data, or leave them out")
         return load_model(model, code=code, inputs=inputs), None
-    specs = [parse_spec(text) for text in inputs] or like
+    asked = bool(given_inputs(inputs))
+    specs = read_specs(inputs) if asked else like
     shape = specs[0].shape if specs else ()
-    size = image_size(shape, channels_last=not inputs)
+    size = image_size(shape, channels_last=not asked)
     source = sources.load(data, image_size=size, mean=mean, std=std)
     if any(spec.name == "y" for spec in specs):
         source = source.with_targets_as("y") or source
@@ -89,15 +93,16 @@ def load(
 
 
 def _loaded(
-    model: Any, source: sources.Data, inputs: Sequence[str], code: str | None, like: Sequence[TensorSpec]
+    model: Any, source: sources.Data, inputs: Any, code: str | None, like: Sequence[TensorSpec]
 ) -> tuple[Model, sources.Data]:
     """Loads the model on a sample of `source`; images stay as they are where it takes bytes or scales them itself."""
+    from edgekit.model import given_inputs
     from edgekit.model import load as load_model
 
     scaled = source.preprocessing
     unscaled = source.unscaled() if scaled is not None and not scaled.mean else None
     examples = [None if given is None else given.example() for given in (source, unscaled)]
-    if like and like[0].shape and not inputs:
+    if like and like[0].shape and not given_inputs(inputs):
         repeats = max(like[0].shape[0], 1)
         examples = [e and {key: array.repeat(repeats, axis=0) for key, array in e.items()} for e in examples]
         if examples[1] and like[0].dtype != "uint8":
@@ -138,6 +143,57 @@ def no_state(original: Model, what: str) -> EdgeKitError:
         f"{what} take samples in any order, and {original.name} has state from call to call ({names})",
         "leave them out; --precision int8 calibrates along the stream of samples",
     )
+
+
+def identity(original: Model, model: Any) -> dict[str, str | None]:
+    """Returns what tells one model from another: hashes of where it came from, of its weights and of its structure.
+
+    `model` is what the user gave. The source is None for a module object.
+    """
+    import hashlib
+
+    from edgekit.code import is_code
+
+    def hashed(*parts: Any) -> str:
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+    source = None
+    if isinstance(model, str | Path):
+        head, colon, name = str(model).rpartition(":") if is_code(str(model)) else (str(model), "", "")
+        source = hashed(str(Path(head or name).resolve()), colon and name)
+    shapes = [tuple(parameter.shape) for parameter in original.module.parameters()]
+    structure = hashed(shapes, original.inputs, original.outputs)
+    if original.onnx is not None:
+        weights = hashlib.sha256(original.onnx.SerializeToString()).hexdigest()[:32]
+        return {"source": source, "weights": weights, "structure": weights}
+    content = pruned_files.fingerprint(original.module) if shapes else structure
+    return {"source": source, "weights": content, "structure": structure}
+
+
+def precisions(original: Model, source: sources.Data | None, target: str) -> tuple[str, ...]:
+    """Returns what to export where no precision is asked for: the best first, and what to take where that fails.
+
+    With data that is `target`, the precision that pays on the target. Without, int8-dynamic where it reaches most
+    weights, and else fp16.
+    """
+    if original.onnx is not None:
+        return ("fp32",)
+    if source is not None:
+        return (target,)
+    from edgekit.quant.dynamic import reachable_share
+
+    share = reachable_share(original.module, original.example)
+    return (*(["int8-dynamic"] if share >= MOST_LINEAR else []), "fp16", "fp32")
+
+
+def check_repeatable(original: Model) -> None:
+    """Raises EdgeKitError for a model whose outputs differ from run to run: no file can be compared with them."""
+    if original.random is not None:
+        raise EdgeKitError(
+            f"{original.random}: it gives other outputs at every run, and no file can be compared with them",
+            "return what is not random (of a VAE the mean), take the noise as an input, or draw it in training alone: "
+            "F.dropout(x, training=self.training)",
+        )
 
 
 def image_size(shape: Sequence[int], channels_last: bool = False) -> tuple[int, int, int] | None:
@@ -261,8 +317,11 @@ def emitting(
     layouts: Mapping[str, Layout],
     source: sources.Data | None = None,
     check: Callable[[str, Exported], Any] | None = None,
+    tolerant: bool = False,
 ) -> Iterator[Iterator[tuple[str, Exported]]]:
     """Yields an iterator over each format's file, in the layout of `layouts`. TFLite is lowered from the ONNX model.
+
+    A format that cannot hold the model raises EdgeKitError; with `tolerant` its Exported tells the error instead.
 
     What `source` tells of images and labels goes into the formats that have a place for it. Each file is given to
     `check`. The .pte file comes last: it takes longest, and is lowered and checked on another core from the start, so
@@ -270,7 +329,8 @@ def emitting(
     """
     if "executorch" in formats and program is None:
         raise EdgeKitError(
-            f"ExecuTorch starts from a PyTorch model, and {original.name} is an ONNX file", "add --format onnx,tflite"
+            f"ExecuTorch starts from a PyTorch model, and {original.name} is an ONNX file",
+            "leave it out: --format onnx,tflite",
         )
     others = [format for format in formats if format != "executorch"]
     pte = len(others) < len(formats)
@@ -279,25 +339,38 @@ def emitting(
     def checked(format: str, exported: Exported) -> Exported:
         return exported if check is None else replace(exported, checked=check(format, exported))
 
+    def attempt(make: Callable[[], Exported]) -> Exported:
+        try:
+            return make()
+        except EdgeKitError as error:
+            if not tolerant:
+                raise
+            return Exported(b"", {}, (), error=error)
+
+    @cache
+    def proto() -> onnx.ModelProto:
+        with progress.step("Exporting ONNX"):
+            return _onnx(original, program, half_weights)
+
+    def other(format: str) -> Exported:
+        if format == "onnx":
+            exported = _onnx_file(proto(), program is not None)
+        else:
+            exported = _tflite(proto(), original, source, layouts["tflite"], progress)
+        if half_weights and not _has_halves(proto()):
+            exported = replace(exported, precision="fp32", notes=(*exported.notes, _no_gain(format, "fp16")))
+        with progress.step(f"Checking {bundles.file_name(format)}") if check is not None else nullcontext():
+            return checked(format, exported)
+
+    def executorch() -> Exported:
+        with progress.step("Lowering to ExecuTorch"):
+            return lowered()
+
     def files() -> Iterator[tuple[str, Exported]]:
-        if others:
-            with progress.step("Exporting ONNX"):
-                proto = _onnx(original, program, half_weights)
-                plain = half_weights and not _has_halves(proto)
         for format in others:
-            if format == "onnx":
-                exported = _onnx_file(proto, program is not None)
-            else:
-                exported = _tflite(proto, original, source, layouts["tflite"], progress)
-            if plain:
-                exported = replace(exported, precision="fp32", notes=(*exported.notes, _no_gain(format, "fp16")))
-            with progress.step(f"Checking {bundles.file_name(format)}") if check is not None else nullcontext():
-                exported = checked(format, exported)
-            yield format, exported
+            yield format, attempt(partial(other, format))
         if pte:
-            with progress.step("Lowering to ExecuTorch"):
-                exported = lowered()
-            yield "executorch", exported
+            yield "executorch", attempt(executorch)
 
     def lower() -> Exported:
         exported = _executorch(original, program, half_weights)
@@ -427,7 +500,7 @@ def golden_feeds(original: Model, source: sources.Data | None) -> tuple[tuple[np
     import numpy as np
 
     if source is None:
-        return random_feeds(original.inputs), 0
+        return random_feeds(original.inputs, ranges=original.ranges), 0
     feeds, count = [], 0
     for arrays, real, _ in sources.batches(source.evaluation, original.inputs):
         feeds.append(arrays)
@@ -442,9 +515,14 @@ def first_target(original: Model, source: sources.Data | None) -> np.ndarray | N
     return next(iter(sources.batches(source.evaluation, original.inputs)))[2] if source is not None else None
 
 
-def random_feeds(inputs: Sequence[TensorSpec], runs: int = bundles.GOLDEN_SAMPLES) -> tuple[np.ndarray, ...]:
-    """Returns seeded inputs, (runs, *shape) each: normal for floats, zeros for integers, which may be indices.
+def random_feeds(
+    inputs: Sequence[TensorSpec],
+    runs: int = bundles.GOLDEN_SAMPLES,
+    ranges: Sequence[example_inputs.Range | None] | None = None,
+) -> tuple[np.ndarray, ...]:
+    """Returns seeded inputs, (runs, *shape) each: normal for floats, integers of `ranges`, ones for masks.
 
+    Without `ranges` they are those that the names and types of the inputs tell.
     Raises EdgeKitError for an input of an open shape, or of what numpy has no numbers for.
     """
     import numpy as np
@@ -462,12 +540,22 @@ def random_feeds(inputs: Sequence[TensorSpec], runs: int = bundles.GOLDEN_SAMPLE
             "measure the file on data of its own: edgekit compare",
         )
     rng = np.random.default_rng(0)
-    return tuple(
-        rng.standard_normal((runs, *spec.shape)).astype(spec.dtype)
-        if np.issubdtype(np.dtype(spec.dtype), np.floating)
-        else np.zeros((runs, *spec.shape), spec.dtype)
-        for spec in inputs
-    )
+    known = ranges or example_inputs.ranges(inputs)
+    return tuple(example_inputs.fill(spec, filled, rng, runs) for spec, filled in zip(inputs, known, strict=True))
+
+
+def profile_feeds(artifact: Artifact) -> tuple[np.ndarray, ...]:
+    """Returns what a file is timed on: the golden inputs of the bundle around it, else made-up ones."""
+    if bundles.is_bundle(artifact.path.parent):
+        golden = bundles.read_golden(bundles.read(artifact.path.parent))
+        return tuple(golden[f"input/{spec.name}"] for spec in artifact.inputs)
+    limits: dict[int, int] = {}
+    if artifact.format == "onnx":
+        import onnx
+
+        graph = onnx.load(artifact.path, load_external_data=False)
+        limits = example_inputs.onnx_limits(graph, [spec.name for spec in artifact.inputs])
+    return random_feeds(artifact.inputs, ranges=example_inputs.ranges(artifact.inputs, limits))
 
 
 def qparams(original: Model, program: ExportedProgram | None) -> dict[str, Any]:
@@ -724,7 +812,7 @@ def opened(device: str, baseline: str = "cpu", timeout: float | None = None, tim
     from edgekit.runtimes.devices.device import Emulator
 
     if baseline not in ("cpu", "cuda"):
-        raise EdgeKitError(f"unknown baseline device '{baseline}'", "choose cpu or cuda")
+        raise UsageError(f"unknown baseline device '{baseline}'", "choose cpu or cuda")
     if baseline == "cuda":
         import torch
 

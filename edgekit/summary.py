@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
+    from edgekit.bundle import Bundle
     from edgekit.model import Model
 
 READERS = {"onnx": "read_onnx", "tflite": "read_tflite", "executorch": "read_pte"}  # format → module
@@ -151,6 +152,26 @@ def inspect_artifact(path: Path) -> ArtifactSummary:
         notes=contents.notes,
         weight_files=contents.weight_files,
     )
+
+
+@dataclass(frozen=True)
+class BundleSummary:
+    """What a bundle's manifest says, and what each of its files holds."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+    artifacts: tuple[ArtifactSummary, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the JSON form of `inspect --json` for a bundle."""
+        files = [summary.to_dict() for summary in self.artifacts]
+        return {"type": "bundle", "path": str(self.path), "manifest": dict(self.manifest), "artifacts": files}
+
+
+def inspect_bundle(bundle: Bundle) -> BundleSummary:
+    """Reads what each file of a bundle holds; see `inspect_artifact`."""
+    found = tuple(inspect_artifact(artifact.path) for artifact in bundle.artifacts)
+    return BundleSummary(bundle.path, bundle.manifest, found)
 
 
 def inspect_model(model: Model) -> ModelSummary:
@@ -336,8 +357,16 @@ def _layers(root: torch.nn.Module, name: str, seen: dict[int, _Seen]) -> Iterato
         )
 
 
-def render(summary: ModelSummary | ArtifactSummary) -> RenderableType:
+def render(summary: ModelSummary | ArtifactSummary | BundleSummary) -> RenderableType:
     """Returns what the terminal shows of a summary."""
+    if isinstance(summary, BundleSummary):
+        from rich.console import Group
+        from rich.text import Text
+
+        about = summary.manifest
+        head = f"  {about['model']['name']} for {about['target']}, {about['precision']}"
+        parts = [part for each in summary.artifacts for part in (Text(), _render_artifact(each))]
+        return Group(Text.assemble((f"{summary.path}/", "bold"), head), *parts)
     return _render_model(summary) if isinstance(summary, ModelSummary) else _render_artifact(summary)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from edgekit.errors import EdgeKitError
+from edgekit.errors import UsageError
 from edgekit.results import SUFFIXES
 
 
@@ -23,6 +23,9 @@ class Target:
     int8_notes: Mapping[str, str] = field(default_factory=dict)
 
 
+# Precision → whether it needs data to calibrate on: the names of `quant.recipes.RECIPES`, known without torch.
+PRECISIONS = {"fp32": False, "fp16": False, "int8": True, "int8-dynamic": False, "int8-weight-only": False}
+
 WITHOUT_VNNI = (
     "ONNX: on x86 processors without VNNI (Intel before 2019, AMD before Zen 4) int8 sums overflow in ONNX Runtime "
     "unless its session option session.x64quantprecision is 1; where there is VNNI, that option only costs speed"
@@ -37,19 +40,26 @@ TARGETS = {
 
 
 def find(name: str) -> Target:
-    """Returns the target called `name`; raises EdgeKitError that lists the known ones."""
+    """Returns the target called `name`; raises UsageError that lists the known ones."""
     if name not in TARGETS:
-        raise EdgeKitError(f"unknown target '{name}'", f"choose one of {', '.join(TARGETS)}")
+        raise UsageError(f"unknown target '{name}'", f"choose one of {', '.join(TARGETS)}")
     return TARGETS[name]
 
 
+def find_precision(name: str) -> str:
+    """Returns `name` where it is a precision; raises UsageError that lists the known ones."""
+    if name not in PRECISIONS:
+        raise UsageError(f"unknown precision '{name}'", f"choose one of {', '.join(PRECISIONS)}")
+    return name
+
+
 def find_formats(names: str | Sequence[str] | None, target: Target) -> tuple[str, ...]:
-    """Parses `executorch,onnx,tflite` (None: all of the target's); raises EdgeKitError for an unknown one."""
+    """Parses `executorch,onnx,tflite` (None: all of the target's); raises UsageError for an unknown one."""
     if names is None:
         return target.formats
     given = names.split(",") if isinstance(names, str) else names
     formats = tuple(dict.fromkeys(name.strip() for name in given if name.strip()))
     unknown = [name for name in formats if name not in SUFFIXES]
     if unknown or not formats:
-        raise EdgeKitError(f"unknown format '{''.join(unknown[:1])}'", f"choose of {', '.join(SUFFIXES)}")
+        raise UsageError(f"unknown format '{''.join(unknown[:1])}'", f"choose of {', '.join(SUFFIXES)}")
     return formats

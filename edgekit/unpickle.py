@@ -40,7 +40,7 @@ _ACTIVATIONS = (
     ("torch.nn.functional", ("relu", "relu6", "silu", "leaky_relu", "elu", "selu", "mish", "hardswish")),
     ("torch._C._nn", ("gelu", "silu", "softplus")),
 )  # fmt: skip
-_BOOKKEEPING = frozenset({
+BOOKKEEPING = frozenset({
     "numpy._core.multiarray.scalar", "numpy.core.multiarray.scalar", "numpy.dtype", "numpy.ndarray",
     "numpy._core.multiarray._reconstruct", "numpy.core.multiarray._reconstruct", "numpy.dtypes.Float64DType",
     "numpy.dtypes.Float32DType", "numpy.dtypes.Int64DType", "argparse.Namespace", "pathlib.PosixPath",
@@ -76,7 +76,7 @@ def read_pickle(path: Path, code: UserCode | None) -> tuple[Any, list[str]]:
         found = resolve(name, code)
         if found is not None:
             allowed.append((found, name))
-        elif name in _BOOKKEEPING:
+        elif name in BOOKKEEPING:
             inert.append(name)
             # A class of its own for each name: the unpickler tells them apart by the class.
             allowed.append((type("Inert", (Inert,), {}), name))

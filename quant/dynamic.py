@@ -13,7 +13,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, Quantizer
 
-from edgekit.quant.passes import argument, aten, attribute, is_attribute
+from edgekit.quant.passes import argument, aten, attribute, capture, is_attribute
 from edgekit.quant.quantizer import EMBEDDING, WEIGHTED, EdgeQuantizer, dynamic_spec, target_groups, weight_spec
 from edgekit.quant.rounding import channel_scales
 
@@ -105,6 +105,14 @@ class StaticQuantizer(EdgeQuantizer):
                 node.meta["quantization_annotation"] = QuantizationAnnotation(input_qspec_map=inputs, _annotated=True)
                 self.recurrent[RECURRENT[node.target]] += 1
         return model
+
+
+def reachable_share(module: torch.nn.Module, example: tuple[torch.Tensor, ...]) -> float:
+    """Returns the share of the float weights of `module` that int8-dynamic would quantize, 0 to 1."""
+    graph = capture(module, example)
+    quantizer = WeightQuantizer(dynamic=True)
+    quantizer.annotate(graph)
+    return quantizer.share
 
 
 def weight_scales(model: GraphModule, node: Node) -> dict[Node, tuple[int | None, torch.Tensor]]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from edgekit.errors import EdgeKitError
+from edgekit.errors import EdgeKitError, UsageError
 from edgekit.quant.channels import Structure
 from edgekit.quant.copies import deep_copy
 from edgekit.quant.surgery import COMPUTING, CONVOLUTIONS, RECURRENT, Absent, Group, Tensors, remove, zero
@@ -371,4 +371,4 @@ def check(ratio: float, method: str, allocation: str, methods: Iterable[str]) ->
         )
     for word, known, what in ((method, tuple(methods), "method"), (allocation, ALLOCATIONS, "allocation")):
         if word not in known:
-            raise EdgeKitError(f"unknown pruning {what} '{word}'", f"choose one of {', '.join(known)}")
+            raise UsageError(f"unknown pruning {what} '{word}'", f"choose one of {', '.join(known)}")

@@ -159,7 +159,8 @@ EXPORTS: dict[str, tuple[Callable[[Path], None], tuple[str, ...], str, str]] = {
 def check(ran: Ran, what: str, help: str) -> None:
     import re
 
-    assert ran.code == 1, ran.err
+    unknown = what.startswith(("unknown ", "there is no device"))  # a value that an option does not know is wrong usage
+    assert ran.code == (2 if unknown else 1), ran.err
     message = re.sub(r"\s+", " ", ran.err)
     assert re.search(f"error: .*{what}.* help: .*{help}", message), ran.err
     assert "Traceback" not in ran.err

@@ -296,8 +296,8 @@ def test_inputs_and_outputs(name: str, inputs: list[str], expected_in, expected_
     model = load(f"{path}:{name}", inputs=inputs)
     assert [str(s) for s in model.inputs] == expected_in
     assert [s.name for s in model.outputs] == expected_out
-    for tensor, spec in zip(model.example, model.inputs, strict=True):
-        assert bool(tensor.any()) == (spec.dtype == "float32")
+    for tensor in model.example:
+        assert tensor.any()  # zeros are all padding
     program = torch.export.export(model.module, model.example)
     for a, b in zip(program.module()(*model.example), model.module(*model.example), strict=True):
         torch.testing.assert_close(a, b)
@@ -542,7 +542,7 @@ def test_weights_without_code(tmp_path: Path, net: nn.Module) -> None:
     ("change", "said"),
     [
         (lambda w: w.pop("fc.bias"), "missing: fc.bias"),
-        (lambda w: w.update({"extra.weight": torch.ones(1)}), "unexpected: extra.weight"),
+        (lambda w: w.update({"block.extra": torch.ones(1)}), "unexpected: block.extra"),
         (lambda w: w.update({"fc.weight": torch.ones(7, 4)}), "fc.weight is [7, 4] in the file, [5, 4] in Net"),
         (lambda w: w["fc.weight"].fill_(float("nan")), "'fc.weight' of w contains NaN"),
         (lambda w: w["block.bn.running_var"].fill_(float("inf")), "'block.bn.running_var' of w contains Inf"),

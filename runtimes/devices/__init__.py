@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from edgekit.errors import EdgeKitError
+from edgekit.errors import UsageError
 
 from .adb import open_adb
 from .device import Device
@@ -22,10 +22,15 @@ DEVICES: dict[str, Callable[[str], Device]] = {
 }
 
 
-def open_device(uri: str) -> Device:
-    """The device that `uri` names, such as `local:`. Raises EdgeKitError for a scheme that is not in DEVICES."""
+def opener(uri: str) -> Callable[[str], Device]:
+    """What opens the device that `uri` names, such as `local:`. Raises UsageError for a scheme not in DEVICES."""
     scheme = uri.partition(":")[0]
     if scheme not in DEVICES:
         kinds = ", ".join(f"{known}:" for known in DEVICES)
-        raise EdgeKitError(f"there is no device '{uri}'", f"the kinds of device are {kinds}")
-    return DEVICES[scheme](uri)
+        raise UsageError(f"there is no device '{uri}'", f"the kinds of device are {kinds}")
+    return DEVICES[scheme]
+
+
+def open_device(uri: str) -> Device:
+    """The device that `uri` names; see `opener`."""
+    return opener(uri)(uri)
