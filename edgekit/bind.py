@@ -26,7 +26,7 @@ from edgekit.example_inputs import Range
 from edgekit.flat import SLOT, Flat, OnnxReference, leaves
 from edgekit.input_shapes import Inferred, infer
 from edgekit.openers import Opened, release_modes
-from edgekit.results import State, TensorSpec
+from edgekit.results import State, TensorSpec, counted
 from edgekit.state import Buffers, explicit, run_watched, state_note
 
 _SHAPES_HELP = "give one --input per input, such as --input 1x3x224x224, or --data with samples"
@@ -141,7 +141,8 @@ def tidy(opened: Opened) -> None:
     for tensor in strided:
         tensor.data = tensor.data.contiguous()
     if strided:
-        notes.append(f"{len(strided)} weights with another memory format (channels_last) made contiguous")
+        weights = counted(len(strided), "weight")
+        notes.append(f"{weights} with another memory format (channels_last) made contiguous")
 
 
 def _check_tree(module: torch.nn.Module, what: str) -> None:
@@ -523,7 +524,7 @@ def _has_fixed_batch(specs: Sequence[TensorSpec]) -> bool:
 def _from_file(opened: Opened, signature: Signature) -> Named:
     """Inputs as the file knows them: its samples, else made from its shapes."""
     if opened.example:
-        return [(s.name, t) for s, t in zip(opened.specs, opened.example, strict=True)]
+        return [(s.name, t.clone()) for s, t in zip(opened.specs, opened.example, strict=True)]
     if opened.specs and not any(0 in s.shape for s in opened.specs):
         return _made(opened.specs, None, signature, "the file")
     inferred = Inferred((), "")
@@ -625,7 +626,8 @@ def _arranged(given: Named, signature: Signature, what: str) -> Named:
     loose = [t for name, t in given if not name]
     if len(loose) > len(free) and not signature.variadic:
         raise EdgeKitError(
-            f"{what} has {len(names)} inputs ({signature}), but {len(given)} were given", "give one per input"
+            f"{what} has {counted(len(names), 'input')} ({signature}), but {len(given)} were given",
+            "give one per input",
         )
     placed.update(zip(free, loose, strict=False))
     missing = [n for n in signature.required if n not in placed]
@@ -722,6 +724,7 @@ def _converted(opened: Opened, script: Flat, tensors: tuple[torch.Tensor, ...], 
             program = TS2EPConverter(opened.module, args, kwargs).convert()
             inner: Any = program.module(check_guards=False)
             release_modes(inner)
+            _as_parameters(inner, {name for name, _ in opened.module.named_parameters()})
             module = Flat(inner.requires_grad_(False), script.in_spec, [SLOT] * len(tensors))
             got = module(*tensors)
     except Exception as error:
@@ -737,6 +740,19 @@ def _converted(opened: Opened, script: Flat, tensors: tuple[torch.Tensor, ...], 
         raise EdgeKitError(f"{opened.name} computes something else as a graph than as TorchScript", help_)
     opened.notes.append("TorchScript turned into a graph; it gives the same outputs on the example")
     return module
+
+
+def _as_parameters(module: torch.nn.Module, names: Iterable[str]) -> None:
+    """Makes parameters of the buffers called `names`, as which a converted program holds TorchScript's weights."""
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        try:
+            owner = module.get_submodule(path)
+        except AttributeError:  # not read by the program
+            continue
+        if leaf in owner._buffers and owner._buffers[leaf] is not None:
+            weight = owner._buffers.pop(leaf)
+            owner.register_parameter(leaf, torch.nn.Parameter(weight, requires_grad=False))
 
 
 def _spec(name: str, tensor: torch.Tensor) -> TensorSpec:

@@ -209,7 +209,7 @@ def export(
         from edgekit import pipeline, report
 
         bundle = pipeline.export(model, **given, progress=ui.progress)
-        shown = report.bundle_report(bundle, layers=sensitivity, verbose=verbose)
+        shown = report.bundle_report(bundle, layers=sensitivity)
         ui.show(shown, {"path": str(bundle.path), **bundle.manifest})
 
 
@@ -605,10 +605,12 @@ def example_folder() -> Path:
 class Terminal:
     """The user's own terminal: tables go to standard output, progress and errors to standard error."""
 
-    def __init__(self, out: int, err: int, json_to: str | None) -> None:
+    def __init__(self, out: int, err: int, json_to: str | None, verbose: bool) -> None:
         from edgekit.console import PlainConsole
         from edgekit.progress import Terminal as TerminalProgress
+        from edgekit.progress import every_note
 
+        every_note.set(verbose)
         self.json_to = json_to
         # With --json -, standard output is the JSON alone.
         # A terminal that has no sign for a character shows another one, after minutes of work.
@@ -686,7 +688,7 @@ def session(verbose: bool, json_to: str | None) -> Iterator[Terminal]:
     sys.stdout.flush()
     sys.stderr.flush()
     out, err = os.dup(1), os.dup(2)
-    ui = Terminal(out, err, json_to)
+    ui = Terminal(out, err, json_to, verbose)
     before = {number: signal.signal(number, _terminate) for number in _endings()}
     scratch = ExitStack()
     try:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 MOST_SHOWN = 200  # characters of what another library says
@@ -77,6 +80,16 @@ class Checks:
 def single_errors(error: EdgeKitError) -> tuple[EdgeKitError, ...]:
     """Returns the errors that `error` is made of, or it alone."""
     return error.errors if isinstance(error, SeveralErrors) else (error,)
+
+
+def user_line(error: BaseException) -> str | None:
+    """Returns `FILE line N` of the user's own innermost frame that an error came through, None where there is none."""
+    ours, theirs = str(Path(__file__).parents[1]), sys.base_prefix + "/lib"
+    library = ("<", theirs, f"{ours}/edgekit/", f"{ours}/quant/", f"{ours}/exporters/", f"{ours}/runtimes/")
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith(library) and "site-packages" not in frame.filename:
+            return f"{Path(frame.filename).name} line {frame.lineno}"
+    return None
 
 
 def reason(error: BaseException) -> str:

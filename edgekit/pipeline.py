@@ -281,9 +281,11 @@ def _write(
             each = judge.parities(*stages.aligned(reference, tried.outputs, original), classes)
             why = judge.faithful(artifact.precision, each, graph_parity)
             if why is not None:
+                others = ",".join(other for other in chosen if other != format)
+                instead = f"leave it out with --format {others}" if others else "choose another --precision"
                 error = NotFaithful(
                     f"{artifact.path.name} is not faithful to the model: it {why}",
-                    f"nothing was written; leave {format} out with --format, and report this model",
+                    f"nothing was written; {instead}, and report this model",
                 )
                 if plan.formats is not None:
                     raise error

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+every_note = ContextVar("every_note", default=False)  # --verbose: notes that are alike are not brought to one line
 Advance = Callable[[], None]
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
 
 def pruning_report(pruned: Pruned) -> RenderableType:
     """Shows layers, totals, the candidates of a search, and the files that were measured."""
-    parts: list[RenderableType] = [_masked(pruned) if pruned.masked else _layers(pruned), Text(""), _totals(pruned)]
+    shared = _shared([layer.kept for layer in pruned.masked or pruned.layers])
+    rows = _masked(pruned, shared) if pruned.masked else _layers(pruned, shared)
+    legend = [Text(f"{mark} {why}", style="dim") for why, mark in shared.items()]
+    parts: list[RenderableType] = [rows, *legend, Text(""), _totals(pruned)]
     if pruned.search is not None:
         parts += [Text(""), _candidates(pruned.search)]
     if pruned.files:
@@ -29,7 +33,13 @@ def pruning_report(pruned: Pruned) -> RenderableType:
     return Group(*parts, head, *notes(pruned.notes))
 
 
-def _layers(pruned: Pruned) -> Table:
+def _shared(reasons: Sequence[str | None]) -> dict[str, str]:
+    """Returns a mark for each reason that several layers have: it stands in their rows, and the reason below them."""
+    counts = Counter(why for why in reasons if why)
+    return {why: f"({number})" for number, why in enumerate((w for w, count in counts.items() if count > 1), 1)}
+
+
+def _layers(pruned: Pruned, shared: Mapping[str, str]) -> Table:
     rows = table("layer", "kind", "weight before", "after", "multiply-adds before", "after", "")
     for layer in pruned.layers:
         rows.add_row(
@@ -39,12 +49,12 @@ def _layers(pruned: Pruned) -> Table:
             ("x".join(map(str, layer.after)) or "removed") if layer.after != layer.before else "same",
             count(layer.macs_before),
             count(layer.macs_after) if layer.macs_after != layer.macs_before else "same",
-            Text(f"keeps its outputs: {layer.kept}", style="dim") if layer.kept else "",
+            Text(f"keeps its outputs: {shared.get(layer.kept, layer.kept)}", style="dim") if layer.kept else "",
         )
     return rows
 
 
-def _masked(pruned: Pruned) -> Table:
+def _masked(pruned: Pruned, shared: Mapping[str, str]) -> Table:
     rows = table("layer", "kind", "weight", "zeros", "")
     for layer in pruned.masked:
         rows.add_row(
@@ -52,7 +62,7 @@ def _masked(pruned: Pruned) -> Table:
             layer.kind,
             "x".join(map(str, layer.shape)),
             f"{100 * layer.zeros / layer.weights:.1f} %" if layer.zeros else "–",
-            Text(f"stays dense: {layer.kept}", style="dim") if layer.kept else "",
+            Text(f"stays dense: {shared.get(layer.kept, layer.kept)}", style="dim") if layer.kept else "",
         )
     return rows
 

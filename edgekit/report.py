@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from edgekit.bundle import Bundle
+from edgekit.progress import every_note
 from edgekit.results import (
     UNITS,
     Accuracy,
@@ -24,11 +25,13 @@ from edgekit.results import (
     Profile,
     Replay,
     Unit,
+    counted,
     labels,
 )
 from edgekit.targets import TARGETS
 
-LONGEST_NOTE = 200  # characters of a note that are shown without --verbose
+LONGEST_NOTE = 200  # characters of a note that lists things, shown without --verbose
+MOST_LISTED = 6  # things in a shorter list are all shown
 _VARIES = re.compile(r"'[^']*'|\"[^\"]*\"|\b[\w./]*\d[\w./]*")  # names and numbers, in which alike notes differ
 EMULATED = "emulated: instructions of one run, not times"
 VERDICT_STYLES = {"ship": "bold green", "reject": "bold red", "inconclusive": "bold yellow"}
@@ -73,11 +76,8 @@ def instructions(count: int | None, fp32: int | None = None) -> str:
     return f"{count / 1e6:.3g} M" + (f" ({100 * count / fp32:.0f} % of fp32)" if fp32 else "")
 
 
-def bundle_report(bundle: Bundle, layers: bool = False, verbose: bool = False) -> RenderableType:
-    """Shows what an export wrote, how each file was checked and what to know of it; with `layers` also each layer.
-
-    Without `verbose` notes that are alike are one line (see `summarized`).
-    """
+def bundle_report(bundle: Bundle, layers: bool = False) -> RenderableType:
+    """Shows what an export wrote, how each file was checked and what to know of it; with `layers` also each layer."""
     manifest = bundle.manifest
     precision = manifest["precision"]
     rows = table("file", "size", "SQNR", "max difference", "agreement")
@@ -95,8 +95,7 @@ def bundle_report(bundle: Bundle, layers: bool = False, verbose: bool = False) -
     samples = manifest["artifacts"][0]["parity"]["samples"]
     checked = f"{samples} real samples" if samples else "random inputs"
     head = Text.assemble(("Wrote ", ""), (f"{bundle.path}/", "bold"), f"  {precision}, checked on {checked}")
-    told = bundle.notes if verbose else summarized(bundle.notes)
-    return Group(*([sensitivity_report(manifest["recipe"])] if layers else []), head, rows, *notes(told))
+    return Group(*([sensitivity_report(manifest["recipe"])] if layers else []), head, rows, *notes(bundle.notes))
 
 
 def sensitivity_report(recipe: Mapping[str, Any]) -> RenderableType:
@@ -116,13 +115,14 @@ def sensitivity_report(recipe: Mapping[str, Any]) -> RenderableType:
 
 
 def summarized(lines: Sequence[str]) -> list[str]:
-    """Returns one line, cut where it is long, for all notes that differ in names and numbers alone: with how many."""
+    """Returns one line for all notes that differ in names and numbers alone, with their number; long lists are cut."""
     groups: dict[str, list[str]] = {}
     for line in lines:
         groups.setdefault(_VARIES.sub("…", line), []).append(line)
     shown = []
     for first, *others in groups.values():
-        line = first if len(first) <= LONGEST_NOTE else f"{first[: LONGEST_NOTE - 1].rstrip(' ,;')}…"
+        is_list = len(first) > LONGEST_NOTE and first.count(", ") >= MOST_LISTED
+        line = f"{first[:LONGEST_NOTE].rpartition(', ')[0]}, …" if is_list else first
         hidden = [f"{len(others)} more like it"] if others else []
         hidden += ["the rest of it"] if line != first else []
         shown.append(f"{line} ({' and '.join(hidden)}: --verbose)" if hidden else line)
@@ -130,7 +130,8 @@ def summarized(lines: Sequence[str]) -> list[str]:
 
 
 def notes(lines: Sequence[str]) -> list[Text]:
-    """Returns one line for each note."""
+    """Returns one line for each note, or for all that are alike (see `summarized`) unless the user wants every one."""
+    lines = lines if every_note.get() else summarized(lines)
     return [Text.assemble(("note: ", "yellow"), line) for line in lines]
 
 
@@ -301,7 +302,8 @@ def profile_report(profile: Profile) -> RenderableType:
         size(profile.peak_rss_bytes),
         size(profile.artifact.size_bytes),
     )
-    caption = f"{len(lat.samples):,} runs in {len(lat.processes)} processes, {lat.threads} thread(s), {profile.device}"
+    processes = f"{len(lat.processes)} process{'es' if len(lat.processes) != 1 else ''}"
+    caption = f"{counted(len(lat.samples), 'run')} in {processes}, {counted(lat.threads, 'thread')}, {profile.device}"
     times = [Text(), ops_report(profile.ops)] if profile.ops is not None else []
     return Group(rows, Text(caption, style="dim"), *times, *notes(profile.notes))
 

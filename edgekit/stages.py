@@ -343,6 +343,8 @@ def emitting(
         try:
             return make()
         except EdgeKitError as error:
+            if program is None and error.help:  # an ONNX file has no way to ExecuTorch
+                error.help = error.help.replace("--format onnx or executorch", "--format onnx")
             if not tolerant:
                 raise
             return Exported(b"", {}, (), error=error)

@@ -185,7 +185,7 @@ def inspect_model(model: Model) -> ModelSummary:
     if model.onnx is not None:
         raise EdgeKitError(f"{model.name} is an ONNX graph, not a PyTorch model", "inspect the .onnx file itself")
     root = model.module.inner if isinstance(model.module, Flat) else model.module
-    seen, total, peak = _trace(model, root)
+    seen, total, memory = _trace(model, root)
     unseen = tuple(path for path, module in root.named_modules() if _hides_calls(module))
     parameters = {id(p): p for p in root.parameters()}
     buffers = {id(b): b for b in root.buffers()}
@@ -198,12 +198,12 @@ def inspect_model(model: Model) -> ModelSummary:
         form=model.form,
         inputs=model.inputs,
         outputs=model.outputs,
-        layers=tuple(_layers(root, model.name, seen)),
+        layers=tuple(_layers(root, model.name, seen, memory.read)),
         parameters=sum(p.numel() for p in parameters.values()),
         buffers=sum(b.numel() for b in buffers.values()),
         macs=total,
         size_bytes=sum(t.numel() * t.element_size() for t in stored),
-        activation_peak_bytes=peak,
+        activation_peak_bytes=memory.peak,
         notes=tuple(notes),
     )
 
@@ -217,8 +217,8 @@ class _Seen:
     shape: tuple[int, ...] | None = None
 
 
-def _trace(model: Model, root: torch.nn.Module) -> tuple[dict[int, _Seen], int, int]:
-    """What each module (by id) did in one forward pass, the MACs of all, and the peak of its activations in bytes."""
+def _trace(model: Model, root: torch.nn.Module) -> tuple[dict[int, _Seen], int, Any]:
+    """What each module (by id) did in one forward pass, the MACs of all, and what `_memory_mode` saw."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -246,7 +246,7 @@ def _trace(model: Model, root: torch.nn.Module) -> tuple[dict[int, _Seen], int, 
         stack.enter_context(counter)
         stack.enter_context(memory)
         model.module(*model.example)
-    return seen, counter.get_total_flops() // 2, memory.peak
+    return seen, counter.get_total_flops() // 2, memory
 
 
 @contextmanager
@@ -268,7 +268,10 @@ def _countable() -> Iterator[None]:
 
 
 def _memory_mode() -> Any:
-    """Returns the class that follows the memory of every tensor made while it is active (torch is imported here)."""
+    """Returns the class that follows every tensor made while it is active (torch is imported here).
+
+    `peak` is the most memory that they held at a time, in bytes; `read` the storages that any operator read.
+    """
     import weakref
 
     import torch
@@ -278,12 +281,14 @@ def _memory_mode() -> Any:
         def __init__(self, given: tuple[torch.Tensor, ...]) -> None:
             super().__init__()
             self.known: set[int] = set()
-            self.live = self.peak = sum(t.untyped_storage().nbytes() for t in given)
+            self.read: set[int] = set()
+            self.live = self.peak = sum(t.numel() * t.element_size() for t in given)
             self.fixed = {t.untyped_storage()._cdata for t in given}
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = func(*args, **(kwargs or {}))
             before = {t.untyped_storage()._cdata for t in torch.utils._pytree.tree_leaves((args, kwargs)) if _dense(t)}
+            self.read |= before
             for tensor in torch.utils._pytree.tree_leaves(result):
                 if _dense(tensor) and tensor.untyped_storage()._cdata not in before | self.known | self.fixed:
                     self._add(tensor.untyped_storage())
@@ -328,8 +333,12 @@ def _hides_calls(module: torch.nn.Module) -> bool:
     return isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule))
 
 
-def _layers(root: torch.nn.Module, name: str, seen: dict[int, _Seen]) -> Iterator[Layer]:
-    """One layer for each module, parents first; a module that is met again is marked and counts nothing."""
+def _layers(root: torch.nn.Module, name: str, seen: dict[int, _Seen], read: set[int]) -> Iterator[Layer]:
+    """One layer for each module, parents first; a module that is met again is marked and counts nothing.
+
+    Of a module that is not called, but whose parameters are among the storages that were `read`, calls are not known:
+    another one uses its weights, as attention does its output projection's.
+    """
     first: dict[int, str] = {}
     owners: dict[int, str] = {}
     hidden: list[str] = []
@@ -352,9 +361,13 @@ def _layers(root: torch.nn.Module, name: str, seen: dict[int, _Seen]) -> Iterato
             output_shape=found.shape,
             parameters=sum(p.numel() for p in new),
             macs=found.macs,
-            calls=None if under_graph and not found.calls else found.calls,
+            calls=None if not found.calls and (under_graph or _is_read(own, read)) else found.calls,
             shared_with=shared,
         )
+
+
+def _is_read(parameters: list[torch.nn.Parameter], read: set[int]) -> bool:
+    return any(p.untyped_storage()._cdata in read for p in parameters)
 
 
 def render(summary: ModelSummary | ArtifactSummary | BundleSummary) -> RenderableType:

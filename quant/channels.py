@@ -19,7 +19,7 @@ import torch
 import torch_pruning
 from torch import nn
 
-from edgekit.errors import EdgeKitError, reason
+from edgekit.errors import EdgeKitError, reason, user_line
 from edgekit.quant.branches import branches
 from edgekit.quant.copies import deep_copy
 from edgekit.quant.surgery import (
@@ -258,7 +258,8 @@ def _objection(module: nn.Module, example: Tensors, groups: Sequence[Group]) -> 
         with torch.no_grad():
             expected, got = _floats(zeroed(*example)), _floats(pruned(*example))
     except Exception as error:  # the user's forward
-        return f"the forward pass has its width built in ({reason(error)})"
+        line = user_line(error)
+        return f"the forward pass has its width built in ({f'at {line}' if line else reason(error)})"
     for a, b in zip(expected, got, strict=True):
         if a.shape != b.shape:
             return "the outputs change their shape"

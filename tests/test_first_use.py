@@ -18,13 +18,15 @@ from onnx import TensorProto, helper
 from torch import nn
 
 import edgekit
-from edgekit import bundle, example_inputs, preflight, stages
+from edgekit import bundle, example_inputs, preflight, prune_report, stages
 from edgekit.code import model_name
 from edgekit.errors import EdgeKitError, SeveralErrors, UsageError
 from edgekit.model import load, parse_spec
+from edgekit.quant import channels
 from edgekit.quant.recipes import RECIPES
 from edgekit.report import summarized
 from edgekit.results import TensorSpec
+from edgekit.summary import inspect_model
 from edgekit.targets import PRECISIONS
 
 
@@ -390,3 +392,42 @@ def test_alike_notes_are_one_line() -> None:
 @pytest.mark.parametrize("text", ["left:1x1x28x28", "left:float32[1,1,28,28]"])
 def test_a_short_shape_may_have_a_name(text: str) -> None:
     assert parse_spec(text) == TensorSpec("left", "float32", (1, 1, 28, 28))
+
+
+def test_weights_of_torchscript_and_of_attention_are_told_for_what_they_are(tmp_path: Path) -> None:
+    module = lenet().eval()
+    torch.jit.trace(module, torch.randn(1, 1, 28, 28)).save(tmp_path / "m.pt")
+    found = inspect_model(load(tmp_path / "m.pt"))
+    assert (found.parameters, found.buffers) == (sum(p.numel() for p in module.parameters()), 0)
+    attention = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    attention.add_module("spare", nn.Linear(3, 3))
+    calls = {layer.path: layer.calls for layer in inspect_model(load(attention, inputs=["1x5x8"])).layers}
+    assert calls["self_attn.out_proj"] is None and calls["spare"] == 0 and calls["linear1"] == 1
+
+
+def test_a_sample_that_is_part_of_more_counts_alone(tmp_path: Path) -> None:
+    many = torch.randn(500, 4)
+    program = torch.export.export(nn.Linear(4, 2).eval(), (many[:1],))
+    torch.export.save(program, tmp_path / "m.pt2")
+    peaks = [inspect_model(load(tmp_path / "m.pt2", inputs=given)).activation_peak_bytes for given in ([], ["1x4"])]
+    assert peaks[0] == peaks[1] < 100
+
+
+class Reshaped(nn.Module):
+    """Its forward has the width of its first layer in numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(4, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+        self.last = nn.Linear(16, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = self.second(self.first(x).view(-1, 16))
+        return self.last(self.third(rows.view(-1, 16)).relu())
+
+
+def test_a_pruning_names_the_line_with_the_width_built_in_and_says_it_once(tmp_path: Path) -> None:
+    found = channels.structure(load(Reshaped().eval(), inputs=["2x4"]).module, (torch.randn(2, 4),))
+    reasons = [why for why in found.kept.values() if "built in" in why]
+    assert len(reasons) == 2 and all("test_first_use.py line" in why and "mat1" not in why for why in reasons)
+    assert prune_report._shared(["a", None, "b", "a"]) == {"a": "(1)"}
