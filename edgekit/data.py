@@ -773,9 +773,14 @@ def _as_batch(source: str, item: Any) -> Batch:
         raise EdgeKitError(f"{source} must give pairs (inputs, target), not {type(item).__name__}", HELP)
     inputs, target = item
     if isinstance(inputs, Mapping):
-        arrays: dict[str | int, np.ndarray] = {key: _array(value) for key, value in inputs.items()}
+        named = {key: _parts(value) for key, value in inputs.items()}
+        arrays: dict[str | int, np.ndarray] = {
+            key if len(parts) == 1 else f"{key}_{number}": _array(part)
+            for key, parts in named.items()
+            for number, part in enumerate(parts)
+        }
     elif isinstance(inputs, (tuple, list)):
-        arrays = {i: _array(value) for i, value in enumerate(inputs)}
+        arrays = dict(enumerate(_array(part) for value in inputs for part in _parts(value)))
     else:
         arrays = {0: _array(inputs)}
     if not arrays:
@@ -789,6 +794,13 @@ def _as_batch(source: str, item: Any) -> Batch:
     if target is not None and len(target) != count:
         raise EdgeKitError(f"{source} gave {count} samples with {len(target)} labels", "give each sample one label")
     return Batch(arrays, target, in_front=False)
+
+
+def _parts(value: Any) -> list[Any]:
+    """The arrays of an argument that is a tuple of them, such as the (h, c) of an LSTM; all else is one."""
+    if isinstance(value, (tuple, list)) and value and all(hasattr(part, "shape") and len(part.shape) for part in value):
+        return list(value)
+    return [value]
 
 
 def _array(value: Any) -> np.ndarray:

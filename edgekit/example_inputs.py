@@ -107,6 +107,8 @@ def recorder(inputs: Sequence[Any]) -> Any:
     passes_on = {getattr(aten, name) for name in _PASSING}
 
     class Recorder(TorchDispatchMode):
+        supports_higher_order_operators = True  # branches and loops of an exported program
+
         def __init__(self) -> None:
             super().__init__()
             self.limits: dict[int, int] = {}
@@ -137,10 +139,10 @@ def recorder(inputs: Sequence[Any]) -> Any:
                 for axis, indices in enumerate(args[1]):
                     if indices is not None and indices.dtype is not torch.bool:
                         self.limit(indices, args[0].shape[axis])
-            if torch.Tag.nondeterministic_seeded in func.tags and "attention" not in str(func):
+            if torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()) and "attention" not in str(func):
                 self.random.append(f"{str(func).rpartition('.')[0]}{user_line()}")
             result = func(*args, **(kwargs or {}))
-            passes = self.sources and func.overloadpacket in passes_on
+            passes = self.sources and getattr(func, "overloadpacket", None) in passes_on
             origin = self.origin((args, kwargs)) if passes else set()
             for tensor in tree_leaves(result) if origin else ():
                 if isinstance(tensor, torch.Tensor) and not tensor.is_floating_point():
