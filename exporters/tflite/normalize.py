@@ -15,7 +15,7 @@ from onnx.reference import ReferenceEvaluator
 from edgekit.errors import EdgeKitError
 from edgekit.exporters.tflite import initializers
 from edgekit.exporters.tflite.ir import Graph, Info, Node, QParams, unused
-from edgekit.exporters.tflite.registry import LOWERINGS, no_lowering
+from edgekit.exporters.tflite.registry import LOWERINGS, no_lowering, unsupported
 from edgekit.exporters.tflite.rewrites import OPSET, rewritten
 from edgekit.exporters.tflite.upgrade import is_open, upgraded
 from edgekit.exporters.tflite.write import check_size
@@ -25,6 +25,12 @@ DATA_LIMIT = 4096  # elements: a constant larger than this does not describe a s
 # Their value differs from run to run, so that they cannot be computed ahead.
 RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
 SHAPE_ONLY = {"Shape", "Size", "EyeLike"}
+RUNTIME_TYPES = {
+    onnx.TensorProto.FLOAT: "float",
+    onnx.TensorProto.BOOL: "bool",
+    onnx.TensorProto.INT32: "int32",
+    onnx.TensorProto.INT64: "int64",
+}
 QUANTIZATION = {"QuantizeLinear", "DequantizeLinear"}
 DYNAMIC = "DynamicQuantizeLinear"
 MOVES = {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten"}
@@ -103,7 +109,8 @@ class _Reader:
         return found
 
     def visit(self, proto: onnx.NodeProto) -> None:
-        if proto.op_type == "If" and self.constant_if(proto):
+        if proto.op_type == "If":
+            self.branches(proto)
             return
         if proto.op_type in ("Identity", "Dropout") and self.skip(proto):
             return
@@ -271,26 +278,42 @@ class _Reader:
         (result,) = ReferenceEvaluator(self.alone(proto)).run(None, {proto.input[0]: np.zeros(info.shape, info.dtype)})
         self.constant(proto.output[0], np.asarray(result))
 
-    def constant_if(self, proto: onnx.NodeProto) -> bool:
+    def branches(self, proto: onnx.NodeProto) -> None:
+        """Read the branch of an If that a constant chooses, or both, and let Where choose between what they make."""
         condition = self.graph.array(proto.input[0])
-        if condition is None:
-            return False
-        branch = attributes(proto)["then_branch" if bool(condition) else "else_branch"]
+        if condition is not None:
+            chosen = self.branch(proto, "then_branch" if bool(condition) else "else_branch")
+            for name, outer in zip(chosen, proto.output, strict=True):
+                if outer in self.graph.outputs:
+                    self.visit(onnx.helper.make_node("Identity", [name], [outer], name=f"{proto.name}/{outer}"))
+                else:
+                    self.renamed[outer] = name
+            return
+        first, second = self.branch(proto, "then_branch"), self.branch(proto, "else_branch")
+        for names in zip(first, second, strict=True):
+            infos = [self.graph.info.get(name) for name in names]
+            if None in infos or infos[0] != infos[1]:
+                raise unsupported(
+                    Node("If", proto.name, [], []), "its branches make values of different shapes or types"
+                )
+        scalar = f"{proto.name}/condition"
+        self.visit(onnx.helper.make_node("Squeeze", [proto.input[0]], [scalar], name=scalar))
+        scalar = self.renamed.get(scalar, scalar)
+        for one, other, outer in zip(first, second, proto.output, strict=True):
+            self.visit(onnx.helper.make_node("Where", [scalar, one, other], [outer], name=f"{proto.name}/{outer}"))
+
+    def branch(self, proto: onnx.NodeProto, which: str) -> list[str]:
+        """Read the nodes of a branch; returns the names of what it makes."""
+        branch, prefix = attributes(proto)[which], f"{proto.name}/{which}/"
         # Another branch may use the same names for its own values.
         made = _made_in(branch)
         names = {"": ""} | {name: name for name in _read_in(branch) if name not in made}
         for tensor in branch.initializer:
-            own = names.setdefault(tensor.name, f"{proto.name}/{tensor.name}")
+            own = names.setdefault(tensor.name, f"{prefix}{tensor.name}")
             self.constant(own, initializers.array(tensor))
-        self.block([_renamed(node, names, f"{proto.name}/", {}) for node in branch.node])
-        for inner, outer in zip(branch.output, proto.output, strict=True):
-            own = names.get(inner.name, inner.name)
-            name = self.renamed.get(own, own)
-            if outer in self.graph.outputs:
-                self.visit(onnx.helper.make_node("Identity", [name], [outer], name=f"{proto.name}/{outer}"))
-            else:
-                self.renamed[outer] = name
-        return True
+        self.block([_renamed(node, names, prefix, {}) for node in branch.node])
+        own = [names.get(value.name, value.name) for value in branch.output]
+        return [self.renamed.get(name, name) for name in own]
 
     def expand(self, proto: onnx.NodeProto) -> bool:
         """Replace an op that has no lowering by the ONNX function that defines it, if one does."""
@@ -317,6 +340,27 @@ class _Reader:
         types = {name: self.types[name] for name in proto.input if name}
         schema = self.schema(proto)
         return onnx.shape_inference.infer_node_outputs(schema, proto, types, data, opset_imports=self.imports)
+
+    def inferred_by_runtime(self, proto: onnx.NodeProto) -> dict[str, onnx.TypeProto]:
+        """The types that ONNX Runtime gives a node's outputs: it reads functions that ONNX's inference does not."""
+        import onnxruntime
+
+        model = self.alone(proto)
+        held = [name for name in dict.fromkeys(proto.input) if name and name in self.graph.constants]
+        model.graph.initializer.extend(numpy_helper.from_array(self.graph.constants[name], name) for name in held)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        try:
+            session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+        except Exception:  # it lacks some ops and types
+            return {}
+        found = {}
+        for value in session.get_outputs():
+            elem = next((elem for elem, name in RUNTIME_TYPES.items() if value.type == f"tensor({name})"), None)
+            # An unknown rank is [] too.
+            if elem is not None and value.shape and all(isinstance(size, int) for size in value.shape):
+                found[value.name] = onnx.helper.make_tensor_type_proto(elem, value.shape)
+        return found
 
     def function(self, proto: onnx.NodeProto) -> onnx.FunctionProto | None:
         """The newest function that defines an op and is no newer than the model."""
@@ -370,6 +414,8 @@ class _Reader:
             types = self.inferred(proto)
         except Exception as error:
             raise EdgeKitError(f"the ONNX model is not valid at {node}: {str(error).splitlines()[0]}") from error
+        if not all(name in types and _is_fixed(types[name]) for name in proto.output if name):
+            types |= self.inferred_by_runtime(proto)
         for name in filter(None, proto.output):
             if name not in types:
                 raise EdgeKitError(f"the shape of '{name}' cannot be known ahead from ONNX op {node}", _FIXED)
@@ -380,6 +426,11 @@ _FLOAT64 = "export the model in float32 (model.float())"
 _HUGE = "it is larger than any model for a phone or board: check where the file comes from"
 _FIXED = "export the model with fixed input shapes (no dynamic axes)"
 _LARGE = np.empty(DATA_LIMIT + 1, np.bool_)
+
+
+def _is_fixed(type_proto: onnx.TypeProto) -> bool:
+    tensor = type_proto.tensor_type
+    return tensor.HasField("shape") and not any(is_open(dim) for dim in tensor.shape.dim)
 
 
 def _agree_with_inference(proto: onnx.NodeProto) -> None:

@@ -131,10 +131,14 @@ def exclusive_or(b: Builder, node: Node) -> None:
 @lowers("Dropout")
 def dropout(b: Builder, node: Node, *, seed: int = 0, ratio: float = 0.5) -> None:
     """At inference, the input and a mask that keeps all."""
+    training = b.array(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] else np.False_
+    if training is None or bool(training):
+        raise unsupported(node, "training mode")
     value = b.value(node.inputs[0])
     if node.outputs[0]:
         b.bind(node.outputs[0], value)
-    b.bind(node.outputs[1], b.const(np.ones(value.shape, np.bool_)))
+    if len(node.outputs) > 1 and node.outputs[1]:
+        b.bind(node.outputs[1], b.const(np.ones(value.shape, np.bool_)))
 
 
 @lowers("Not")

@@ -1115,7 +1115,7 @@ def recurrent(g: Grower, op: str) -> None:
 
 @maker("If")
 def branch(g: Grower, op: str) -> None:
-    """A branch that is chosen by a constant, or by a comparison of shapes."""
+    """A branch that is chosen by a constant, by a comparison of shapes, or by what the graph computes."""
     x = g.pick(FLOAT, lambda array: array.ndim > 0)
     first, second = (g.one(["Relu", "Neg", "Abs", "Exp"]) for _ in range(2))
     branches = [
@@ -1128,7 +1128,11 @@ def branch(g: Grower, op: str) -> None:
         for place, each in enumerate((first, second))
     ]
     chosen = int(g.one([0, 1]))
-    if g.opset >= 11 and g.chance(0.5):
+    if g.opset >= 13 and g.chance(0.4):
+        top = g.add("ReduceMax", x, keepdims=int(g.one([0, 0, 1])) if g.values[x].ndim == 1 else 0)
+        condition = g.add("Greater", top, g.constant(g.one([0.2, 1.0]), FLOAT))
+        chosen = int(not g.values[condition].reshape(()))
+    elif g.opset >= 11 and g.chance(0.5):
         size = g.name()
         g.nodes.append(helper.make_node("Shape", [x], [size]))
         g.values[size] = np.array(g.values[x].shape, INT64)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto
+from onnx import TensorProto, helper
 from tflite_tools import model, node, run_onnx, run_tflite
 
 from edgekit.errors import EdgeKitError
@@ -91,6 +91,33 @@ def test_a_stored_constant_is_an_output(kind: str) -> None:
     feeds = {"x": RANDOM.standard_normal(constants["k"].shape).astype(np.float32)}
     nodes = [made, node("Add", ["x", "c"]), node("Relu", ["x"], "r")]
     agree(model(nodes, feeds, constants, ("y", "c", "r")), feeds)
+
+
+def choice(threshold: float, other: str = "Neg") -> onnx.ModelProto:
+    """Relu of x or another op of it, by its maximum."""
+    branches = [
+        helper.make_graph(
+            [node(op, ["x"], f"{op}_y")], op, [],
+            [helper.make_tensor_value_info(f"{op}_y", TensorProto.FLOAT, [3, 3, 1] if op == "GlobalMaxPool" else [3, 3, 3])],
+        )
+        for op in ("Relu", other)
+    ]  # fmt: skip
+    nodes = [
+        node("ReduceMax", ["x"], "m", keepdims=0),
+        node("GreaterOrEqual", ["m", "t"], "c"),
+        helper.make_node("If", ["c"], ["y"], then_branch=branches[0], else_branch=branches[1]),
+    ]
+    return model(nodes, X, {"t": np.float32(threshold)}, opset=13)
+
+
+@pytest.mark.parametrize("threshold", [-9, 9])
+def test_a_computed_condition_chooses_between_branches_of_one_shape(threshold: float) -> None:
+    agree(choice(threshold), X)
+
+
+def test_branches_of_different_shapes_are_refused() -> None:
+    with pytest.raises(EdgeKitError, match="branches make values of different shapes"):
+        convert(choice(0, "GlobalMaxPool"))
 
 
 DOUBLE = np.array([[0.5, -1.25], [2.0, 3.5]])
