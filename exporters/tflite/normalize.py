@@ -341,8 +341,13 @@ class _Reader:
         schema = self.schema(proto)
         return onnx.shape_inference.infer_node_outputs(schema, proto, types, data, opset_imports=self.imports)
 
+    def inferred_in_function(self, proto: onnx.NodeProto) -> dict[str, onnx.TypeProto]:
+        """The types of a node's outputs as the function that defines its op makes them."""
+        inferred = onnx.shape_inference.infer_shapes(self.alone(proto))
+        return {value.name: value.type for value in inferred.graph.output if _is_fixed(value.type)}
+
     def inferred_by_runtime(self, proto: onnx.NodeProto) -> dict[str, onnx.TypeProto]:
-        """The types that ONNX Runtime gives a node's outputs: it reads functions that ONNX's inference does not."""
+        """The types that ONNX Runtime gives a node's outputs: it reads constants that ONNX's inference does not."""
         import onnxruntime
 
         model = self.alone(proto)
@@ -415,7 +420,7 @@ class _Reader:
         except Exception as error:
             raise EdgeKitError(f"the ONNX model is not valid at {node}: {str(error).splitlines()[0]}") from error
         if not all(name in types and _is_fixed(types[name]) for name in proto.output if name):
-            types |= self.inferred_by_runtime(proto)
+            types |= self.inferred_by_runtime(proto) | self.inferred_in_function(proto)
         for name in filter(None, proto.output):
             if name not in types:
                 raise EdgeKitError(f"the shape of '{name}' cannot be known ahead from ONNX op {node}", _FIXED)
