@@ -98,7 +98,7 @@ def choice(threshold: float, other: str = "Neg") -> onnx.ModelProto:
     branches = [
         helper.make_graph(
             [node(op, ["x"], f"{op}_y")], op, [],
-            [helper.make_tensor_value_info(f"{op}_y", TensorProto.FLOAT, [3, 3, 1] if op == "GlobalMaxPool" else [3, 3, 3])],
+            [helper.make_tensor_value_info(f"{op}_y", TensorProto.FLOAT, [3, 3, 3 if op != "GlobalMaxPool" else 1])],
         )
         for op in ("Relu", other)
     ]  # fmt: skip
