@@ -36,6 +36,7 @@ TRANSPOSED = {  # target → spatial rank
     aten.conv_transpose2d.input: 2,
     aten.conv_transpose3d.input: 3,
 }
+HIDDEN = -1e9  # a score that no softmax sees, and that is finite
 TRANSPOSED_DEFAULTS = (None, 1, 0, 0, 1, 1)  # bias, stride, padding, output padding, groups, dilation
 CONV_DEFAULTS = (None, 1, 0, 1, 1)  # bias, stride, padding, dilation, groups
 
@@ -207,26 +208,68 @@ def means_keep_dimensions(model: GraphModule) -> None:
 def attention_to_products(model: GraphModule) -> None:
     """Spells scaled_dot_product_attention as two matrix products around a softmax.
 
-    Exporters would spell it with a guard for rows that a mask hides whole: ten small ops that no delegate takes. That
-    guard does nothing without a mask, and with a causal one, which hides no row whole; any other mask is left alone.
+    A row that its mask hides whole gives zeros, as torch has it. Exporters guard against that by ten small ops that no
+    delegate takes, or not at all; here it takes none where the mask is a constant, or causal, and three elsewhere.
     """
     for node in calls(model):
-        if node.target != aten.scaled_dot_product_attention.default:
+        if node.target != aten.scaled_dot_product_attention.default or argument(node, 4, "dropout_p", 0.0):
             continue
         query, key, value = node.args[:3]
-        masked = argument(node, 3, "attn_mask") is not None
-        if masked or argument(node, 4, "dropout_p", 0.0) or node.kwargs.get("enable_gqa", False):
-            continue
         scale = node.kwargs.get("scale") or 1 / math.sqrt(query.meta["val"].shape[-1])
         with model.graph.inserting_before(node):
+            if node.kwargs.get("enable_gqa", False):
+                heads = query.meta["val"].shape[-3]
+                key, value = (_spread_heads(model, tensor, heads) for tensor in (key, value))
             scaled = insert(model, aten.mul.Tensor, query, scale)
             scores = insert(model, aten.matmul.default, scaled, insert(model, aten.transpose.int, key, -2, -1))
-            if argument(node, 5, "is_causal", False):
-                hidden = torch.full(scores.meta["val"].shape[-2:], -math.inf).triu(1).to(scores.meta["val"].dtype)
-                scores = insert(model, aten.add.Tensor, scores, add_attribute(model, f"{node.name}_mask", hidden))
+            bias, seen = _mask(model, node, scores)
+            scores = scores if bias is None else insert(model, aten.add.Tensor, scores, bias)
             weights = insert(model, aten.softmax.int, scores, -1)
-        _respell(node, aten.matmul.default, weights, value)
+            if seen is not None:
+                result = insert(model, aten.matmul.default, weights, value)
+                nothing = add_attribute(model, f"{node.name}_nothing", torch.zeros((), dtype=result.meta["val"].dtype))
+        if seen is None:
+            _respell(node, aten.matmul.default, weights, value)
+        else:
+            _respell(node, aten.where.self, seen, result, nothing)
         _views_to_reshapes(node)
+
+
+def _spread_heads(model: GraphModule, tensor: Node, heads: int) -> Node:
+    """Repeats each head of keys or values for the queries that share it."""
+    *batch, own, length, width = tensor.meta["val"].shape
+    if own == heads:
+        return tensor
+    apart = insert(model, aten.unsqueeze.default, tensor, -3)
+    spread_out = insert(model, aten.expand.default, apart, [*batch, own, heads // own, length, width])
+    return insert(model, aten.reshape.default, spread_out, [*batch, heads, length, width])
+
+
+def _mask(model: GraphModule, node: Node, scores: Node) -> tuple[Node | None, Node | None]:
+    """Returns what is added to the scores of an attention, and which rows are seen; None where all are, or unmasked."""
+    dtype, mask = scores.meta["val"].dtype, argument(node, 3, "attn_mask")
+    if argument(node, 5, "is_causal", False):
+        hidden = torch.full(scores.meta["val"].shape[-2:], -math.inf).triu(1).to(dtype)
+        return add_attribute(model, f"{node.name}_mask", hidden), None
+    if mask is None:
+        return None, None
+    if is_attribute(mask):
+        values = attribute(model, mask)
+        if values.dtype == torch.bool:
+            values = torch.zeros(values.shape, dtype=dtype).masked_fill(~values, -math.inf)
+        seen = (values > -math.inf).any(-1, keepdim=True)
+        bias = add_attribute(model, f"{node.name}_mask", torch.where(seen, values, 0.0))
+        return bias, None if seen.all() else add_attribute(model, f"{node.name}_seen", seen)
+    if mask.meta["val"].dtype == torch.bool:
+        shown, hidden = (
+            add_attribute(model, f"{node.name}_{name}", torch.tensor(value, dtype=dtype))
+            for name, value in (("shown", 0.0), ("hidden", HIDDEN))
+        )
+        bias = insert(model, aten.where.self, mask, shown, hidden)
+        seen = insert(model, aten.ge.Scalar, insert(model, aten.amax.default, bias, [-1], True), HIDDEN / 2)
+        return bias, seen
+    seen = insert(model, aten.gt.Scalar, insert(model, aten.amax.default, mask, [-1], True), -math.inf)
+    return insert(model, aten.clamp.default, mask, HIDDEN), seen
 
 
 def _views_to_reshapes(node: Node) -> None:

@@ -238,9 +238,47 @@ CASES: dict[str, Case] = {
     ),
     "attention_masked": fn(
         lambda m, x, y: F.scaled_dot_product_attention(x, x, x, attn_mask=y),
-        "scaled_dot_product_attention",
+        "mul transpose matmul amax gt clamp add softmax matmul where",
         IMAGE,
         (6, 6),
+    ),
+    "attention_masked_by_input": fn(
+        lambda m, x, y: F.scaled_dot_product_attention(x, x, x, attn_mask=y > 1),
+        "gt mul transpose matmul where amax ge add softmax matmul where",
+        IMAGE,
+        (4, 6, 6),
+    ),
+    "attention_masked_by_infinity": fn(
+        lambda m, x, y: F.scaled_dot_product_attention(x, x, x, attn_mask=y.masked_fill(y < 1, -math.inf)),
+        "lt masked_fill mul transpose matmul amax gt clamp add softmax matmul where",
+        IMAGE,
+        (4, 6, 6),
+    ),
+    "attention_by_a_constant": fn(
+        lambda m, x: F.scaled_dot_product_attention(x, x, x, attn_mask=m.mask.log()),
+        "mul transpose matmul add softmax matmul",
+        mask=lambda: torch.ones(6, 6).tril(),
+    ),
+    "attention_hidden_rows": fn(
+        lambda m, x: F.scaled_dot_product_attention(x, x, x, attn_mask=m.mask.log()),
+        "mul transpose matmul add softmax matmul where",
+        mask=lambda: torch.ones(6, 6).tril(-1),
+    ),
+    "attention_hidden_rows_by_bool": fn(
+        lambda m, x: F.scaled_dot_product_attention(x, x, x, attn_mask=m.mask),
+        "mul transpose matmul add softmax matmul where",
+        mask=lambda: torch.ones(2, 1, 6, 6).tril(-2).bool(),
+    ),
+    "attention_smallest": fn(
+        lambda m, x: F.scaled_dot_product_attention(x, x, x, attn_mask=x * 0 + torch.finfo(torch.float32).min),
+        "mul add mul transpose matmul amax gt clamp add softmax matmul where",
+        (2, 4, 6, 6),
+    ),
+    "attention_grouped": fn(
+        lambda m, x, y: F.scaled_dot_product_attention(x, y, y, is_causal=True, enable_gqa=True),
+        "unsqueeze expand reshape unsqueeze expand reshape mul transpose matmul add softmax matmul",
+        IMAGE,
+        (2, 2, 6, 6),
     ),
     "several_outputs": fn(lambda m, x: {"a": [F.relu(x), x.clamp(0, 1)], "b": x.mean()}, "relu hardtanh mean"),
     "shared_weight": fn(
