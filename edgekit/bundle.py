@@ -65,6 +65,7 @@ class Bundle:
                 _layout(entry),
                 pruned,
                 state=() if entry["format"] in KEEPS_STATE else state,
+                target=str(self.manifest.get("target") or "") or None,
             )
             for entry in self.manifest["artifacts"]
         )

@@ -25,6 +25,7 @@ INT8_SQNR_ENOUGH_DB = 60.0  # asked of no int8 file, however near its graph come
 POOR_SQNR_DB = 10.0  # below, the error has a third of the outputs' size
 ONNX_STEPS_ELSEWHERE = 3  # EfficientNet-Lite0, 50 layers deep, moves by 2 between x86-64 and ARM64, ResNet-20 by 1
 MIN_SPEEDUP = 0.97  # below, int8 is slower than fp32 by more than its smaller file is worth
+MOST_APART = 3.0  # times: bounds of a speed-up that are further apart say that rounds were disturbed
 INT8_ARITHMETIC = ("int8", "int8-dynamic")  # which has to pay in speed; weight-only int8 is for size
 MOST_TIMES, FEW_ASKED = 20, 10_000  # samples: of more than so many times those given, and than so many, none are asked
 MOST_ROUNDS = 30  # likewise
@@ -241,12 +242,14 @@ def verdict(
     suspects: Sequence[str] | None = None,
     sensitive: Sequence[str] = (),
     pruned: bool = False,
+    elsewhere: str | None = None,
 ) -> Verdict:
     """Says whether an artifact is worth shipping: accuracy by its interval's bound, speed by the runtime's fp32.
 
     A rejection for speed names the `suspects`, what in the file does not run in int8 (None where that is not known);
     one for accuracy the most `sensitive` layers, or how to find them. A `pruned` network's file is another network than
-    the original: its accuracy alone is judged.
+    the original: its accuracy alone is judged. `elsewhere` says why its latency says nothing, where it was measured on
+    a processor that is not the target's: speed is not judged then.
     """
     rejects: list[str] = []
     doubts: list[str] = []
@@ -259,10 +262,12 @@ def verdict(
         _judge_drop(precision, result, max_drop, sensitive, rejects, doubts, reasons)
     elif (precision != "fp32" or pruned) and not rejects:
         doubts.append("no labels: accuracy was not measured")
-    if fp32 is not None and latency is not None:
+    if elsewhere is not None:
+        reasons.append(elsewhere)
+    elif fp32 is not None and latency is not None:
         _judge_speed(precision, fp32, latency, suspects, rejects, doubts, reasons)
     if rejects:
-        return Verdict("reject", tuple(rejects + doubts))
+        return Verdict("reject", tuple(rejects))
     return Verdict("inconclusive", tuple(doubts + reasons)) if doubts else Verdict("ship", tuple(reasons))
 
 
@@ -307,20 +312,35 @@ def _judge_speed(
     reasons: list[str],
 ) -> None:
     """Holds the bounds of the speed-up against MIN_SPEEDUP, as those of the drop are held against its limit."""
-    line = f"{fp32.p50 / latency.p50:.2f}x the speed of fp32 in the same runtime"
+    line = f"{times(fp32.p50 / latency.p50)}x the speed of fp32 in the same runtime"
     interval = intervals.speedup(fp32, latency)
     if interval is None:
         if precision in INT8_ARITHMETIC:
             doubts.append(f"{line}, in one process each: that has no interval; add --rounds 3")
         return
     low, high = interval
-    line += f", 95 % interval {low:.2f} to {high:.2f}"
+    line += f", 95 % interval {times(low)} to {times(high)}"
     if precision not in INT8_ARITHMETIC or low >= MIN_SPEEDUP:
         reasons.append(line)
     elif high < MIN_SPEEDUP:
         rejects.append(f"slower than fp32: {line}{_slow(suspects)}")
     else:
-        doubts.append(f"{line}: whether it is slower is open; {_more_rounds(interval, len(latency.processes))}")
+        slower = (
+            f"slower than fp32, but whether by more than {100 * (1 - MIN_SPEEDUP):.0f} %"
+            if high < 1
+            else "whether it is slower"
+        )
+        doubts.append(f"{line}: {slower} is open; {_more_rounds(interval, len(latency.processes))}")
+
+
+def times(ratio: float) -> str:
+    """Returns how many times faster something is, with as many digits as say anything."""
+    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.3g}" if ratio < 1000 else f"{ratio:,.0f}"
+
+
+def is_unsteady(speedup: Interval | None) -> bool:
+    """Whether the interval of a speed-up is too wide for one figure: its rounds differ by a disturbance."""
+    return speedup is not None and speedup[1] > MOST_APART * speedup[0]
 
 
 def explained(verdict: Verdict, artifact: Artifact, ladder: Sequence[Rung]) -> Verdict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from edgekit import data as sources
 from edgekit import explain as explaining
 from edgekit import ops as op_times
 from edgekit import qat as qats
+from edgekit.doctor import cpu_name
 from edgekit.errors import EdgeKitError, SeveralErrors
 from edgekit.evaluation import Chunk, Evaluation, Tally, evaluate
 from edgekit.journal import Journal
@@ -59,6 +61,11 @@ ROUNDS = 3  # processes that time each artifact, taken in turn: machines drift
 MOST_ROUNDS = 20  # processes that time a file which is profiled, where its p50 is not known earlier
 LONGEST_S = 60.0  # seconds of timed runs after which ROUNDS processes are enough for a profile
 TIMING = Timing(warmup_runs=50, seconds=0.6, min_runs=20, max_runs=5000)
+DEVICE_FORMS = {
+    "adb": "adb:SERIAL",
+    "ssh": "ssh://user@host",
+    "local": "local:",
+}  # of a target's device, as it is given
 SAME_MACHINE = ("local:", "python:")  # devices that are this machine
 
 
@@ -429,6 +436,7 @@ def compare(
         reference = baselines.Reference(original, baseline_device, threads, cache)
         settings: list[str] = []
         same_machine = device.startswith(SAME_MACHINE)
+        machine, processor = processor_of(there)
         journal = stack.enter_context(Journal(resume))
         scores, tallies = run_all(evaluation, reference, given, scale, settings, there, threads, journal, progress)
         kept = reference.processes(rounds, TIMING)
@@ -451,6 +459,7 @@ def compare(
     notes = (*notes, *filter(None, about))
     if not same_machine:
         notes = (*notes, f"the original ran here and the files on {device}: their times are no speed-up")
+    notes = (*notes, *elsewhere_notes(given, machine, processor, there))
     measured = []
     for artifact in given:
         last, latency = timed[artifact]
@@ -471,6 +480,7 @@ def compare(
             blamed,
             tune.most_sensitive(artifact),
             artifact.pruned is not None,
+            elsewhere(artifact, machine),
         )
         verdict = judge.explained(verdict, artifact, ladder or ())
         measured.append(
@@ -494,6 +504,8 @@ def compare(
                 fp32_last.instructions if fp32_last is not None else None,
                 same_machine,
                 kept is not None,
+                processor,
+                targets.is_of(artifact.target, machine),
             )
         )
     baseline = Baseline(
@@ -507,6 +519,30 @@ def compare(
         kept is not None,
     )
     return Comparison(baseline, tuple(measured), (*original.notes, *source.notes, *notes, *journal.notes), ladder)
+
+
+def processor_of(device: Device) -> tuple[str, str]:
+    """Returns a device's machine, as `uname -m` calls it, and its processor in words."""
+    facts = device.probe()
+    machine = str(facts.get("machine") or platform.machine())
+    name = cpu_name(str(facts.get("cpuinfo", "")))
+    return machine, f"{name} ({machine})" if name else machine
+
+
+def elsewhere(artifact: Artifact, machine: str) -> str | None:
+    """Returns why times of `machine` say nothing of a file: it is for another target. None where they do."""
+    if artifact.target is None or targets.is_of(artifact.target, machine):
+        return None
+    device = targets.find(artifact.target).device
+    return f"latency not measured on the target ({artifact.target}): --device {DEVICE_FORMS.get(device, device)}"
+
+
+def elsewhere_notes(artifacts: Sequence[Artifact], machine: str, processor: str, device: Device) -> tuple[str, ...]:
+    """Returns a note that names the processor where what it measures is no part of the verdicts."""
+    found = {artifact.target: reason for artifact in artifacts if (reason := elsewhere(artifact, machine))}
+    if not found or device.timing == "emulated":
+        return ()
+    return (f"the times are those of {processor} and no part of the verdicts: {'; '.join(found.values())}",)
 
 
 def expand(artifacts: Sequence[str | Path | bundles.Bundle]) -> list[Artifact]:

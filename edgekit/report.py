@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from edgekit.bundle import Bundle
+from edgekit.judge import is_unsteady, times
 from edgekit.progress import every_note
 from edgekit.results import (
     UNITS,
@@ -20,7 +22,6 @@ from edgekit.results import (
     Culprit,
     Interval,
     Latency,
-    Measurement,
     OpTimes,
     Profile,
     Replay,
@@ -28,18 +29,70 @@ from edgekit.results import (
     counted,
     labels,
 )
+from edgekit.results import Measurement as Measured
 from edgekit.targets import TARGETS
 
 LONGEST_NOTE = 200  # characters of a note that lists things, shown without --verbose
 MOST_LISTED = 6  # things in a shorter list are all shown
 _VARIES = re.compile(r"'[^']*'|\"[^\"]*\"|\b[\w./]*\d[\w./]*")  # names and numbers, in which alike notes differ
+FREE_WIDTH = 10_000  # columns: as wide as a table likes
 EMULATED = "emulated: instructions of one run, not times"
 VERDICT_STYLES = {"ship": "bold green", "reject": "bold red", "inconclusive": "bold yellow"}
 
 
-def table(*columns: str, title: str | None = None) -> Table:
-    """Returns an empty table in EdgeKit's one style: names to the left, numbers to the right."""
-    made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+class Sheet(Table):
+    """A table that is turned on its side where the console is too narrow for it, so that nothing of it is cut off.
+
+    Its rows are columns then, headed by their first cells, in as many tables as it takes. A `broad` one has to fit
+    without a line break in any cell; others break lines between words before that.
+    """
+
+    def __init__(self, broad: bool, title: str | None) -> None:
+        """An empty table in EdgeKit's one style."""
+        super().__init__(
+            title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+        )
+        self.broad = broad
+        self.cells: list[list[Any]] = []
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        """As Table.add_row."""
+        self.cells.append(list(cells))
+        super().add_row(*cells, **options)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Yields the table as it is, or on its side."""
+        free = options.update(max_width=FREE_WIDTH)
+        needed = Measurement.get(console, free, self)
+        if (needed.maximum if self.broad else needed.minimum) <= options.max_width or not self.cells:
+            yield from super().__rich_console__(console, options)
+            return
+        start = 0
+        while start < len(self.cells):
+            count = len(self.cells) - start
+            while count > 1 and console.measure(self._aside(start, count), options=free).maximum > options.max_width:
+                count -= 1
+            yield from ([Text()] if start else [])
+            yield self._aside(start, count)
+            start += count
+
+    def _aside(self, start: int, count: int) -> Table:
+        """Returns some of the rows as columns."""
+        part = self.cells[start : start + count]
+        made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        made.add_column(self.columns[0].header, header_style="dim", style="dim", overflow="fold")
+        for row in part:
+            made.add_column(row[0], justify="right", overflow="fold")
+        for index, column in enumerate(self.columns[1:], 1):
+            cells = [row[index] if index < len(row) else "" for row in part]
+            if any(str(cell) for cell in cells):
+                made.add_row(column.header, *cells)
+        return made
+
+
+def table(*columns: str, title: str | None = None, broad: bool = False) -> Sheet:
+    """Returns an empty table: names to the left, numbers to the right."""
+    made = Sheet(broad, title)
     for index, column in enumerate(columns):
         made.add_column(column, justify="left" if index == 0 else "right", header_style="dim", no_wrap=index == 0)
     return made
@@ -154,6 +207,7 @@ def comparison_report(comparison: Comparison) -> RenderableType:
         "load ms",
         "memory",
         "verdict",
+        broad=True,
     )
     first = quantity(base.accuracy, base.unit) if base.accuracy is not None else ""
     lat = base.latency
@@ -187,7 +241,8 @@ def comparison_report(comparison: Comparison) -> RenderableType:
     ]
     threads = f"{lat.threads} thread{'s' if lat.threads > 1 else ''}"
     rounds = len(next((m.latency.processes for m in comparison.artifacts if m.latency), lat.processes))
-    caption = f"{base.samples:,} samples; latency over {rounds} interleaved processes, {threads}"
+    processor = next((f" on {m.processor}" for m in comparison.artifacts if m.processor), "")
+    caption = f"{base.samples:,} samples; latency{processor} over {rounds} interleaved processes, {threads}"
     caption += "".join(f"; {line}" for line in _how(comparison))
     if emulated:
         caption += f"; {EMULATED}"
@@ -228,18 +283,21 @@ def quantity(value: float, unit: Unit) -> str:
 
 
 def _drop(accuracy: Accuracy) -> str:
-    """Returns a drop with its interval, and below it McNemar's p-value where there is one."""
+    """Returns a drop, and below it its interval, and McNemar's p-value where there is one."""
     digits = UNITS[accuracy.unit][2]
     drop, low, high = (f"{value:{digits}}" for value in (accuracy.drop, *accuracy.ci95))
-    shown = f"{drop} ({low} to {high})" if isfinite(accuracy.ci95[1]) else f"{drop} (no interval)"
+    shown = f"{drop}\n{low} to {high}" if isfinite(accuracy.ci95[1]) else f"{drop}\nno interval"
     return shown if accuracy.p_value is None else f"{shown}\np = {accuracy.p_value:.2g}"
 
 
 def _faster(ratio: float | None, interval: Interval | None) -> str:
-    """Returns a speed-up, and below it its interval."""
+    """Returns a speed-up, and below it its interval; where that is too wide for a figure, it alone."""
     if ratio is None:
         return "–"
-    return f"{ratio:.2f}x" + (f"\n{interval[0]:.2f} to {interval[1]:.2f}" if interval else "")
+    if interval is None:
+        return f"{times(ratio)}x"
+    bounds = f"{times(interval[0])} to {times(interval[1])}"
+    return f"not known\n{bounds}" if is_unsteady(interval) else f"{times(ratio)}x\n{bounds}"
 
 
 def _how(comparison: Comparison) -> list[str]:
@@ -252,10 +310,14 @@ def _how(comparison: Comparison) -> list[str]:
     found = [words for name, words in ways.items() if name in used]
     if any(m.speedup_fp32_ci95 for m in comparison.artifacts):
         found.append("speed-ups with Student's 95 % interval over the rounds")
+    if any(is_unsteady(pair) for m in comparison.artifacts for pair in (m.speedup_fp32_ci95, m.speedup_ci95)):
+        found.append(
+            "where it is not known the rounds differ too much: measure on an idle machine, or with more --rounds"
+        )
     return found
 
 
-def _comparison_row(m: Measurement, labeled: bool) -> list[RenderableType]:
+def _comparison_row(m: Measured, labeled: bool) -> list[RenderableType]:
     if m.accuracy is not None:
         quality = [quantity(m.accuracy.value, m.accuracy.unit), _drop(m.accuracy)]
     elif labeled:

@@ -75,6 +75,7 @@ class Artifact:
     fingerprint of the pruned network that it was exported from, None where it was not pruned. `weight_files` lie beside
     an ONNX file that names them, and hold weights of it. `state` are inputs and outputs beside those: whoever runs the
     file gives back as input what the run before gave as output. A file that keeps its state in itself has none.
+    `target` is what its bundle was exported for, None where that is not known.
     """
 
     path: Path
@@ -86,6 +87,7 @@ class Artifact:
     pruned: str | None = None
     weight_files: tuple[Path, ...] = ()
     state: tuple[State, ...] = ()
+    target: str | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -276,7 +278,8 @@ class Measurement:
     `suspects` says it in words. On an emulated device `timing` is "emulated" and every figure in ms and bytes is None:
     `instructions` of one run, and of one of the fp32 file, are counted instead. `same_machine` is False where the
     original ran here and the file on another machine: their times are no speed-up. `baseline_cached` says that the
-    original's time is of an earlier command.
+    original's time is of an earlier command. `processor` is what the times are of; it is not the target's where
+    `on_target` is False, and they are no part of the verdict then.
     """
 
     artifact: Artifact
@@ -298,6 +301,8 @@ class Measurement:
     fp32_instructions: int | None = None
     same_machine: bool = True
     baseline_cached: bool = False
+    processor: str = ""
+    on_target: bool = True
 
     @property
     def speedup(self) -> float | None:
@@ -340,6 +345,9 @@ class Measurement:
             "accuracy": self.accuracy.to_dict() if self.accuracy else None,
             "parity": self.parity.to_dict(),
             "timing": self.timing,
+            "processor": self.processor,
+            "target": self.artifact.target,
+            "on_target": self.on_target,
             "latency_ms": self.latency.to_dict() if self.latency else None,
             "instructions": self.instructions,
             "fp32_instructions": self.fp32_instructions,

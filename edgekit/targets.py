@@ -13,13 +13,15 @@ from edgekit.results import SUFFIXES
 class Target:
     """Formats that the platform's runtimes read, the precision that pays there, and how to reach a device.
 
-    `int8_notes` says by format what has to be known of int8 files there.
+    `machines` are its processors as `uname -m` calls them: times of others say nothing of it. `int8_notes` says by
+    format what has to be known of int8 files there.
     """
 
     formats: tuple[str, ...]
     precision: str
     device: str
     summary: str
+    machines: tuple[str, ...]
     int8_notes: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -31,11 +33,16 @@ WITHOUT_VNNI = (
     "unless its session option session.x64quantprecision is 1; where there is VNNI, that option only costs speed"
 )
 
+ARM64 = ("aarch64", "arm64", "armv8l")
+X86 = ("x86_64", "amd64", "i686")
+
 TARGETS = {
-    "android": Target(("executorch", "onnx", "tflite"), "int8", "adb", "phones and tablets, ARM64"),
-    "ios": Target(("executorch", "onnx", "tflite"), "int8", "ssh", "iPhone and iPad, CPU runtimes"),
-    "linux-arm64": Target(("executorch", "onnx", "tflite"), "int8", "ssh", "Raspberry Pi and other ARM64 boards"),
-    "x86": Target(("executorch", "onnx", "tflite"), "int8", "local", "PCs and servers", {"onnx": WITHOUT_VNNI}),
+    "android": Target(("executorch", "onnx", "tflite"), "int8", "adb", "phones and tablets, ARM64", ARM64),
+    "ios": Target(("executorch", "onnx", "tflite"), "int8", "ssh", "iPhone and iPad, CPU runtimes", ARM64),
+    "linux-arm64": Target(
+        ("executorch", "onnx", "tflite"), "int8", "ssh", "Raspberry Pi and other ARM64 boards", ARM64
+    ),
+    "x86": Target(("executorch", "onnx", "tflite"), "int8", "local", "PCs and servers", X86, {"onnx": WITHOUT_VNNI}),
 }
 
 
@@ -51,6 +58,11 @@ def find_precision(name: str) -> str:
     if name not in PRECISIONS:
         raise UsageError(f"unknown precision '{name}'", f"choose one of {', '.join(PRECISIONS)}")
     return name
+
+
+def is_of(target: str | None, machine: str) -> bool:
+    """Whether a machine (`uname -m`) has the target's processor; every one has that of a target that is not known."""
+    return target not in TARGETS or machine.lower() in TARGETS[target].machines
 
 
 def find_formats(names: str | Sequence[str] | None, target: Target) -> tuple[str, ...]:

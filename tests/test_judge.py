@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -229,6 +230,41 @@ def test_slower_is_said_where_the_interval_says_it(case: str) -> None:
     assert got.word == word
     assert any(said in reason for reason in got.reasons)
     assert ("--rounds" in got.reasons[0]) == (word == "inconclusive")
+
+
+def test_a_speed_just_below_is_not_called_open() -> None:
+    """0.96x to 0.98x is slower than fp32; open is whether that is too much."""
+    got = judge.verdict("int8", accuracy(-0.2, 0.4), _at(np.log([0.967, 0.97, 0.972])), ms(1, 0), near(), None)
+    assert got.word == "inconclusive"
+    assert "slower than fp32, but whether by more than 3 % is open" in got.reasons[0]
+
+
+def test_a_rejection_has_no_doubts_among_its_reasons() -> None:
+    got = judge.verdict("int8", accuracy(0.2, 1.8), ms(2.0), ms(1.0), near(), None)
+    assert got.word == "reject" and len(got.reasons) == 1 and "slower" in got.reasons[0]
+
+
+ASKED = {  # drop, interval, of how many samples → what is said
+    "far too many": (0.999, (-0.5, 2.5), 400, "even 10,000 samples would hardly tell"),
+    "some": (0.2, (-0.3, 1.9), 400, r"about \d+(,\d00|0)? more samples would tell"),
+    "too many of many": (0.99, (0.5, 1.5), 50_000, "even 1,000,000 samples would hardly tell"),
+}
+
+
+@pytest.mark.parametrize("case", ASKED)
+def test_samples_that_nobody_has_are_not_asked_for(case: str) -> None:
+    drop, interval, n, said = ASKED[case]
+    result = Accuracy("miou", n, 0.9 - drop / 100, 0.9, interval, interval="Gaffke", unseen=0.1)
+    doubt = judge.verdict("int8", result, ms(1), ms(2), near(), None)
+    assert doubt.word == "inconclusive"
+    assert re.search(said, doubt.reasons[0])
+
+
+@pytest.mark.parametrize("own", [0.5, 2.0])
+def test_speed_elsewhere_is_no_part_of_a_verdict(own: float) -> None:
+    got = judge.verdict("int8", accuracy(-0.2, 0.4), ms(own), ms(1), near(), None, elsewhere="not measured there")
+    assert got.word == "ship" and got.reasons[-1] == "not measured there"
+    assert judge.verdict("int8", accuracy(1.2, 3.0), ms(own), ms(1), near(), None, elsewhere="x").word == "reject"
 
 
 def test_rounds_asked_for_would_do() -> None:

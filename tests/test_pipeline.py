@@ -280,6 +280,23 @@ def test_a_slow_file_is_profiled_in_three_processes(
     assert len(result.latency.processes) == rounds == 3
 
 
+def test_an_x86_bundle_is_not_judged_by_the_times_of_an_arm(
+    bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are measured and shown, with the processor's name."""
+    quick(monkeypatch)
+    monkeypatch.setattr(pipeline, "processor_of", lambda device: ("aarch64", "an ARM"))
+    files = [next(a.path for a in bundles[p].artifacts if a.format == "onnx") for p in ("fp32", "int8")]
+    result = edgekit.compare(network(), files, data=samples())
+    assert any("those of an ARM and no part of the verdicts" in note for note in result.notes)
+    for m in result.artifacts:
+        assert m.latency is not None and not m.on_target and m.artifact.target == "x86"
+        told = m.to_dict()
+        assert (told["processor"], told["on_target"], told["target"]) == ("an ARM", False, "x86")
+        assert not any("speed of fp32" in reason for reason in m.verdict.reasons)
+        assert "latency not measured on the target (x86): --device local:" in m.verdict.reasons
+
+
 STORED = {
     "fp32": ({"float32": 4000, "int64": 80_000}, "fp32"),
     "one int8 constant": ({"float32": 4000, "int8": 1}, "fp32"),
