@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from edgekit import limits
 from edgekit.allowed_ops import PRIM, is_aten, is_target
 from edgekit.errors import EdgeKitError, reason
-from edgekit.unpickle import check_tensors, pickle_globals, refusal
+from edgekit.unpickle import check_tensors, globals_in, refusal
 
 if TYPE_CHECKING:
     import torch
@@ -123,12 +123,11 @@ def _sample_inputs(content: bytes, what: str) -> Any:
 
     if not content:
         return None
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        names = globals_in(archive, f"{what} (its sample inputs)")
     try:
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            member = next(n for n in archive.namelist() if n.endswith("data.pkl"))
-            names = pickle_globals(io.BytesIO(archive.read(member)))
         asked = sorted(names - set(torch._weights_only_unpickler._get_allowed_globals()))
         raise refusal(f"{what} (its sample inputs)", asked or ["an unreadable pickle"], None) from error
 
@@ -371,10 +370,14 @@ def _refuse(operators: Sequence[str], what: str) -> None:
 
 
 def _has_disguised_strings(source: str) -> bool:
-    previous = None
+    """Whether a string that may be a name is in pieces or in escapes; what has spaces in it is a message."""
+    group: list[str] = []
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.STRING and (previous == tokenize.STRING or "\\" in token.string):
-            return True
-        if token.type != tokenize.NL:
-            previous = token.type
+        if token.type == tokenize.STRING:
+            group.append(token.string)
+        elif token.type not in (tokenize.NL, tokenize.COMMENT):
+            text = "".join(group)
+            if (len(group) > 1 or "\\" in text) and " " not in text:
+                return True
+            group = []
     return False

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from edgekit import detection
+from edgekit import detection, limits
 from edgekit.batch_axis import Placement, placements
 from edgekit.errors import EdgeKitError, reason
 from edgekit.results import TensorSpec
@@ -394,7 +394,6 @@ def _is_image(array: np.ndarray) -> bool:
 
 
 def _read_arrays(path: Path) -> dict[str, Any]:
-    import pickle
     import zipfile
 
     with path.open("rb") as file:
@@ -407,10 +406,9 @@ def _read_arrays(path: Path) -> dict[str, Any]:
         raise EdgeKitError(f"{path} is neither an .npz nor a .pt file", HELP)
     import torch
 
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise EdgeKitError(f"{path} is not a .pt file of plain tensors: {str(error).splitlines()[0]}", HELP) from None
+    from edgekit.unpickle import read_tensors
+
+    content = read_tensors(path, HELP)
     if isinstance(content, torch.Tensor):
         content = {"x": content}
     if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):
@@ -423,6 +421,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray | Rows]:
 
     if not zipfile.is_zipfile(path):
         raise ValueError("it is damaged, cut short, or no .npz file")
+    limits.check_archive(path, limits.ARRAYS_GROWTH)
     with zipfile.ZipFile(path) as archive:
         members = [info for info in archive.infolist() if info.filename.endswith(".npy")]
         return {info.filename.removesuffix(".npy"): _read_member(path, archive, info) for info in members}
@@ -481,15 +480,12 @@ def _header(file: IO[bytes]) -> tuple[np.dtype[Any], tuple[int, ...], bool]:
 
 
 def _guarded(path: Path, read: Any) -> Any:
-    import zipfile
-    import zlib
-
     try:
         return read()
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise EdgeKitError(
-            f"{path} cannot be read: {str(error).splitlines()[0]}", "write it again with numpy.savez"
-        ) from None
+    except EdgeKitError:
+        raise
+    except Exception as error:  # whatever numpy, zipfile and the codecs raise for a damaged file
+        raise EdgeKitError(f"{path} cannot be read: {reason(error)}", "write it again with numpy.savez") from None
 
 
 def _from_arrays(source: str, arrays: Mapping[str, Any], mean: Sequence[float], std: Sequence[float]) -> Data:

@@ -124,7 +124,7 @@ def _sniff_zip(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError) as error:
         raise EdgeKitError(f"{path.name} is damaged or cut short", "copy or download the file again") from error
     inside = {n.partition("/")[2] for n in names}
     if "constants.pkl" in inside or any(n.startswith("code/") for n in inside):
@@ -155,10 +155,24 @@ def _open_torch(path: Path, code: UserCode | None) -> Opened:
     if not isinstance(found, Checkpoint):
         if inert:
             raise refusal(path.name, inert, code)
+        _check_whole(found, path.name)
         return Opened(found, path.stem, form, notes)
     if inert:
         notes.append(f"ignored in the checkpoint: values of {', '.join(inert)}")
     return _filled(path, found, code, form, notes)
+
+
+def _check_whole(module: Any, what: str) -> None:
+    """Raises EdgeKitError for a module whose state is none of a module, or that holds itself."""
+    try:
+        module.state_dict()
+        _ = [part.training for part in module.modules()]
+    except Exception as error:  # whatever its methods raise without what they rely on
+        why = "it contains itself" if isinstance(error, RecursionError) else reason(error)
+        raise EdgeKitError(
+            f"{what} holds a {type(module).__name__} that is not whole: {why}",
+            "save it again, or save model.state_dict() and name its class with --code",
+        ) from error
 
 
 def _open_safetensors(path: Path, code: UserCode | None) -> Opened:

@@ -99,6 +99,27 @@ def read_pickle(path: Path, code: UserCode | None) -> tuple[Any, list[str]]:
             ) from error
 
 
+def read_tensors(path: Path, help: str) -> Any:
+    """Load a file of torch.save's zip format that holds tensors alone; any other is an EdgeKitError with `help`."""
+    import torch
+
+    from edgekit.watchdog import rehearse
+
+    def loaded() -> Any:
+        try:
+            globals_of(path)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except EdgeKitError as error:
+            raise EdgeKitError(error.what, help) from None
+        except Exception as error:
+            raise EdgeKitError(f"{path} is not a .pt file of plain tensors: {_reason(error)}", help) from None
+
+    rehearse(loaded, path.name, limits.budget([path]))
+    return loaded()
+
+
 def refusal(what: str, names: list[str], code: UserCode | None) -> EdgeKitError:
     """The error that lists the names a file asks for, with advice for the likeliest reason."""
     shown = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
@@ -172,14 +193,7 @@ def globals_of(path: Path) -> set[str]:
             if zipfile.is_zipfile(path):
                 limits.check_archive(path)
                 with zipfile.ZipFile(path) as archive:
-                    member = next(n for n in archive.namelist() if n.endswith("/data.pkl") or n == "data.pkl")
-                    content = archive.read(member)
-                    names = pickle_globals(io.BytesIO(content))
-                    folder = f"{member.removesuffix('data.pkl')}data/"
-                    check_tensors(
-                        content, {i.filename.removeprefix(folder): i.file_size for i in archive.infolist()}, path.name
-                    )
-                    return names
+                    return globals_in(archive, path.name)
             # magic, protocol, system information, the object; raw storages follow.
             legacy = file.read(len(LEGACY_MAGIC)) == LEGACY_MAGIC
             file.seek(0)
@@ -190,6 +204,16 @@ def globals_of(path: Path) -> set[str]:
         raise EdgeKitError(
             f"{path.name} is damaged or cut short: {_reason(error)}", "copy or download the file again"
         ) from error
+
+
+def globals_in(archive: zipfile.ZipFile, what: str) -> set[str]:
+    """The names that the pickle of a torch.save archive asks for; its tensors are checked against their storages."""
+    member = next(n for n in archive.namelist() if n.endswith("/data.pkl") or n == "data.pkl")
+    content = archive.read(member)
+    names = pickle_globals(io.BytesIO(content))
+    folder = f"{member.removesuffix('data.pkl')}data/"
+    check_tensors(content, {i.filename.removeprefix(folder): i.file_size for i in archive.infolist()}, what)
+    return names
 
 
 def pickle_globals(stream: IO[bytes]) -> set[str]:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from edgekit import files
-from edgekit.errors import EdgeKitError
+from edgekit.errors import EdgeKitError, reason
 from edgekit.quant.copies import deep_copy, state_tensors
 from edgekit.quant.pruning import divergence
 from edgekit.quant.surgery import BATCH_NORMS, Tensors
@@ -242,17 +242,23 @@ class _Training:
         files.write(path, content.getvalue())
 
     def restore(self, path: Path, job: str) -> None:
-        import pickle
-
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise EdgeKitError(f"{path} is no checkpoint: {str(error).splitlines()[0]}", "leave --resume out") from None
-        if state["key"] != self.key:
+            key = state["key"]
+        except Exception as error:  # whatever torch raises for a file that it did not write, and one of another form
+            why = type(error).__name__ if "weights_only" in str(error) else reason(error)
+            raise EdgeKitError(f"{path} is no checkpoint: {why}", "leave --resume out") from None
+        if key != self.key:
             raise EdgeKitError(
                 f"{path} is the checkpoint of another {job}",
                 "give the model and the options it was started with, or leave --resume out",
             )
+        try:
+            self._take(state)
+        except Exception as error:  # whatever its parts raise where they are damaged
+            raise EdgeKitError(f"{path} is damaged: {reason(error)}", "leave --resume out") from None
+
+    def _take(self, state: Mapping[str, Any]) -> None:
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,13 @@ LINES = 3
 
 def root() -> Path:
     """The user's cache of EdgeKit, which may not exist yet."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgekit"
+    given = os.environ.get("XDG_CACHE_HOME")
+    if given:
+        return Path(given) / "edgekit"
+    try:
+        return Path.home() / ".cache" / "edgekit"
+    except RuntimeError:  # a user without a home
+        return Path(tempfile.gettempdir()) / f"edgekit-cache-{os.getuid()}"
 
 
 def cached(name: str, make: Callable[[Path], None]) -> Path:

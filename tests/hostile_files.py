@@ -647,9 +647,11 @@ def value(name: str, kind: int = TensorProto.FLOAT, shape: Any = (1, 4)) -> Any:
     return helper.make_tensor_value_info(name, kind, shape)
 
 
-def model(nodes: Any, initializers: Any = (), inputs: Any = None, outputs: Any = None, **more: Any) -> Any:
+def model(
+    nodes: Any, initializers: Any = (), inputs: Any = None, outputs: Any = None, rank: int = 2, **more: Any
+) -> Any:
     inputs = [value("x")] if inputs is None else inputs
-    graph = helper.make_graph(nodes, "g", inputs, outputs or [value("y", shape=None)], list(initializers))
+    graph = helper.make_graph(nodes, "g", inputs, outputs or [value("y", shape="abcde"[:rank])], list(initializers))
     made = helper.make_model(
         graph, opset_imports=[helper.make_opsetid("", 18), helper.make_opsetid("local", 1)], ir_version=10, **more
     )
@@ -755,18 +757,18 @@ GRAPHS: dict[str, Callable[[], Any]] = {
     "outside, negative": lambda: outside(location="whole", offset="-4", length="64"),
     "outside, text": lambda: outside(location="whole", offset="abc"),
     "outside, escape": lambda: outside(location="\x1b[31mx"),
-    "huge constant of shape": lambda: model([node("ConstantOfShape", "s")], [big("s", HUGE)], []),
-    "large constant of shape": lambda: model([node("ConstantOfShape", "s")], [big("s", 1 << 31)], []),
-    "huge expand": lambda: model([node("Expand", "x", "s")], [big("s", HUGE, 1, 4)]),
+    "huge constant of shape": lambda: model([node("ConstantOfShape", "s")], [big("s", HUGE)], [], rank=1),
+    "large constant of shape": lambda: model([node("ConstantOfShape", "s")], [big("s", 1 << 31)], [], rank=1),
+    "huge expand": lambda: model([node("Expand", "x", "s")], [big("s", HUGE, 1, 4)], rank=3),
     "huge tile": lambda: model([node("Tile", "x", "s")], [big("s", HUGE, 1)]),
-    "huge range": lambda: model([node("Range", "a", "b", "c")], [constant("a", np.int64(0)), constant("b", np.int64(HUGE)), constant("c", np.int64(1))], [], [value("y", TensorProto.INT64, None)]),
+    "huge range": lambda: model([node("Range", "a", "b", "c")], [constant("a", np.int64(0)), constant("b", np.int64(HUGE)), constant("c", np.int64(1))], [], [value("y", TensorProto.INT64, "a")]),
     "huge pad": lambda: model([node("Pad", "x", "s")], [big("s", 0, HUGE, 0, 0)]),
     "huge resize": lambda: model([node("Resize", "x", "", "", "s", mode="nearest")], [big("s", HUGE, 4)]),
-    "huge one-hot": lambda: model([node("Cast", "x", outputs=["i"], to=7), node("OneHot", "i", "d", "v")], [constant("d", np.int64(HUGE)), constant("v", np.array([0, 1], np.float32))]),
-    "huge random": lambda: model([node("RandomNormal", shape=[HUGE])], [], []),
+    "huge one-hot": lambda: model([node("Cast", "x", outputs=["i"], to=7), node("OneHot", "i", "d", "v")], [constant("d", np.int64(HUGE)), constant("v", np.array([0, 1], np.float32))], rank=3),
+    "huge random": lambda: model([node("RandomNormal", shape=[HUGE])], [], [], rank=1),
     "eye": lambda: model([node("ConstantOfShape", "s", outputs=["z"]), node("EyeLike", "z")], [big("s", 1 << 20, 1 << 20)], []),
     "gather beyond": lambda: model([node("Gather", "x", "i", axis=1)], [constant("i", np.array([10**9]))]),
-    "gather nd beyond": lambda: model([node("GatherND", "x", "i")], [constant("i", np.array([[10**9, 10**9]]))]),
+    "gather nd beyond": lambda: model([node("GatherND", "x", "i")], [constant("i", np.array([[10**9, 10**9]]))], rank=1),
     "scatter beyond": lambda: model([node("ScatterElements", "x", "i", "x")], [constant("i", np.full((1, 4), 10**9))]),
     "slice": lambda: model([node("Slice", "x", "a", "b")], [big("a", -(2**62)), big("b", 2**62)]),
     "reshape": lambda: model([node("Reshape", "x", "s")], [big("s", HUGE, -1)]),
@@ -781,14 +783,14 @@ GRAPHS: dict[str, Callable[[], Any]] = {
     "no input": lambda: model([node("Relu", "nothing")]),
     "attribute of another kind": lambda: model([node("Softmax", "x", axis="text")]),
     "axis beyond": lambda: model([node("Softmax", "x", axis=10**9)]),
-    "kernel": lambda: model([node("MaxPool", "x", kernel_shape=[2**31, 2**31])], (), [value("x", shape=[1, 1, 4, 4])]),
-    "pads": lambda: model([node("MaxPool", "x", kernel_shape=[2, 2], pads=[2**40] * 4)], (), [value("x", shape=[1, 1, 4, 4])]),
-    "dilations": lambda: model([node("Conv", "x", "w", dilations=[2**40, 2**40])], [constant("w", np.ones((1, 1, 2, 2), np.float32))], [value("x", shape=[1, 1, 4, 4])]),
-    "group of zero": lambda: model([node("Conv", "x", "w", group=0)], [constant("w", np.ones((1, 1, 2, 2), np.float32))], [value("x", shape=[1, 1, 4, 4])]),
+    "kernel": lambda: model([node("MaxPool", "x", kernel_shape=[2**31, 2**31])], (), [value("x", shape=[1, 1, 4, 4])], rank=4),
+    "pads": lambda: model([node("MaxPool", "x", kernel_shape=[2, 2], pads=[2**40] * 4)], (), [value("x", shape=[1, 1, 4, 4])], rank=4),
+    "dilations": lambda: model([node("Conv", "x", "w", dilations=[2**40, 2**40])], [constant("w", np.ones((1, 1, 2, 2), np.float32))], [value("x", shape=[1, 1, 4, 4])], rank=4),
+    "group of zero": lambda: model([node("Conv", "x", "w", group=0)], [constant("w", np.ones((1, 1, 2, 2), np.float32))], [value("x", shape=[1, 1, 4, 4])], rank=4),
     "huge input": lambda: model([node("Relu", "x")], (), [value("x", shape=[1, HUGE])]),
     "large input": lambda: model([node("Relu", "x")], (), [value("x", shape=[1, 1 << 31])]),
     "negative input": lambda: model([node("Relu", "x")], (), [value("x", shape=[1, -4])]),
-    "input of text": lambda: model([node("Identity", "x")], (), [value("x", TensorProto.STRING)], [value("y", TensorProto.STRING, None)]),
+    "input of text": lambda: model([node("Identity", "x")], (), [value("x", TensorProto.STRING)], [value("y", TensorProto.STRING, "ab")]),
     "input of no type": lambda: model([node("Identity", "x")], (), [value("x", 99)]),
     "escape in a name": lambda: model([node("Relu", "\x1b]0;evil\x07x")], (), [value("\x1b]0;evil\x07x")]),
     "newline in a name": lambda: model([node("Relu", "a\nerror: b")], (), [value("a\nerror: b")]),
