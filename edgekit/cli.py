@@ -742,9 +742,8 @@ def _terminate(signum: int, frame: Any) -> None:
 
 def _endings() -> list[int]:
     """The signals that end a command: of a kill, and of a terminal that is closed, unless nohup has that ignored."""
-    hangup = getattr(signal, "SIGHUP", None)
-    ignored = hangup is None or signal.getsignal(hangup) == signal.SIG_IGN
-    return [signal.SIGTERM, *([] if ignored else [hangup])]
+    hangups = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []  # Windows has none
+    return [signal.SIGTERM, *(number for number in hangups if signal.getsignal(number) != signal.SIG_IGN)]
 
 
 @contextmanager

@@ -125,7 +125,7 @@ def new_folder(path: Path, ours: Collection[str]) -> Iterator[Path]:
     output is ever deleted. What a killed process left of it is removed, or put back where it was killed amid the
     change. Raises EdgeKitError where the place cannot be written to, before the block runs.
     """
-    path = path.resolve() if path.is_symlink() else path
+    path = _followed(path)
     made: list[Path] = []
     temporary: Path | None = None
     try:
@@ -246,17 +246,23 @@ def writing(path: Path) -> Iterator[None]:
 
 def check_writable(path: Path) -> None:
     """Raises EdgeKitError where `path` cannot be written, before long work is done for it."""
-    if path.is_dir():
-        raise EdgeKitError(f"cannot write {path}: it is a folder", "name a file")
-    if _is_special(path):
-        return
     with writing(path):
+        if path.is_dir():
+            raise EdgeKitError(f"cannot write {path}: it is a folder", "name a file")
+        if _is_special(path):
+            return
         _drop(_claim(path.parent, f".{path.name}-", ".partial", file=True))
 
 
 def _drop(temporary: Path) -> None:
     temporary.unlink(missing_ok=True)
     os.close(_held.pop(temporary))
+
+
+def _followed(path: Path) -> Path:
+    """Returns where a link leads, which is what is to be written."""
+    with writing(path):
+        return path.resolve() if path.is_symlink() else path
 
 
 def _is_special(path: Path) -> bool:
@@ -266,7 +272,7 @@ def _is_special(path: Path) -> bool:
 
 def write(path: Path, data: bytes) -> None:
     """Writes `data` to `path` under a temporary name first; raises EdgeKitError where that fails."""
-    path = path.resolve() if path.is_symlink() else path
+    path = _followed(path)
     with writing(path):
         if _is_special(path):
             path.write_bytes(data)

@@ -278,7 +278,7 @@ class _Storage:
     item: int
 
 
-class _Tensors(pickle._Unpickler):  # type: ignore[name-defined]
+class _Tensors(pickle._Unpickler):
     """Goes through a pickle of torch without making anything that it names, and checks its tensors on the way."""
 
     def __init__(self, content: bytes, sizes: Mapping[str, int], what: str) -> None:

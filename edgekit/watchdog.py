@@ -98,7 +98,7 @@ def _watched(work: Callable[[], T], what: str, budget: Budget) -> T:
 
 def _received(channel: int, deadline: float) -> bytes | None:
     """All that is sent until the other end closes; None where that is not before the deadline."""
-    parts = []
+    parts: list[bytes] = []
     while True:
         left = deadline - time.monotonic()
         if left <= 0 or not select.select([channel], [], [], left)[0]:

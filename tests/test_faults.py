@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -131,6 +132,8 @@ def as_nobody(work: object) -> int:
             os.setgid(65534)
             os.setuid(65534)
             code = work()  # type: ignore[operator]
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
