@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from operator import gt
 from typing import Any
 
 import numpy as np
@@ -122,9 +123,8 @@ class _Reader:
         if self.known(proto) and proto.op_type not in RANDOM and not _has_graphs(proto):
             outputs = self.evaluate(proto)
             if outputs is not None:
-                for name, array in zip(proto.output, outputs, strict=False):
-                    if name:
-                        self.constant(name, np.asarray(array))
+                for name, array in zip(filter(None, proto.output), outputs, strict=True):
+                    self.constant(name, np.asarray(array))
                 return
         standard = rewritten(proto, attributes(proto), self.count)
         if standard is not None:
@@ -237,7 +237,7 @@ class _Reader:
         return False
 
     def evaluate(self, proto: onnx.NodeProto) -> list[Any] | None:
-        """The outputs of a node whose inputs are constant, or None where nothing here computes it."""
+        """The named outputs of a node whose inputs are constant, or None where nothing here computes it."""
         self.check_size(proto)
         feeds = {name: self.graph.array(name) for name in proto.input if name}
         # ONNX Runtime is what a file is compared with, and the reference computes some ops otherwise (GlobalMaxPool
@@ -447,7 +447,11 @@ def _agree_with_inference(proto: onnx.NodeProto) -> None:
         proto.attribute.append(onnx.helper.make_attribute("onesided", 1))
     if attributes(proto).get("auto_pad", "").startswith("SAME"):
         for attribute in proto.attribute:
-            if attribute.name == "ceil_mode":
+            if attribute.name == "ceil_mode" and attribute.i:
+                given = attributes(proto)
+                if any(map(gt, given.get("strides", ()), given["kernel_shape"])):
+                    node = Node(proto.op_type, proto.name, [], [])
+                    raise unsupported(node, "ceil_mode with auto_pad SAME and gaps, which ONNX Runtime reads otherwise")
                 attribute.i = 0
 
 

@@ -65,7 +65,7 @@ def test_averages_count_the_padding_that_is_named(attributes: dict[str, Any], si
 
 
 def test_ceil_mode_adds_no_window_to_those_of_same() -> None:
-    made = node("AveragePool", ["x"], kernel_shape=[3, 2], strides=[1, 3], auto_pad="SAME_LOWER", ceil_mode=1)
+    made = node("AveragePool", ["x"], kernel_shape=[3, 4], strides=[1, 3], auto_pad="SAME_LOWER", ceil_mode=1)
     feeds = {"x": RANDOM.standard_normal((1, 2, 4, 3)).astype(np.float32)}
     agree(model([made], feeds, {}), feeds)
 
@@ -91,6 +91,24 @@ def test_a_stored_constant_is_an_output(kind: str) -> None:
     feeds = {"x": RANDOM.standard_normal(constants["k"].shape).astype(np.float32)}
     nodes = [made, node("Add", ["x", "c"]), node("Relu", ["x"], "r")]
     agree(model(nodes, feeds, constants, ("y", "c", "r")), feeds)
+
+
+def test_a_constant_node_without_its_first_output() -> None:
+    numbers = {
+        "r": RANDOM.standard_normal((2, 2, 3)).astype(np.float32),
+        "w": RANDOM.standard_normal((1, 4, 3)).astype(np.float32),
+        "h": RANDOM.standard_normal((1, 4, 4)).astype(np.float32),
+    }
+    made = model(
+        [
+            node("RNN", ["r", "w", "h"], ["", "last"], hidden_size=4),
+            node("ReduceSum", ["x"], "s", keepdims=0),
+            node("Add", ["last", "s"]),
+        ],
+        X,
+        numbers,
+    )
+    agree(made, X)
 
 
 def choice(threshold: float, other: str = "Neg") -> onnx.ModelProto:
