@@ -36,6 +36,7 @@ TRANSPOSED = {  # target → spatial rank
     aten.conv_transpose2d.input: 2,
     aten.conv_transpose3d.input: 3,
 }
+CHANNEL_LAYERS = {3: aten.conv1d.default, 4: aten.conv2d.default}  # rank of what is normed → convolution
 HIDDEN = -1e9  # a score that no softmax sees, and that is finite
 TRANSPOSED_DEFAULTS = (None, 1, 0, 0, 1, 1)  # bias, stride, padding, output padding, groups, dilation
 CONV_DEFAULTS = (None, 1, 0, 1, 1)  # bias, stride, padding, dilation, groups
@@ -143,6 +144,58 @@ def named_paddings_to_amounts(model: GraphModule) -> None:
                 pad.meta["val"] = aten.pad.default(args[0].meta["val"], amounts)
                 args[0] = pad
         conv.args = tuple(args)
+
+
+def norms_to_layers(model: GraphModule) -> None:
+    """Spells each BatchNorm that no layer before it took up as part of a layer behind it, or as one: int8 knows those.
+
+    Between rows it goes into the linear layers that read it, if nothing else does. Of sequences and images it becomes a
+    convolution of each channel alone, one wide. At the input it stays as it is: inputs of very different size do not
+    fit one scale before they are normed.
+    """
+    for node in calls(model):
+        if node.target != aten._native_batch_norm_legit_no_training.default:
+            continue
+        source, gamma, beta, mean, variance, _, eps = node.args
+        constants = [c for c in (gamma, beta, mean, variance) if c is not None]
+        readers, value = list(node.users), source.meta["val"]
+        if source.op == "placeholder" or len(readers) != 1 or not all(map(is_attribute, constants)):
+            continue
+        factor = (attribute(model, variance).double() + eps).rsqrt()
+        factor = factor if gamma is None else factor * attribute(model, gamma).double()
+        shift = -attribute(model, mean).double() * factor
+        shift = shift if beta is None else shift + attribute(model, beta).double()
+        if value.ndim == 2:
+            layers = list(readers[0].users)
+            if not all(is_layer(layer) and layer.args[0] is readers[0] for layer in layers):
+                continue
+            for layer in layers:
+                _scale_inputs(model, layer, factor, shift)
+            readers[0].replace_all_uses_with(source)
+        elif value.ndim in CHANNEL_LAYERS:
+            channels, rank = value.shape[1], value.ndim - 2
+            steps = [1] * rank, [0] * rank, [1] * rank  # stride, padding, dilation
+            with model.graph.inserting_before(node):
+                weight = factor.reshape(-1, *[1] * (value.ndim - 1)).to(value.dtype)
+                weights = add_attribute(model, f"{node.name}_weight", weight)
+                biases = add_attribute(model, f"{node.name}_bias", shift.to(value.dtype))
+            _respell(readers[0], CHANNEL_LAYERS[value.ndim], source, weights, biases, *steps, channels)
+        else:
+            continue
+        if not node.users:
+            model.graph.erase_node(node)
+
+
+def _scale_inputs(model: GraphModule, linear: Node, factor: torch.Tensor, shift: torch.Tensor) -> None:
+    """Lets a linear layer read x where it read x · factor + shift."""
+    weight, bias = linear.args[1], linear.args[2] if len(linear.args) > 2 else None
+    old = attribute(model, weight).double()
+    moved = old @ shift if bias is None else attribute(model, bias).double() + old @ shift
+    with model.graph.inserting_before(linear):
+        dtype = linear.meta["val"].dtype
+        new_weight = add_attribute(model, f"{linear.name}_normed_weight", (old * factor).to(dtype))
+        new_bias = add_attribute(model, f"{linear.name}_normed_bias", moved.to(dtype))
+    linear.args = (linear.args[0], new_weight, new_bias)
 
 
 def transposed_sequences_to_images(model: GraphModule) -> None:
@@ -472,6 +525,7 @@ PASSES = (
     means_keep_dimensions,
     attention_to_products,
     fold_batch_norms,
+    norms_to_layers,
     transposed_sequences_to_images,
     hard_sigmoids_to_clips,
     fold_pads,

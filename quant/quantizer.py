@@ -43,11 +43,12 @@ FUSED_ACTIVATIONS = {aten.relu.default, aten.hardtanh.default}
 ELEMENTWISE = {aten.add.Tensor, aten.mul.Tensor}
 
 # One tensor in, one out, each with qparams of its own.
-UNARY = {aten.mean.dim, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default}
+UNARY = {aten.mean.dim, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default, aten.prelu.default}
 
 # Ops that move values without changing them: the output has the qparams of the input.
 MOVES = {
     aten.max_pool2d.default,
+    aten.max_pool1d.default,
     aten.view.default,
     aten._unsafe_view.default,
     aten.reshape.default,
@@ -65,6 +66,8 @@ MOVES = {
     aten.pixel_shuffle.default,
     aten.channel_shuffle.default,
 }
+
+MAX_POOLS = {aten.max_pool1d.default, aten.max_pool2d.default}
 
 # Outputs whose qparams the runtimes prescribe (TFLite's int8 specification).
 FIXED_OUTPUT = {
@@ -195,7 +198,7 @@ class EdgeQuantizer(Quantizer):
         source = node.args[0]
         if not isinstance(source, Node) or (source.op == "placeholder" and self._stays_float(node)):
             return
-        if _is_float(node) and _is_quantized_output(source):
+        if _is_float(node) and (_is_quantized_output(source) or _pools_for_int8(node)):
             _annotate(node, {source: self.activation}, SharedQuantizationSpec((source, node)))
 
     def _stays_float(self, move: Node) -> bool:
@@ -250,6 +253,12 @@ def _is_scores(node: Node) -> bool:
     return bool(node.users) and all(
         user.target == aten.softmax.int or (user.target in steps and _is_scores(user)) for user in node.users
     )
+
+
+def _pools_for_int8(node: Node) -> bool:
+    """Whether `node` takes the largest of values that only quantized ops read: rounding them before is the same."""
+    readers = WEIGHTED.keys() | ELEMENTWISE | UNARY
+    return node.target in MAX_POOLS and bool(node.users) and all(user.target in readers for user in node.users)
 
 
 def _is_quantized_output(node: Node) -> bool:

@@ -49,6 +49,22 @@ def loud(layer: nn.Conv2d) -> nn.Conv2d:
     return layer
 
 
+def normed(norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
+    """A norm with statistics and parameters of its own."""
+    with torch.no_grad():
+        norm.running_mean.uniform_(0, 0.5)
+        norm.running_var.uniform_(0.2, 1)
+        norm.weight.uniform_(0.5, 1.5)
+        norm.bias.normal_()
+    return norm
+
+
+def sloped(prelu: nn.PReLU) -> nn.PReLU:
+    """One with a slope of its own for each channel, some of them negative."""
+    nn.init.uniform_(prelu.weight, -0.1, 0.4)
+    return prelu
+
+
 def squeeze_excite(n: Net, x: torch.Tensor) -> torch.Tensor:
     x = F.relu(n.a(x))
     gate = F.relu(n.down(x.mean((2, 3), keepdim=True)))
@@ -121,6 +137,14 @@ CASES: dict[str, Case] = {
     ),
     "squeeze_excite": Case(lambda: Net(squeeze_excite, a=conv(), down=conv(8, 4, 1), up=conv(4, 8, 1), b=conv(8))),
     "max_pool": Case(lambda: nn.Sequential(conv(), nn.ReLU(), nn.MaxPool2d(2), conv(8))),
+    "norm_behind": Case(
+        lambda: nn.Sequential(conv(), nn.ReLU(), normed(nn.BatchNorm2d(8)), nn.MaxPool2d(2), conv(8)),
+    ),
+    "prelu": Case(lambda: nn.Sequential(conv(), sloped(nn.PReLU(8)), nn.MaxPool2d(2), conv(8))),
+    "transposed_1d": Case(
+        lambda: nn.Sequential(nn.Conv1d(3, 8, 3), nn.ReLU(), nn.ConvTranspose1d(8, 4, 4, stride=2), nn.ReLU()),
+        ((2, 3, 16),),
+    ),
     "avg_pool": Case(lambda: nn.Sequential(conv(), nn.ReLU(), nn.AvgPool2d(2), conv(8))),
     "resize": Case(lambda: nn.Sequential(conv(), nn.Upsample(scale_factor=2), conv(8))),
     "bilinear": Case(lambda: nn.Sequential(conv(), nn.Upsample(scale_factor=2, mode="bilinear"), conv(8))),

@@ -161,10 +161,13 @@ def prelu(b: Builder, node: Node) -> None:
     shape = b.shape(node.inputs[1])
     channels = b.shape(node.inputs[0])[1] if rank > 1 else 0
     if rank == 4 and (1,) * (4 - len(shape)) + shape == (1, channels, 1, 1):
-        int8 = b.target(node) is not None and all(b.int8(name) for name in node.inputs)
+        steepness = b.int8(node.inputs[1])
+        if steepness is None and slope is not None and np.isfinite(slope).all():
+            steepness = QParams.of(float(np.abs(slope).max()) / 127 or 1.0, 0)
+        int8 = b.target(node) is not None and b.int8(node.inputs[0]) is not None and steepness is not None
         perm = channels_last(4)
         x = b.take(node.inputs[0], perm, b.int8(node.inputs[0]) if int8 else None)
-        slopes = b.broadcastable(node.inputs[1], perm, b.int8(node.inputs[1]) if int8 else None)
+        slopes = b.broadcastable(node.inputs[1], perm, steepness if int8 else None)
         operands = [x, b.raw_reshape(slopes, (1, 1, channels))]
         b.bind(node.outputs[0], b.op("PRELU", [*operands], x.shape, q=b.target(node) if int8 else None), perm)
         return

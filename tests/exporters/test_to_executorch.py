@@ -28,6 +28,9 @@ UNDELEGATED: dict[str, set[str]] = {
     "dead": set(),
     "head": set(),
     "conv1d": set(),
+    "norm_behind": set(),
+    "transposed_1d": set(),
+    "prelu": set(),
     "two_inputs": {"quantized_decomposed::embedding_byte"},
 }
 

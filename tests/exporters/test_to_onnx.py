@@ -43,6 +43,8 @@ FUSED: dict[str, tuple[dict[str, int], set[str]]] = {
     "mul_constant": ({"QLinearConv": 2, "QLinearMul": 1}, set()),
     "squeeze_excite": ({"QLinearConv": 4, "QLinearSigmoid": 1, "QLinearMul": 1}, set()),
     "max_pool": ({"QLinearConv": 2}, set()),
+    "norm_behind": ({"QLinearConv": 3}, set()),
+    "prelu": ({"QLinearConv": 2}, set()),
     "avg_pool": ({"QLinearConv": 2, "QLinearAveragePool": 1}, set()),
     "resize": ({"QLinearConv": 2}, set()),
     "linear_chain": ({"QGemm": 2}, set()),

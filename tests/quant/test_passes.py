@@ -126,13 +126,33 @@ CASES: dict[str, Case] = {
     "bn_linear": seq("linear", lambda: nn.Linear(4, 5), norm(1), shape=(3, 4)),
     "bn_linear_no_bias": seq("linear", lambda: nn.Linear(4, 5, bias=False), norm(1), shape=(3, 4)),
     "bn_same_padding": seq("pad conv2d", conv(kernel=2, padding="same"), norm(2)),
-    "bn_linear_over_length": seq("linear BN getitem", lambda: nn.Linear(4, 5), norm(1), shape=(3, 5, 4)),
+    "bn_linear_over_length": seq("linear conv1d", lambda: nn.Linear(4, 5), norm(1), shape=(3, 5, 4)),
     "bn_shared_conv": fn(
         lambda m, x: m.a(m.conv(x)) + m.b(m.conv(x)), "conv2d conv2d add", conv=conv(), a=norm(2), b=norm(2)
     ),
-    "bn_conv_read_twice": fn(lambda m, x: (y := m.conv(x)) + m.bn(y), "conv2d BN getitem add", conv=conv(), bn=norm(2)),
+    "bn_conv_read_twice": fn(lambda m, x: (y := m.conv(x)) + m.bn(y), "conv2d conv2d add", conv=conv(), bn=norm(2)),
     "bn_twice": fn(lambda m, x: m.bn(m.bn(m.conv(x))), "conv2d", conv=conv(), bn=norm(2)),
-    "bn_after_relu": seq("conv2d relu BN getitem", conv(), nn.ReLU, norm(2)),
+    "bn_after_relu": seq("conv2d relu conv2d", conv(), nn.ReLU, norm(2)),
+    "bn_after_relu_1d": seq("conv1d relu conv1d", conv(rank=1), nn.ReLU, norm(1), shape=(2, 4, 9)),
+    "bn_after_relu_3d": seq("conv3d relu BN getitem", conv(rank=3), nn.ReLU, norm(3), shape=(1, 4, 5, 5, 5)),
+    "bn_before_linear": seq(
+        "linear relu linear",
+        lambda: nn.Linear(4, 5),
+        nn.ReLU,
+        norm(1),
+        lambda: nn.Linear(5, 3, bias=False),
+        shape=(3, 4),
+    ),
+    "bn_before_others": seq(
+        "linear relu BN getitem sigmoid", lambda: nn.Linear(4, 5), nn.ReLU, norm(1), nn.Sigmoid, shape=(3, 4)
+    ),
+    "bn_before_relu": fn(
+        lambda m, x: m.conv(F.relu(m.bn(F.relu(x)))),
+        "relu conv2d relu conv2d",
+        (2, 5, 6, 6),
+        conv=conv(inputs=5),
+        bn=norm(2),
+    ),
     "bn_alone": seq("BN getitem", norm(2), shape=(2, 5, 3, 3)),
     "bn_of_batch": seq("conv2d BN getitem", conv(), norm(2, track_running_stats=False)),
     "bn_computed_weight": fn(lambda m, x: m.bn(F.conv2d(x, m.w * 2)), "conv2d", w=weight(5, 4, 3, 3), bn=norm(2)),
@@ -335,6 +355,7 @@ def test_every_pass_has_a_case_that_it_changes(monkeypatch: pytest.MonkeyPatch) 
         "hard_sigmoid",
         "bn_computed_weight",
         "transposed_1d",
+        "bn_after_relu",
     ):
         case = CASES[name]
         with monkeypatch.context() as patch:

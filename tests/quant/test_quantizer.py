@@ -57,6 +57,8 @@ def test_quantize_and_dequantize_have_the_same_qparams(name: str) -> None:
 
 MOVING = {
     "max_pool": aten.max_pool2d.default,
+    "norm_behind": aten.max_pool2d.default,
+    "prelu": aten.max_pool2d.default,
     "resize": aten.upsample_nearest2d.vec,
     "moves": aten.permute.default,
     "asymmetric_pad": aten.pad.default,
