@@ -9,6 +9,7 @@ import numpy as np
 
 from edgekit.exporters.tflite.builder import FLOAT, INT8, Builder, number
 from edgekit.exporters.tflite.ir import Node, Perm, QParams, Tensor, channels_last
+from edgekit.exporters.tflite.kernels import WIDER
 from edgekit.exporters.tflite.registry import lowers, unsupported
 
 # Ops that only change their name, and have no int8 kernel that is as exact as the float one.
@@ -37,7 +38,24 @@ def _register_unary(op: str, kind: str) -> None:
     @lowers(op)
     def lowering(b: Builder, node: Node) -> None:
         x, perm = operand(b, node, False)
-        b.bind(node.outputs[0], b.op(kind, [x], x.shape), perm)
+        result = b.op(kind, [x], x.shape) if x.dtype == FLOAT else _of_integers(b, kind, x)
+        b.bind(node.outputs[0], result, perm)
+
+
+def _of_integers(b: Builder, kind: str, x: Tensor) -> Tensor:
+    """ABS, NEG and SIGN of integers, for all of which only NEG has a kernel: in the type that comparisons take."""
+    narrow = x.dtype
+    if narrow in WIDER:
+        x = b.op("CAST", [x], x.shape, WIDER[narrow])
+    if kind == "ABS":
+        result = b.op("MAXIMUM", [x, b.op("NEG", [x], x.shape)], x.shape)
+    elif kind == "SIGN":
+        zero = number(0, x, x.dtype)
+        signs = [b.op("CAST", [b.op(op, [x, zero], x.shape, np.bool_)], x.shape, x.dtype) for op in ("GREATER", "LESS")]
+        result = b.op("SUB", [*signs], x.shape, fusedActivationFunction="NONE")
+    else:
+        result = b.op(kind, [x], x.shape)
+    return b.op("CAST", [result], x.shape, narrow) if narrow in WIDER else result
 
 
 def _register_fixed(op: str, kind: str, fixed: QParams) -> None:

@@ -119,9 +119,16 @@ def slice_(b: Builder, node: Node) -> None:
     ranges = [range(size) for size in value.tensor.shape]
     for start, end, axis, step in zip(*arrays, strict=True):
         physical = value.axis(axis)
-        # Python's slice saturates as ONNX does, but reads an end of −1 as the last element: so does ONNX.
-        ranges[physical] = range(value.tensor.shape[physical])[slice(start, end, step)]
+        ranges[physical] = _steps(int(start), int(end), int(step), value.tensor.shape[physical])
     b.bind(node.outputs[0], sliced(b, value.tensor, ranges), value.perm)
+
+
+def _steps(start: int, end: int, step: int, size: int) -> range:
+    """The indices of a slice: where a negative step starts before the first element, ONNX takes it, unlike Python."""
+    start, end = (bound + size if bound < 0 else bound for bound in (start, end))
+    if step > 0:
+        return range(min(max(start, 0), size), min(max(end, 0), size), step)
+    return range(min(max(start, 0), size - 1), min(max(end, -1), size - 1), step)
 
 
 def sliced(b: Builder, x: Tensor, ranges: Sequence[range]) -> Tensor:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from isolated import Verdict
 from torch import nn
+
+from edgekit.runtimes import litert, ort, pte
 
 SAMPLES = 12
 CLOSE = 1e-3  # of the largest value, at fp32
@@ -240,19 +241,10 @@ def export_and_compare(seed: int, precisions: tuple[str, ...] = ("fp32", "int8")
 
 def _run(artifact: Any, x: np.ndarray) -> np.ndarray:
     """One run of a file by its format's own runtime."""
-    if artifact.format == "onnx":
-        import onnxruntime
-
-        session = onnxruntime.InferenceSession(str(artifact.path), providers=["CPUExecutionProvider"])
-        return session.run(None, {session.get_inputs()[0].name: x})[0]
-    if artifact.format == "tflite":
-        from ai_edge_litert.interpreter import Interpreter
-
-        runner = Interpreter(model_path=str(artifact.path), num_threads=1).get_signature_runner("serving_default")
-        (name,) = runner.get_input_details()
-        return next(iter(runner(**{name: x}).values()))
-    from executorch.runtime import Runtime
-
-    method = Runtime.get().load_program(Path(artifact.path).read_bytes()).load_method("forward")
-    assert method is not None
-    return method.execute([torch.from_numpy(x)])[0].numpy()
+    (name,), outputs = [each.name for each in artifact.inputs], [each.name for each in artifact.outputs]
+    load = {"onnx": ort.load, "tflite": litert.load, "executorch": pte.load}[artifact.format]
+    session = load(str(artifact.path), threads=1, inputs=[name], outputs=outputs)
+    try:
+        return session.run({name: x})[outputs[0]]
+    finally:
+        session.close()

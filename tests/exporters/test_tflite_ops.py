@@ -398,6 +398,15 @@ COMBINED = [
     c("Clip", {"x": (2, 3, 4), "low": np.float32(-0.4), "high": np.float32(0.6)}),
     c("Clip", {"x": (2, 3, 4), "low": np.float32(0.4)}, {"high": np.float32(0.1)}),
     c("Dropout", (2, 3), {}, ("y", "mask")),
+    *(
+        c("Slice", (5, 6), {"s": i64(start), "e": i64(end), "a": i64(1), "p": i64(step)})
+        for start, end, step in ((-9, -100, -1), (9, -100, -2), (-1, 0, -2), (-9, 9, 2), (3, -1, 1))
+    ),
+    *(
+        c(op, np.array([[5, 0, -3], [-128, 127, 1]], dtype))
+        for op in ("Abs", "Neg", "Sign")
+        for dtype in (np.int8, np.int32, np.int64)
+    ),
     c("BitwiseXor", {"x": np.array([5, -3, 7], np.int32), "z": np.array([1, 2, -9], np.int32)}),
     c("BitwiseNot", np.array([5, 0, 255], np.uint8)),
     c("BitwiseNot", np.array([5, -3, 7], np.int8)),
