@@ -222,13 +222,22 @@ def _unfaithful(precision: str, to_original: Parity, graph_to_original: Parity) 
     return None
 
 
+# Precision → what is nearer to the original.
+NEARER = {
+    "int8": "--precision int8-dynamic, which keeps activations and recurrent states in float, and --max-drop, which "
+    "keeps the layers in float that lose most, are nearer",
+    "int8-dynamic": "--precision int8-weight-only and fp16 are nearer",
+    "int8-weight-only": "--precision fp16 is nearer",
+}
+
+
 def loss(precision: str, graph_to_original: Parity) -> tuple[str, ...]:
     """Returns a note where quantizing alone, whatever the format, moved the outputs far from the original's."""
     if graph_to_original.sqnr_db >= POOR_SQNR_DB:
         return ()
     return (
         f"{precision} is far from the original: its SQNR is {graph_to_original.sqnr_db:.1f} dB; "
-        "measure the accuracy with edgekit compare before it is used",
+        f"measure the accuracy with edgekit compare before it is used; {NEARER.get(precision, 'fp32 is nearer')}",
     )
 
 

@@ -79,7 +79,7 @@ def left_in_float(layers: Counter[str], precision: str) -> tuple[str, ...]:
 
 def _weights(node: Node, constants: dict[str, str]) -> Iterator[tuple[Node, Node]]:
     """Each constant of two dimensions or more that a node reads: as it reads it, and as it is stored."""
-    for source in dict.fromkeys(a for a in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(a, Node)):
+    for source in dict.fromkeys(_read(node)):
         stored = source.args[0] if _is_dequantize(source) else source
         if not isinstance(stored, Node) or stored.name not in constants:
             continue
@@ -88,15 +88,19 @@ def _weights(node: Node, constants: dict[str, str]) -> Iterator[tuple[Node, Node
             yield source, stored
 
 
+def _read(node: Node) -> list[Node]:
+    """What may be a weight of a node: of a recurrent layer its parameters, not its first state."""
+    read = node.args[2] if node.target in RECURRENT else (node.args, node.kwargs)
+    return [each for each in pytree.tree_leaves(read) if isinstance(each, Node)]
+
+
 def _is_dequantize(node: Any) -> bool:
     return isinstance(node, Node) and node.op == "call_function" and "dequantize" in str(node.target)
 
 
 def _first(node: Node, weight: Node) -> bool:
     """Whether `weight` is the first constant of a node: each layer counts once."""
-    matrices = [
-        a for a in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(a, Node) and a.op == "placeholder"
-    ]
+    matrices = [each for each in _read(node) if each.op == "placeholder"]
     weights = [a for a in matrices if a.meta["val"].ndim > 1 and a is not node.args[0]]
     return bool(weights) and weights[0] is weight
 

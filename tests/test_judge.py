@@ -341,3 +341,15 @@ def test_the_median_of_medians_ignores_one_disturbed_process(tmp_path: Path) -> 
     assert latency.percentile(99) == pytest.approx(9)
     assert latency.to_dict()["processes"] == 3
     assert Artifact(tmp_path, "onnx", "fp32").size_bytes == tmp_path.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("precision", "nearer"),
+    [("int8", "int8-dynamic"), ("int8-dynamic", "int8-weight-only"), ("int8-weight-only", "fp16")],
+)
+def test_a_loss_names_what_is_nearer(precision: str, nearer: str) -> None:
+    original = np.sin(np.arange(20, dtype=np.float32))[None]
+    far, near = (judge.parity([original], [original + error * np.cos(original)]) for error in (0.5, 0.0))
+    (note,) = judge.loss(precision, far)
+    assert f"{precision} is far from the original" in note and nearer in note
+    assert judge.loss(precision, near) == ()

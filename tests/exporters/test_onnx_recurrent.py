@@ -15,6 +15,7 @@ from torch import nn
 from edgekit.exporters.tflite import convert
 from edgekit.exporters.to_onnx import to_onnx
 from edgekit.quant.recipes import RECIPES
+from edgekit.quant.shares import shares
 
 
 class Layer(nn.Module):
@@ -92,6 +93,7 @@ def test_cells_have_int8_weights(cell: type[nn.RNNCellBase], precision: str) -> 
     compressed = RECIPES[precision].apply(module, inputs, [inputs])
     kind = cell.__name__.removesuffix("Cell")
     assert precision == "int8-weight-only" or any(f"1 {kind} layer in float" in note for note in compressed.notes)
+    assert shares(compressed.program).weights > 0.95 and not shares(compressed.program).left
     made = to_onnx(compressed.program, ["x"], ["y"])
     weights = sum(parameter.nbytes for parameter in module.parameters())
     assert len(made.SerializeToString()) < 0.3 * weights + 8192  # of which the graph takes some kilobytes
