@@ -17,7 +17,7 @@ from edgekit.errors import EdgeKitError
 from edgekit.exporters.tflite import initializers
 from edgekit.exporters.tflite.ir import Graph, Info, Node, QParams, unused
 from edgekit.exporters.tflite.registry import LOWERINGS, no_lowering, unsupported
-from edgekit.exporters.tflite.rewrites import OPSET, rewritten
+from edgekit.exporters.tflite.rewrites import OPSET, real_products, rewritten
 from edgekit.exporters.tflite.upgrade import is_open, upgraded
 from edgekit.exporters.tflite.write import check_size
 
@@ -56,7 +56,7 @@ def normalize(model: onnx.ModelProto) -> Graph:
     model = upgraded(model)
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
-    return _Reader(model).read()
+    return _Reader(real_products(model)).read()
 
 
 class _Reader:

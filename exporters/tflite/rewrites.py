@@ -216,3 +216,81 @@ def rewritten(
     rewriter = Rewriter(proto, attributes, scales)
     rewrite(rewriter)
     return rewriter.nodes
+
+
+def real_products(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Write integer products whose input is quantized at run time as real ones of dequantized values.
+
+    ONNX Runtime's quantize_dynamic writes Cast(MatMulInteger(q, w, z, wz)) · (s · ws), with q, s and z made by a
+    DynamicQuantizeLinear; what else reads integers is left as it is.
+    """
+    if not any(node.op_type in ("MatMulInteger", "ConvInteger") for node in model.graph.node):
+        return model
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    graph = changed.graph
+    makers = {name: node for node in graph.node for name in node.output}
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    outputs = {value.name for value in graph.output}
+    ranks = {tensor.name: len(tensor.dims) for tensor in graph.initializer}
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        found = _integer_product(node, makers, readers, outputs)
+        if found is None:
+            nodes.append(node)
+            continue
+        product, scale = found
+        x, w = f"{product.output[0]}/input", f"{product.output[0]}/weights"
+        quantize = makers[product.input[0]]
+        conv = product.op_type == "ConvInteger"
+        axis = 0 if conv else max(ranks.get(product.input[1], 2) - 1, 0)
+        zero = [product.input[3]] if len(product.input) > 3 else []
+        real = helper.make_node("Conv" if conv else "MatMul", [x, w], [node.output[0]], node.name)
+        real.attribute.extend(product.attribute)
+        nodes += [
+            helper.make_node("DequantizeLinear", [*quantize.output], [x], x),
+            helper.make_node("DequantizeLinear", [product.input[1], scale, *zero], [w], w, axis=axis),
+            real,
+        ]
+    del graph.node[:]
+    graph.node.extend(_needed(nodes, outputs))
+    return changed
+
+
+def _integer_product(
+    node: onnx.NodeProto,
+    makers: dict[str, onnx.NodeProto],
+    readers: dict[str, list[onnx.NodeProto]],
+    outputs: set[str],
+) -> tuple[onnx.NodeProto, str] | None:
+    """The integer product that a Mul makes real, and the name of its weights' scale."""
+    if node.op_type != "Mul":
+        return None
+    for cast_name, scale_name in (tuple(node.input), tuple(node.input)[::-1]):
+        cast, scales = makers.get(cast_name), makers.get(scale_name)
+        product = makers.get(cast.input[0]) if cast is not None and cast.op_type == "Cast" else None
+        if product is None or product.op_type not in ("MatMulInteger", "ConvInteger"):
+            continue
+        quantize = makers.get(product.input[0])
+        inner = (cast_name, product.output[0])
+        alone = all(len(readers[name]) == 1 and name not in outputs for name in inner)
+        if scales is None or scales.op_type != "Mul" or quantize is None or not alone:
+            continue
+        matched = quantize.op_type == "DynamicQuantizeLinear" and quantize.output[1] in scales.input
+        if matched and [*product.input[2:3]] == [quantize.output[2]]:
+            return product, next(name for name in scales.input if name != quantize.output[1])
+    return None
+
+
+def _needed(nodes: list[onnx.NodeProto], outputs: set[str]) -> list[onnx.NodeProto]:
+    """The nodes that outputs depend on."""
+    wanted, kept = set(outputs), []
+    for node in reversed(nodes):
+        if wanted & {*node.output}:
+            kept.append(node)
+            wanted.update(node.input)
+            wanted.update(name for attribute in node.attribute for each in attribute.g.node for name in each.input)
+    return kept[::-1]

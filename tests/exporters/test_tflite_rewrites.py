@@ -136,6 +136,28 @@ def test_an_operator_on_integers(op: str, dtype: Any) -> None:
         np.testing.assert_allclose(actual, expected, rtol=0, atol=0.0401)  # one step
 
 
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("signed", [False, True])
+def test_what_quantize_dynamic_writes(tmp_path: Any, signed: bool, per_channel: bool) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    constants = {"w": floats(16, 32), "b": floats(32), "v": floats(32, 4)}
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Add", ["h", "b"], ["a"]),
+        helper.make_node("Relu", ["a"], ["r"]), helper.make_node("MatMul", ["r", "v"], ["y"]),
+    ]  # fmt: skip
+    feeds = {"x": floats(3, 16)}
+    (tmp_path / "float.onnx").write_bytes(made(nodes, feeds, constants).SerializeToString())
+    kind = QuantType.QInt8 if signed else QuantType.QUInt8
+    quantize_dynamic(tmp_path / "float.onnx", tmp_path / "int8.onnx", weight_type=kind, per_channel=per_channel)
+    model = onnx.load(tmp_path / "int8.onnx")
+    assert any(node.op_type == "MatMulInteger" for node in model.graph.node)
+    expected = run_onnx(model, feeds, optimized=False)["y"]
+    for xnnpack in (True, False):
+        actual = run_tflite(convert(model), feeds, xnnpack)["y"]
+        assert np.abs(actual - expected).max() < 0.03 * np.abs(expected).max()
+
+
 def test_a_layout_that_no_standard_operator_has_is_refused() -> None:
     nodes = [
         helper.make_node("QuantizeLinear", ["x", "xs", "xz"], ["q"]),
