@@ -204,13 +204,13 @@ def _default_notes(
         return (stages.ONNX_IS_FP32,)
     if source is not None:
         return ()
-    why = "linear and recurrent layers hold most weights" if precision == "int8-dynamic" else "no samples were given"
+    why = ", as linear and recurrent layers hold most weights" if precision == "int8-dynamic" else ""
     if isinstance(model, str | Path):
         more = f" --code {code}" if code is not None else ""
         command = f"edgekit export {model}{more} --target {target} --precision int8 --data DATA"
     else:
         command = f'edgekit.export(model, target="{target}", precision="int8", data=...)'
-    return (*failed, f"{precision}, which needs no data, because {why}; for int8: {command}")
+    return (*failed, f"{precision}, the best that needs no data{why}; for int8: {command}")
 
 
 def _write(

@@ -20,7 +20,7 @@ from torch import nn
 import edgekit
 from edgekit import bundle, example_inputs, preflight, prune_report, stages
 from edgekit.code import model_name
-from edgekit.errors import EdgeKitError, SeveralErrors, UsageError
+from edgekit.errors import EdgeKitError, SeveralErrors, UsageError, reason
 from edgekit.model import load, parse_spec
 from edgekit.quant import channels
 from edgekit.quant.recipes import RECIPES
@@ -377,6 +377,14 @@ def test_a_format_that_cannot_hold_the_model_is_left_out_and_told(tmp_path: Path
     assert not (made.path / "model.pte").exists()
     with pytest.raises(EdgeKitError, match="ExecuTorch starts from a PyTorch model"):
         edgekit.export(tmp_path / "m.onnx", target="android", formats="executorch,onnx", out=tmp_path / "asked")
+
+
+def test_an_error_of_torchscript_is_told_by_its_last_line() -> None:
+    script = torch.jit.script(nn.Linear(3, 2))
+    with pytest.raises(RuntimeError) as caught:
+        script(torch.ones(1, 4))
+    assert "mat1 and mat2 shapes cannot be multiplied" in reason(caught.value)
+    assert reason(ValueError("first\nsecond")) == "first" and reason(ValueError()) == "ValueError"
 
 
 def test_alike_notes_are_one_line() -> None:
