@@ -388,8 +388,8 @@ def _randomness(call: Any, tensors: tuple[torch.Tensor, ...], opened: Opened) ->
 
 
 def _onnx_random(model: Any) -> list[str]:
-    kinds = ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial")
-    kinds += ("Dropout",)  # in training mode
+    drawing = ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial")
+    kinds = (*drawing, "Dropout")  # a Dropout in training mode
     return [f"{node.op_type} '{node.name}'" for node in model.graph.node if node.op_type in kinds]
 
 

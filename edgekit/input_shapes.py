@@ -22,6 +22,7 @@ SIZES = (
 )  # fmt: skip
 LENGTHS = (*SIZES, 1000, 1250, 1280, 1500, 1600, 2000, 2048, 2500, 3000, 4000, 4096, 5000, 8000, 8192, 10000, 16000)
 ALL_SIZES = range(1, 257)  # tried where no common one fits
+LARGEST_RUN = 128
 STRIDE = 32  # of a network's pools: sizes that are less apart may give the same features
 TOKENS = (32, 16, 8, 4, 64, 128, 256, 512, *range(2, 33))
 CONVOLUTIONS = {"Conv1d": 1, "Conv2d": 2, "Conv3d": 3, "BatchNorm2d": 2, "BatchNorm3d": 3, "InstanceNorm2d": 2}
@@ -104,13 +105,13 @@ def _runs(module: Callable[..., Any], *tensors: torch.Tensor) -> bool:
 
 
 def _without_weights(module: torch.nn.Module) -> Any:
-    """A copy of `module` that computes shapes alone; the module itself where there is none."""
+    """A copy of `module` that computes shapes alone; None where there is none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return copy.deepcopy(module).to("meta").eval()
-    except Exception:
-        return module
+    except Exception:  # whatever a module of the user's raises when it is copied or moved
+        return None
 
 
 def _pinned(module: torch.nn.Module, name: str, kind: str, channels: int, rank: int) -> Inferred:
@@ -119,8 +120,10 @@ def _pinned(module: torch.nn.Module, name: str, kind: str, channels: int, rank: 
     hint = f"its first layer, {kind}, takes {counted(channels, 'channel')}: such as --input {example}"
     if rank > 2:
         return Inferred((), hint)
-    trial = _without_weights(module)
-    device = next((p.device for p in trial.parameters()), torch.device("cpu"))
+    trial, device = _without_weights(module), "meta"
+    sizes: Sequence[int] = LENGTHS if rank == 1 else SIZES
+    if trial is None:  # TorchScript, say: small samples are run for real
+        trial, device, sizes = module, "cpu", [size for size in sizes if size <= LARGEST_RUN]
 
     def fitting(sizes: Sequence[int]) -> list[list[int]]:
         """Runs of neighbors among `sizes` that the model accepts."""
@@ -133,7 +136,7 @@ def _pinned(module: torch.nn.Module, name: str, kind: str, channels: int, rank: 
         return [neighbors for neighbors in found if neighbors]
 
     # Below the size that fits a table of positions a single position may fit it too, by broadcasting.
-    runs = fitting(LENGTHS if rank == 1 else SIZES) or fitting(ALL_SIZES)
+    runs = fitting(sizes) or (fitting(ALL_SIZES) if device == "meta" else [])
     fits = runs[-1] if 1 <= len(runs) <= 2 else []
     if not fits or fits[-1] - fits[0] >= STRIDE:
         return Inferred((), hint)

@@ -105,8 +105,8 @@ def find(name: str | Callable[..., Any]) -> Metric:
     from edgekit.code import import_code, is_code
 
     if not isinstance(name, str):
-        function, own = name, getattr(name, "__name__", type(name).__name__)
-        return Metric(own, None, "a function (outputs, target)", lambda o, t: _own(own, function, None, o, t))
+        given, own = name, getattr(name, "__name__", type(name).__name__)
+        return Metric(own, None, "a function (outputs, target)", lambda o, t: _own(own, given, None, o, t))
     if name in METRICS:
         return METRICS[name]
     if not is_code(name):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 from edgekit import baseline as baselines
 from edgekit import (
@@ -155,7 +155,8 @@ def export(
         about["pruned"], pruned_notes = narrow.summary, narrow.summary_notes
     folder = Path(out) / f"{name or original.name}-{target}"
     bundles.replaced(folder, bundles.MANIFEST, name or original.name, identity)  # refuses now, before the work
-    given = {"source": source, "qat": qat, "max_drop": max_drop, "sensitivity": sensitivity, "mean": mean, "std": std}
+    given: dict[str, Any] = {"source": source, "qat": qat, "max_drop": max_drop, "sensitivity": sensitivity}
+    given |= {"mean": mean, "std": std}
     plan = _Plan(folder, target, formats, tflite_layout, about, (*original.notes, *pruned_notes), precision is None)
     wanted = (precision,) if precision is not None else stages.precisions(original, source, row.precision)
     failed: list[str] = []
@@ -290,13 +291,13 @@ def _write(
             if why is not None:
                 others = ",".join(other for other in chosen if other != format)
                 instead = f"leave it out with --format {others}" if others else "choose another --precision"
-                error = NotFaithful(
+                refused = NotFaithful(
                     f"{artifact.path.name} is not faithful to the model: it {why}",
                     f"nothing was written; {instead}, and report this model",
                 )
                 if plan.formats is not None:
-                    raise error
-                left_out[format] = error
+                    raise refused
+                left_out[format] = refused
                 continue
             results[format] = tried.outputs
             found = suspects.structure(artifact)
@@ -685,14 +686,6 @@ def race(
 def latency_of(runs: Sequence[Any], threads: int) -> Latency | None:
     """Returns the latencies of several results of one file; None where an emulator ran it, whose times say nothing."""
     return Latency(tuple(r.latency_ms for r in runs), threads) if runs[-1].timing == "measured" else None
-
-
-@overload
-def profile(artifact: bundles.Bundle, **options: Any) -> tuple[Profile, ...]: ...
-
-
-@overload
-def profile(artifact: str | Path, **options: Any) -> Any: ...
 
 
 def profile(

@@ -26,11 +26,15 @@ _FACTORY = re.compile(r"((build|create|make|get|new)_\w*|\w*_?(model|net|network
 # more than the model (a loss, a counter); anywhere else a model would be filled with a part of another one.
 _WRAPPERS = frozenset({"module", "_orig_mod", "model", "net", "network", "ema"})
 # What wrappers put inside names, at any depth: by torch's own wrappers alone first, as a class may call a part `model`.
-_INSIDE = (
-    frozenset[str](),
-    frozenset({"_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_forward_module", "_checkpoint_wrapped_module"}),
+_TORCH_WRAPPERS = frozenset(
+    {"_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_forward_module", "_checkpoint_wrapped_module"}
 )
-_INSIDE = (*_INSIDE, _INSIDE[1] | {"module"}, _INSIDE[1] | {"module", "model", "net", "network"})
+_INSIDE: tuple[frozenset[str], ...] = (
+    frozenset(),
+    _TORCH_WRAPPERS,
+    _TORCH_WRAPPERS | {"module"},
+    _TORCH_WRAPPERS | {"module", "model", "net", "network"},
+)
 _TRAINING = re.compile(r"optim|sched|scaler", re.IGNORECASE)  # keys under which tensors are no weights
 _EXTRA = "_extra_state"  # what a module's own get_extra_state gave: anything, be it no tensor
 _DEPTH = 4  # levels of a checkpoint in which weights are looked for
