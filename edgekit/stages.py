@@ -207,13 +207,6 @@ def image_size(shape: Sequence[int], channels_last: bool = False) -> tuple[int, 
     return (shape[3], shape[1], shape[2]) if last else (shape[1], shape[2], shape[3])
 
 
-def is_onnx(model: Any) -> bool:
-    """Whether `model` names an ONNX file; raises EdgeKitError for a file that is no model."""
-    from edgekit.openers import is_code, sniff
-
-    return isinstance(model, str | Path) and not is_code(str(model)) and sniff(Path(model)) == "onnx"
-
-
 def compress(
     original: Model,
     source: sources.Data | None,
