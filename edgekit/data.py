@@ -108,7 +108,7 @@ class Data:
 
     def unscaled(self) -> Data:
         """Returns the same with uint8 images as they are, for a model that takes bytes or scales them itself."""
-        streams = {
+        streams: dict[str, Any] = {
             key: replace(stream, preprocessing=None)
             for key in ("calibration", "evaluation", "training")
             if isinstance(stream := getattr(self, key), _Slices | _Images)
@@ -121,11 +121,12 @@ class Data:
 
         The input that has no name of its own is then called `x`.
         """
-        if name != "y" or not isinstance(self.evaluation, _Slices) or self.evaluation.target is None or self.separate:
-            return None
         given = self.evaluation
-        arrays = {"x" if key == 0 else key: array for key, array in given.arrays.items()} | {name: given.target}
-        parts = {
+        if name != "y" or not isinstance(given, _Slices) or given.target is None or self.separate:
+            return None
+        target = given.target
+        arrays = {"x" if key == 0 else key: array for key, array in given.arrays.items()} | {name: target}
+        parts: dict[str, Any] = {
             key: replace(stream, arrays=arrays, target=None)
             for key in ("calibration", "evaluation")
             if isinstance(stream := getattr(self, key), _Slices)

@@ -177,7 +177,8 @@ class AveragePrecision:
 
     def with_loss(self, losing: Any) -> tuple[Scores, Scores]:
         """See metrics.Scores: as much is detected in the lost image as before, and none of it is an object."""
-        image = int(sum(ranked.found() for ranked in self.classes).argmax())
+        found: Any = sum(ranked.found() for ranked in self.classes)
+        image = int(found.argmax())
         return self._and_again(image, True), losing._and_again(image, False)
 
     def _and_again(self, image: int, hit: bool) -> AveragePrecision:
@@ -227,7 +228,7 @@ def ranked(parts: Sequence[Matched]) -> AveragePrecision:
     starts = np.cumsum([0, *(part.images for part in parts)])
     classes = []
     for category in sorted(set().union(*(part.classes for part in parts))):
-        there = [
+        there: list[Any] = [
             (int(start) + i, *rest)
             for start, part in zip(starts[:-1], parts, strict=True)
             for i, *rest in part.classes.get(category, ())

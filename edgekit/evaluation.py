@@ -8,7 +8,7 @@ the loop over the three.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -100,7 +100,7 @@ class Evaluation:
         """The feeds of the first runs, eight at most."""
         self.count = head.count if head.last else 0
         """The number of samples: known after a pass, and 0 before it."""
-        size = len(stream) if hasattr(stream, "__len__") else None
+        size = len(stream) if isinstance(stream, Sized) else None
         self.chunks = None if size is None else max(-(-size // (head.runs * head.batch)), 1)
         """The number of chunks, where the source tells how many samples it has."""
 

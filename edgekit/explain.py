@@ -110,12 +110,12 @@ def _climb(
     with progress.step(f"Explaining: {name} on {device.uri}"):
         there = stages.run(artifact, feeds, device=device).outputs
         moved = _parities(local, there, original)
-        near = judge.worst(_parities(reference, there, original))
+        whole = judge.worst(_parities(reference, there, original))
         qparams = bundles.read(artifact.path.parent).manifest["qparams"] if trained else _qparams(original, graph)
         scales = stages.output_scales(qparams, original.outputs)
         problem = judge.reproduced(artifact.precision, moved, scales, judge.steps_allowed(artifact.format, here))
         where = f"{name} on {device.uri}"
-        return [*rungs, Rung(where, f"{name} here", judge.worst(moved), near, problem, path=artifact.path)]
+        return [*rungs, Rung(where, f"{name} here", judge.worst(moved), whole, problem, path=artifact.path)]
 
 
 def _problem(artifact: Artifact, near: Sequence[Parity], graph: Graph | None, trained: bool) -> str | None:

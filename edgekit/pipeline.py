@@ -624,20 +624,19 @@ def run_all(
 
     def runner(artifact: Artifact) -> Any:
         def run(chunk: Chunk) -> Sequence[np.ndarray]:
-            options = {"device": device, "threads": threads, "digest": chunk.digest}
-            result = journal.run(artifact, chunk.feeds, **options)
+            result = journal.run(artifact, chunk.feeds, device=device, threads=threads, digest=chunk.digest)
             notes.extend(note for note in stages.settings_notes(artifact, result) if note not in notes)
             return result.outputs
 
         return run
 
-    calibrated = {name: found for a, name in labels(artifacts).items() if (found := bundles.calibrated_on(a))}
+    calibrated = {name: known for a, name in labels(artifacts).items() if (known := bundles.calibrated_on(a))}
     seen = dict.fromkeys(calibrated, 0)
 
     def look(chunk: Chunk) -> None:
         digests = chunk.digests(evaluation.inputs) if calibrated else ()
-        for name, found in calibrated.items():
-            seen[name] += sum(digest in found for digest in digests)
+        for name, known in calibrated.items():
+            seen[name] += sum(digest in known for digest in digests)
 
     total = None if evaluation.chunks is None else evaluation.chunks * (1 + len(artifacts))
     with progress.step(f"Running the original and {', '.join(labels(artifacts).values())}", total) as advance:

@@ -62,7 +62,7 @@ def matched(
     axes = {i: specs[i].shape.index(OPEN) for i in places}
     pairs: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {i: [] for i in places}
     for run in range(len(reference[places[0]])):
-        rows = {i: tuple(_rows(side[i][run], axes[i]) for side in (reference, outputs)) for i in places}
+        rows = {i: (_rows(reference[i][run], axes[i]), _rows(outputs[i][run], axes[i])) for i in places}
         groups: dict[tuple[int, int], list[int]] = {}
         for i, (a, b) in rows.items():
             groups.setdefault((len(a), len(b)), []).append(i)

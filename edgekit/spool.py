@@ -86,7 +86,7 @@ class Spool:
 
         array = np.ascontiguousarray(array)
         start = self._end
-        self.write(memoryview(array.reshape(-1).view(np.uint8)))
+        self.write(array.reshape(-1).view(np.uint8).data)
         return Rows(self._file, start, array.dtype, array.shape)
 
     def write(self, content: memoryview | bytes) -> None:

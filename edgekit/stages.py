@@ -371,7 +371,9 @@ def emitting(
         exported = _executorch(original, program, half_weights)
         if weights_alone and not _holds_int8(exported.data):
             note = _no_gain("executorch", "int8 weights beside float inputs")
-            exported = _executorch(original, compress(original, None, "fp32", Silent()).program, False)
+            plain = compress(original, None, "fp32", Silent())
+            assert plain is not None  # an ONNX file has no .pte
+            exported = _executorch(original, plain.program, False)
             exported = replace(exported, precision="fp32", notes=(*exported.notes, note))
         return checked("executorch", exported)
 

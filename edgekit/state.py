@@ -152,7 +152,7 @@ class _Held:
     def of(cls, tensor: torch.Tensor) -> _Held:
         return cls(tensor, tensor._version, tensor.detach().clone())
 
-    def is_still(self, tensor: object) -> bool:
+    def is_still(self, tensor: Any) -> bool:
         return tensor is self.tensor and self.tensor._version == self.version
 
 

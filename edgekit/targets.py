@@ -21,7 +21,7 @@ class Target:
     precision: str
     device: str
     summary: str
-    machines: tuple[str, ...]
+    machines: tuple[str, ...] = ()
     int8_notes: Mapping[str, str] = field(default_factory=dict)
 
 

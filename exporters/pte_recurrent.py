@@ -255,7 +255,8 @@ def _constants(program: ExportedProgram, weights: Sequence[Node]) -> GraphModule
     for node in reversed(program.graph.nodes):
         if node in needed:
             needed.update(node.all_input_nodes)
-    root, graph, copies = torch.nn.Module(), Graph(), {}
+    root, graph = torch.nn.Module(), Graph()
+    copies: dict[Node, Node] = {}
     for node in (node for node in program.graph.nodes if node in needed):
         if node.op != "placeholder":
             copies[node] = graph.node_copy(node, copies.__getitem__)

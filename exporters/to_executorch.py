@@ -281,7 +281,8 @@ def spell_as_core(program: ExportedProgram) -> None:
             node.args = (source, weight, bias, stride, padding, dilation, False, no_output_padding, groups)
             node.target = aten.convolution.default
         elif node.target == aten.pad.default:
-            source, amounts, mode, value = (*node.args, *PAD_DEFAULTS[len(node.args) - 2 :])
+            given: list[Any] = [*node.args, *PAD_DEFAULTS[len(node.args) - 2 :]]
+            source, amounts, mode, value = given
             if mode == "constant":
                 node.args = (source, amounts, 0.0 if value is None else value)
                 node.target = aten.constant_pad_nd.default

@@ -58,7 +58,7 @@ def written(model: GraphModule) -> set[str]:
 
 
 def _written_arguments(node: Node) -> Iterator[Any]:
-    for index, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+    for index, argument in enumerate(node.target._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             yield node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
 
@@ -167,7 +167,7 @@ class _Folded:
         if node.target in LIKES:
             like = node.args[0].meta["val"]
             known = {**known, node.args[0]: torch.empty((), dtype=like.dtype).expand(like.shape)}
-        return node.target(*map_arg(node.args, known.__getitem__), **map_arg(node.kwargs, known.__getitem__))  # type: ignore[operator]
+        return node.target(*map_arg(node.args, known.__getitem__), **map_arg(node.kwargs, known.__getitem__))
 
     def put_in(self) -> None:
         """Lets the graph read the stored values."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -146,7 +147,7 @@ def _taken(step: Node) -> tuple[Node, int, int] | None:
     return (source, dim, index % shape[dim]) if len(shape) == 3 and dim < 2 else None
 
 
-def _call(graph: Graph, target: object, *args: object) -> Node:
+def _call(graph: Graph, target: Any, *args: Any) -> Node:
     node = graph.call_function(target, args)
     values = torch.fx.node.map_arg(args, lambda arg: arg.meta["val"])
     node.meta["val"] = target(*values)

@@ -100,7 +100,7 @@ def _below_limit(b: Builder, body: Subgraph) -> Subgraph:
     """The condition of a loop with this body."""
     inputs = [Tensor("", tensor.shape, tensor.dtype) for tensor in body.inputs]
     with b.subgraph() as ops:
-        goes_on = b.op("LESS", inputs[:2], (1,), np.bool_)
+        goes_on = b.op("LESS", [*inputs[:2]], (1,), np.bool_)
     return Subgraph("goes_on", ops, inputs, [goes_on])
 
 

@@ -312,8 +312,8 @@ class _Reader:
             own = names.setdefault(tensor.name, f"{prefix}{tensor.name}")
             self.constant(own, initializers.array(tensor))
         self.block([_renamed(node, names, prefix, {}) for node in branch.node])
-        own = [names.get(value.name, value.name) for value in branch.output]
-        return [self.renamed.get(name, name) for name in own]
+        given = [names.get(value.name, value.name) for value in branch.output]
+        return [self.renamed.get(name, name) for name in given]
 
     def expand(self, proto: onnx.NodeProto) -> bool:
         """Replace an op that has no lowering by the ONNX function that defines it, if one does."""

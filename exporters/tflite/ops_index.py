@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from edgekit.exporters.tflite.builder import FLOAT, INT32, Builder, Operand
@@ -284,7 +286,7 @@ def _combined(b: Builder, node: Node, data: Tensor, rows: Tensor, updates: Tenso
         data.dtype,
     )
     found = b.op(kind, [table, np.array([0], np.int32)], (places, width), keepDims=False)
-    options = {"fusedActivationFunction": "NONE"} if combine == "MUL" else {}
+    options: dict[str, Any] = {"fusedActivationFunction": "NONE"} if combine == "MUL" else {}
     return b.op(combine, [data, b.raw_reshape(found, data.shape)], data.shape, **options)
 
 

@@ -115,7 +115,7 @@ def lp_normalization(b: Builder, node: Node, *, axis: int = -1, p: int = 2) -> N
     if p == 2:
         norm = b.op("SQRT", [norm], norm.shape)
     # A smallest normal number in place of 0 keeps 0 / 0 from being made.
-    norm = b.op("MAXIMUM", [norm, number(np.finfo(np.float32).tiny, norm)], norm.shape)
+    norm = b.op("MAXIMUM", [norm, number(float(np.finfo(np.float32).tiny), norm)], norm.shape)
     b.bind(node.outputs[0], b.op("DIV", [x, norm], x.shape, fusedActivationFunction="NONE"), perm)
 
 

@@ -49,7 +49,7 @@ def _asked_for_infinity(b: Builder, node: Node) -> bool:
 def _with_infinity(b: Builder, kind: str, x: Tensor) -> Tensor:
     """The runtime's own kernels start from the largest finite number: where that is left, all was infinite."""
     sign = 1 if kind == "REDUCE_MIN" else -1
-    bound = number(sign * np.finfo(np.float32).max, x)
+    bound = number(sign * float(np.finfo(np.float32).max), x)
     untouched = b.op("EQUAL", [x, bound], x.shape, np.bool_)
     return b.op("SELECT_V2", [untouched, number(sign * np.inf, x), x], x.shape, FLOAT)
 

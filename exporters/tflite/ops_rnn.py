@@ -155,8 +155,8 @@ def _recurrent(
         lasts.append(states)
     # ONNX has [time, directions, batch, hidden], or [batch, time, directions, hidden] with layout 1.
     _bind(b, node, 0, _joined(b, outputs, 1), (1, 2, 0, 3) if layout else (0, 1, 2, 3))
-    for place, states in enumerate(zip(*lasts, strict=True), start=1):
-        _bind(b, node, place, _joined(b, list(states), 0), (1, 0, 2) if layout else (0, 1, 2))
+    for place, each in enumerate(zip(*lasts, strict=True), start=1):
+        _bind(b, node, place, _joined(b, list(each), 0), (1, 0, 2) if layout else (0, 1, 2))
 
 
 def _direction(b: Builder, kind: Kind, cell: Cell, x: Tensor, backward: bool) -> tuple[Tensor, States]:

@@ -51,7 +51,8 @@ class Rewriter:
         """The real values of the three inputs from `first` on: integers, scale and zero point."""
         codes, scale, zero = (self.input(first + offset) for offset in range(3))
         several = self._scales(scale) not in (None, 1)
-        return self.add("DequantizeLinear", codes, scale, zero, **({"axis": axis} if several else {}))
+        attributes: dict[str, Any] = {"axis": axis} if several else {}
+        return self.add("DequantizeLinear", codes, scale, zero, **attributes)
 
     def quantized(self, real: str, first: int) -> str:
         """The output, quantized with the scale and zero point that are inputs from `first` on."""
