@@ -248,6 +248,14 @@ CASES: dict[str, Case] = {
     "flatten": seq("conv2d view linear", conv(), nn.Flatten, lambda: nn.Linear(80, 3)),
     "output_is_input": fn(lambda m, x: (x, F.relu(x)), "relu"),
     "zero_branch": fn(lambda m, x: F.relu(x) + torch.zeros_like(x), "relu"),
+    # recurrent cells
+    "cell": fn(
+        lambda m, x, h: m.cell(x, h),
+        "unsqueeze unsqueeze gru getitem select",
+        (2, 4),
+        (2, 5),
+        cell=lambda: nn.GRUCell(4, 5),
+    ),
     # attention
     "attention": fn(
         lambda m, x: F.scaled_dot_product_attention(x, x, x + 1), "add mul transpose matmul softmax matmul"
@@ -356,6 +364,7 @@ def test_every_pass_has_a_case_that_it_changes(monkeypatch: pytest.MonkeyPatch) 
         "bn_computed_weight",
         "transposed_1d",
         "bn_after_relu",
+        "cell",
     ):
         case = CASES[name]
         with monkeypatch.context() as patch:
