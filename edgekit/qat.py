@@ -27,6 +27,7 @@ PRECISION = "int8"
 LEARNING_RATE = 3e-4
 SAMPLES_SEEN = 20_000  # of all epochs together, where their number is not given
 EPOCHS = (2, 40)  # the fewest and the most that this may come to
+JUDGED = 2000  # labeled samples that a network without training and a trained one are compared on
 MEASURED = 512  # samples of the training that its effect is measured on, where none are held out
 SUMMARY = "int8 weights, activation ranges and scales by quantization-aware training"
 
@@ -57,8 +58,11 @@ class Qat:
 class Trained:
     """An int8 network after its training, what that took or the name of the user's own, and what to know of it.
 
-    `distances` are those of the int8 outputs from the fp32 ones before and after (`edgekit.quant.pruning.divergence`),
-    on held-out samples where there are any, else on some of the training.
+    `distances` are those of the int8 outputs from the fp32 ones without the training and after it
+    (`edgekit.quant.pruning.divergence`), on held-out samples where there are any, else on some of the training. `right`
+    is how many of up to JUDGED labeled evaluation samples each of the two gets right, and of how many, where there are
+    labels. `kept` tells whether the trained network is the better of the two, by `right` and else by `distances`;
+    `compressed` then is it, and else the int8 network without training.
     """
 
     compressed: Compressed
@@ -68,20 +72,24 @@ class Trained:
     distances: tuple[float, float]
     plan: Qat
     notes: tuple[str, ...]
+    right: tuple[int, int, int] | None = None
+    kept: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """Returns what the manifest's recipe says of it."""
         facts: dict[str, Any] = {"samples": self.samples, "seed": self.plan.seed, "distances": list(self.distances)}
+        facts |= {"kept": self.kept, "right": list(self.right) if self.right is not None else None}
         if self.recovered is None:
             facts["function"] = self.function
         else:
             facts |= {"learning_rate": self.plan.learning_rate or LEARNING_RATE, **self.recovered.to_dict()}
-        return {"summary": SUMMARY, "qat": facts}
+        return {"summary": SUMMARY, "qat": facts} if self.kept else {"qat": facts}
 
 
 def is_trained(artifact: Artifact) -> bool:
     """Whether the bundle around a file tells that it was trained for int8."""
-    return "qat" in bundles.recipe_of(artifact)
+    told = bundles.recipe_of(artifact).get("qat")
+    return isinstance(told, dict) and bool(told.get("kept", True))
 
 
 def check(plan: Qat, precision: str, tuned: bool, onnx: bool, has_data: bool) -> None:
@@ -129,6 +137,7 @@ def train(
 ) -> Trained:
     """Calibrates `original`, trains it for int8 and converts it; `checkpoint` lies on disk while that runs.
 
+    What the network loses at int8 without training is measured too, and the better of the two is what comes back.
     Raises EdgeKitError where there are no samples, where the training diverges, and where the user's own fails.
     """
     from edgekit.quant import qat
@@ -164,13 +173,22 @@ def train(
             recovered = _recovered(student, teacher, memory, plan, checkpoint, name, progress)
             learned = recovered.module
             done = f"{len(recovered.losses)} epochs"
+        trained = qat.trained(prepared, learned)
+        plain = stages.compress(original, source, PRECISION, progress)
+        assert plain is not None
         with progress.step("Measuring what the training brought"):
-            before, after = (_distance(network, teacher, memory) for network in (student, learned))
-        notes.append(_told(done, len(memory), before, after))
-        with progress.step("Converting to int8"):
-            compressed = convert(qat.trained(prepared, learned))
+            both = qat.InBatches(plain.program, batch), learned
+            distances = _distance(both[0], teacher, memory), _distance(both[1], teacher, memory)
+            right = _right(both, source, original)
+        kept = _is_better(distances, right)
+        notes.append(_told(done, len(memory), distances, right, kept))
+        if kept:
+            with progress.step("Converting to int8"):
+                compressed = convert(trained)
+        else:
+            compressed, notes = plain, [*plain.notes, *notes]
     function = own.text if own else None
-    return Trained(compressed, recovered, function, len(memory), (before, after), plan, tuple(notes))
+    return Trained(compressed, recovered, function, len(memory), distances, plan, tuple(notes), right, kept)
 
 
 def _lessons(
@@ -239,11 +257,43 @@ def _distance(network: torch.nn.Module, teacher: torch.nn.Module, memory: traini
     return distance(network, teacher, [part for part in parts if len(part[0]) == memory.batch] or [some])
 
 
-def _told(done: str, samples: int, before: float, after: float) -> str:
-    change = (
-        f"QAT: {done} on {samples:,} samples; the distance of int8 from the fp32 outputs: {before:.2g} → {after:.2g}"
-    )
-    return change if after < before else f"{change}: leave --qat out, or train on more samples"
+def _right(networks: Sequence[torch.nn.Module], source: sources.Data, original: Model) -> tuple[int, int, int] | None:
+    """Returns how many labeled samples each of two networks gets right, and of how many; None without such labels."""
+    import torch
+
+    found, count = [0, 0], 0
+    for arrays, real, target in sources.batches(source.evaluation, original.inputs):
+        if target is None or target.ndim != 1 or target.dtype.kind not in "iu" or count >= JUDGED:
+            break
+        inputs, labels = tuple(map(torch.from_numpy, arrays)), torch.from_numpy(target[:real])
+        with torch.no_grad():
+            scores = [network(*inputs)[0][:real] for network in networks]
+        if scores[0].ndim != 2 or scores[0].shape[1] < 2:
+            break
+        found = [n + int((score.argmax(1) == labels).sum()) for n, score in zip(found, scores, strict=True)]
+        count += real
+    return (found[0], found[1], count) if count else None
+
+
+def _is_better(distances: tuple[float, float], right: tuple[int, int, int] | None) -> bool:
+    """Whether the trained network, the second, is better: by right answers, or where these are even by distance."""
+    if right is not None and right[0] != right[1]:
+        return right[1] > right[0]
+    return distances[1] < distances[0]
+
+
+def _told(
+    done: str, samples: int, distances: tuple[float, float], right: tuple[int, int, int] | None, kept: bool
+) -> str:
+    """Says what was measured of the int8 network without training and with it, and which of the two was kept."""
+    before, after = distances
+    measured = f"the distance of int8 from the fp32 outputs: {before:.2g} → {after:.2g}"
+    if right is not None:
+        measured += (
+            f", top-1 on {right[2]:,} samples: {100 * right[0] / right[2]:.2f} → {100 * right[1] / right[2]:.2f} %"
+        )
+    outcome = "" if kept else ": the training made it no better, and int8 without it was kept; try more samples"
+    return f"QAT: {done} on {samples:,} samples; {measured}{outcome}"
 
 
 def _finetuned(

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e import FakeQuantizeBase
 from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
@@ -252,6 +253,37 @@ def _alike(expected: torch.Tensor, got: torch.Tensor) -> bool:
     expected, got = expected.double(), got.double()
     close = SAME * max(float(expected.abs().max()), 1e-6)
     return expected.shape == got.shape and torch.allclose(expected, got, rtol=0, atol=close)
+
+
+class InBatches(nn.Module):
+    """A program of one size of batch, called with batches of any size."""
+
+    def __init__(self, program: ExportedProgram, batch: int) -> None:
+        super().__init__()
+        self.graph, self.batch = program.module(check_guards=False), batch
+
+    def train(self, mode: bool = True) -> InBatches:
+        """Only remembers the mode: nothing in the graph depends on it."""
+        self.training = mode
+        return self
+
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Returns a tuple of outputs, joined along their first axis; the last batch is filled up."""
+        count = inputs[0].shape[0] if inputs[0].ndim else self.batch
+        if count == self.batch:
+            return tuple(self._called(inputs))
+        parts = [self._called([self._whole(part) for part in batch]) for batch in self._cut(inputs)]
+        return tuple(torch.cat(outputs)[:count] for outputs in zip(*parts, strict=True))
+
+    def _cut(self, inputs: Sequence[torch.Tensor]) -> Iterable[Sequence[torch.Tensor]]:
+        return zip(*(tensor.split(self.batch) for tensor in inputs), strict=True)
+
+    def _whole(self, part: torch.Tensor) -> torch.Tensor:
+        return torch.cat([part, part[:1].expand(self.batch - len(part), *part.shape[1:])])
+
+    def _called(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        outputs = self.graph(*inputs)
+        return outputs if isinstance(outputs, (tuple, list)) else [outputs]
 
 
 class _Fixed(Exception):

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from int8_nets import CASES, Batches, build, conv, flat
+from int8_nets import CASES, Batches, build, conv, flat, sqnr
 from kit import NET, interrupted_training, invoke, network, samples, tree
 from torch import nn
 
@@ -292,6 +292,7 @@ def test_files_hold_what_was_trained(
         return result
 
     monkeypatch.setattr(qat, "trained", spy)
+    monkeypatch.setattr(stage, "_is_better", lambda *_: True)
     model, data = f"{folder / 'net.py'}:make", folder / "data.npz"
     options = ("--qat", "--epochs", 2, "--learning-rate", 0.01, "--train", data, "--out", tmp_path)
     ran = invoke(capfd, "export", model, "--target", "x86", "--precision", "int8", "--data", data, *options)
@@ -384,7 +385,8 @@ def teach(student: nn.Module, teacher: nn.Module, batches: Any) -> None:
         optimizer.step()
 
 
-def test_a_function_of_the_user_trains(tmp_path: Path) -> None:
+def test_a_function_of_the_user_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "_is_better", lambda *_: True)
     x = torch.from_numpy(samples(24)["x"][:1])
     outputs: list[torch.Tensor] = []
 
@@ -396,12 +398,55 @@ def test_a_function_of_the_user_trains(tmp_path: Path) -> None:
 
     trained = run(tmp_path, finetune=mine)
     told = trained.to_dict()["qat"]
+    assert told.pop("kept") is True and told.pop("right") is None
     assert told == {"samples": 16, "seed": 0, "function": "mine", "distances": list(trained.distances)}
     assert trained.distances[0] != trained.distances[1]
     with torch.no_grad():
         got = trained.compressed.program.module(check_guards=False)(x)[0]
     before, after = (float((got - output).abs().max()) for output in outputs)
     assert after < 1e-6 < before
+
+
+def test_a_training_that_makes_it_worse_is_not_kept(tmp_path: Path) -> None:
+    """What comes back is int8 without training, and both figures are told: by labels where there are any."""
+
+    def ruin(student: nn.Module, teacher: nn.Module, batches: Any) -> None:
+        with torch.no_grad():
+            for parameter in student.parameters():
+                parameter.add_(torch.randn(parameter.shape))
+
+    torch.manual_seed(0)
+    plain = run(tmp_path / "plain", finetune=ruin)
+    (note,) = [note for note in plain.notes if note.startswith("QAT: trained by")]
+    assert not plain.kept and plain.right is None and plain.distances[0] < plain.distances[1]
+    assert "int8 without it was kept" in note and f"{plain.distances[0]:.2g} → {plain.distances[1]:.2g}" in note
+    assert "summary" not in plain.to_dict() and plain.to_dict()["qat"]["kept"] is False
+    data = samples(24)
+    given = {"x": data["x"], "y": data["y"], "calib_x": data["x"][:8]}
+    labeled = run(tmp_path / "labeled", data=given, finetune=ruin)
+    assert labeled.right is not None and labeled.right[0] > labeled.right[1] and labeled.right[2] == 24
+    with torch.no_grad():
+        for trained in (plain, labeled):
+            x = torch.from_numpy(data["x"][:1])
+            assert sqnr(network()(x), trained.compressed.program.module(check_guards=False)(x)[0]) > 20
+
+
+@pytest.mark.parametrize(
+    ("distances", "right", "better"),
+    [
+        ((2.0, 1.0), None, True),
+        ((1.0, 1.0), None, False),
+        ((1.0, float("nan")), None, False),
+        ((2.0, 1.0), (9, 8, 10), False),
+        ((1.0, 2.0), (8, 9, 10), True),
+        ((1.0, 2.0), (8, 8, 10), False),
+        ((2.0, 1.0), (8, 8, 10), True),
+    ],
+)
+def test_labels_decide_before_distances(
+    distances: tuple[float, float], right: tuple[int, int, int] | None, better: bool
+) -> None:
+    assert stage._is_better(distances, right) is better
 
 
 BAD_FUNCTIONS: dict[str, tuple[Callable[..., Any], str]] = {
