@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from edgekit import files
+from edgekit import files, limits
 from edgekit.contents import Contents, Node, float_islands
 from edgekit.results import Artifact
 from edgekit.summary import READERS
@@ -19,7 +19,9 @@ from edgekit.summary import READERS
 # ONNX Runtime says best what it runs: it writes the graph that it made of a file. At this level quantized ops are
 # fused, and the layouts of one processor not yet chosen. In a process of its own: a runtime can crash on a file.
 OPTIMIZE = """
+import resource
 import sys
+resource.setrlimit(resource.RLIMIT_DATA, (int(sys.argv[3]), resource.getrlimit(resource.RLIMIT_DATA)[1]))
 import onnxruntime
 options = onnxruntime.SessionOptions()
 options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
@@ -115,7 +117,8 @@ def runs(path: Path) -> Contents | None:
     """Returns what ONNX Runtime makes of the file at `path` once it is optimized; None where it cannot load it."""
     with files.temporary_folder() as folder:
         made = Path(folder) / "optimized.onnx"
-        command = [sys.executable, "-P", "-c", OPTIMIZE, str(path), str(made)]
+        most = limits.budget([path]).memory
+        command = [sys.executable, "-P", "-c", OPTIMIZE, str(path), str(made), str(most)]
         try:
             subprocess.run(command, check=True, capture_output=True, timeout=TIMEOUT_S)
         except subprocess.SubprocessError:

@@ -168,8 +168,8 @@ def check(ran: Ran, what: str, help: str) -> None:
 
 
 def left(folder: Path) -> list[str]:
-    """What lies in a folder, but for what Python, torch and ONNX Runtime keep there for their next start."""
-    return [path for path in tree(folder) if not any(name in path for name in ("__pycache__", "torchinductor", ".ses"))]
+    """What lies in a folder, but for what Python and torch keep there for their next start."""
+    return [path for path in tree(folder) if not any(name in path for name in ("__pycache__", "torchinductor"))]
 
 
 @pytest.mark.parametrize("case", EXPORTS)
@@ -403,6 +403,7 @@ STOPS = {
     "Ctrl-C while exporting": (signal.SIGINT, 130, "out/.net-x86-*"),
     "Ctrl-C while a file runs": (signal.SIGINT, 130, "tmp/edgekit-*/job.json"),
     "SIGTERM while exporting": (signal.SIGTERM, 143, "out/.net-x86-*"),
+    "a closed terminal while exporting": (signal.SIGHUP, 129, "out/.net-x86-*"),
 }
 
 
