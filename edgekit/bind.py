@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from edgekit import example_inputs
+from edgekit import example_inputs, watchdog
 from edgekit.batch_axis import Placement, placements
 from edgekit.data import ANY_INPUT
 from edgekit.data_dependent import Watch, open_onnx, open_torch
@@ -665,6 +665,8 @@ def _run(
             warnings.simplefilter("ignore")
             return call(*tensors)
     except Exception as error:
+        if watchdog.is_inside() and watchdog.ran_out_of_memory(error):
+            raise MemoryError from error
         shapes = ", ".join(str(_spec(name, t)) for name, t in inputs)
         raise EdgeKitError(
             f"{what} does not run on {shapes or 'no inputs'}: {reason(error)}",

@@ -27,7 +27,9 @@ from edgekit.limits import Budget
 T = TypeVar("T")
 
 SMALL_FILE = 4096  # bytes: tempfile tries a folder by writing into it
-MEMORY_RAN_OUT = ("can't allocate memory", "bad_alloc", "Failed to allocate memory", "Unable to allocate")
+MEMORY_RAN_OUT = (
+    "can't allocate memory", "bad_alloc", "Failed to allocate memory", "Unable to allocate", "bfc_arena"
+)  # fmt: skip
 _inside = False
 
 
@@ -89,11 +91,16 @@ def _watched(work: Callable[[], T], what: str, budget: Budget) -> T:
     done, found, trace = pickle.loads(sent)
     if done:
         return found
-    if isinstance(found, MemoryError) or any(words in str(found) for words in MEMORY_RAN_OUT):
+    if ran_out_of_memory(found):
         raise _greedy(what, budget) from None
     if trace:
         found.add_note(trace)
     raise found
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an error tells, in the words of any library here, that there was not enough memory."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in MEMORY_RAN_OUT)
 
 
 def _received(channel: int, deadline: float) -> bytes | None:
