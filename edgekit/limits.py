@@ -44,6 +44,7 @@ MANIFEST_BYTES = 16 * MB
 TEXTS = {".pkl": PICKLE_BYTES, ".json": TEXT_BYTES, ".py": TEXT_BYTES}
 
 # Graphs.
+NAME_CHARACTERS = 2_000  # of an input or output
 RANK = 64  # dimensions of one tensor
 ELEMENTS = 1 << 40  # of one tensor, as a file tells its shape
 RUN_BYTES = 256 * MB  # of made-up inputs for one run of a file

@@ -28,6 +28,7 @@ def screen(model: ModelProto, path: Path, beside: bool = True) -> None:
     With `beside` values in other files have to lie in the folder of `path`, and to be as many as the shapes say.
     """
     what = path.name
+    _check_values_given(model, what)
     _Calls(model, what).check()
     folder = path.parent.resolve()
     asked, files = 0, set()
@@ -43,6 +44,18 @@ def screen(model: ModelProto, path: Path, beside: bool = True) -> None:
     stored = sum(file.stat().st_size for file in files)
     if asked > limits.ARCHIVE_GROWTH * stored + limits.ARCHIVE_SLACK:
         raise EdgeKitError(f"{what} reads {asked:,} bytes out of {stored:,} beside it", limits.UNTRUSTED)
+
+
+def _check_values_given(model: ModelProto, what: str) -> None:
+    """Inputs and outputs have names of a length that can be shown, and types that there are."""
+    for given in (*model.graph.input, *model.graph.output):
+        if len(given.name) > limits.NAME_CHARACTERS:
+            raise EdgeKitError(f"{what} has a name of {len(given.name):,} characters", limits.UNTRUSTED)
+        if given.type.tensor_type.elem_type not in TensorProto.DataType.values():
+            raise EdgeKitError(
+                f"{given.name!r} in {what} is of a type that ONNX does not have ({given.type.tensor_type.elem_type})",
+                "export it again",
+            )
 
 
 def tensors(model: ModelProto) -> Iterator[TensorProto]:
