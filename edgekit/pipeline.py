@@ -256,13 +256,24 @@ def _write(
             path = building / bundles.file_name(format)
             return artifact_of(original, path, format, exported.precision or precision, layouts[format])
 
-        def try_out(format: str, exported: stages.Exported) -> Any:
+        def write(format: str, exported: stages.Exported) -> None:
             files.write(building_of(format, exported).path, exported.data)
+
+        def try_out(format: str, exported: stages.Exported) -> Any:
             return stages.try_out(building_of(format, exported), feeds, exported)
 
         exports = stack.enter_context(
             stages.emitting(
-                original, program, chosen, recipe.half_weights, progress, layouts, source, try_out, plan.formats is None
+                original,
+                program,
+                chosen,
+                recipe.half_weights,
+                progress,
+                layouts,
+                source,
+                write,
+                try_out,
+                plan.formats is None,
             )
         )
         with progress.step("Running the original"):

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 
 HOLDS_RAGGED = ("onnx",)  # formats whose outputs may have a size that the input's values decide
+LARGE = 128 << 20  # bytes of weights from which a model is lowered to one format after the other
 ONNX_IS_FP32 = "fp32, because an ONNX file is not quantized: give the PyTorch model for int8"
 MOST_LINEAR = 0.5  # of the weights: where int8-dynamic reaches so many, it makes the smaller and faster file
 
@@ -309,6 +310,7 @@ def emitting(
     progress: Progress,
     layouts: Mapping[str, Layout],
     source: sources.Data | None = None,
+    write: Callable[[str, Exported], None] | None = None,
     check: Callable[[str, Exported], Any] | None = None,
     tolerant: bool = False,
 ) -> Iterator[Iterator[tuple[str, Exported]]]:
@@ -317,8 +319,10 @@ def emitting(
     A format that cannot hold the model raises EdgeKitError; with `tolerant` its Exported tells the error instead.
 
     What `source` tells of images and labels goes into the formats that have a place for it. Each file is given to
-    `check`. The .pte file comes last: it takes longest, and is lowered and checked on another core from the start, so
-    that what `check` returns has to be picklable.
+    `write`, after which it is not in memory any more, and then to `check`. The .pte file comes last: it takes longest,
+    and is lowered and checked on another core from the start, so that what `check` returns has to be picklable. Of a
+    model with LARGE weights, which each format holds more than once, one comes after the other, and the ONNX model is
+    let go of before files are checked.
     """
     if "executorch" in formats and program is None:
         raise EdgeKitError(
@@ -328,6 +332,14 @@ def emitting(
     others = [format for format in formats if format != "executorch"]
     pte = len(others) < len(formats)
     weights_alone = pte and _quantizes_weights_alone(program)
+
+    large = sum(tensor.nbytes for tensor in original.module.state_dict().values()) > LARGE
+
+    def written(format: str, exported: Exported) -> Exported:
+        if write is None:
+            return exported
+        write(format, exported)
+        return replace(exported, data=b"")
 
     def checked(format: str, exported: Exported) -> Exported:
         return exported if check is None else replace(exported, checked=check(format, exported))
@@ -348,12 +360,25 @@ def emitting(
             return _onnx(original, program, half_weights)
 
     def other(format: str) -> Exported:
+        plain = half_weights and not _has_halves(proto())
+        if large:
+            release_memory()
         if format == "onnx":
-            exported = _onnx_file(proto(), program is not None)
+            exported = _onnx_file(last if large else proto, program is not None)
         else:
             exported = _tflite(proto(), original, source, layouts["tflite"], progress)
-        if half_weights and not _has_halves(proto()):
+        if plain:
             exported = replace(exported, precision="fp32", notes=(*exported.notes, _no_gain(format, "fp16")))
+        exported = written(format, exported)
+        return exported if large else finished(format, exported)
+
+    def last() -> onnx.ModelProto:
+        """The ONNX model, of which nothing else is made."""
+        model = proto()
+        proto.cache_clear()
+        return model
+
+    def finished(format: str, exported: Exported) -> Exported:
         with progress.step(f"Checking {bundles.file_name(format)}") if check is not None else nullcontext():
             return checked(format, exported)
 
@@ -362,8 +387,16 @@ def emitting(
             return lowered()
 
     def files() -> Iterator[tuple[str, Exported]]:
-        for format in others:
-            yield format, attempt(partial(other, format))
+        if large:
+            made = {format: attempt(partial(other, format)) for format in sorted(others, reverse=True)}
+            proto.cache_clear()
+            release_memory()
+            for format in others:
+                exported = made[format]
+                yield format, exported if exported.error else attempt(partial(finished, format, exported))
+        else:
+            for format in others:
+                yield format, attempt(partial(other, format))
         if pte:
             yield "executorch", attempt(executorch)
 
@@ -375,10 +408,24 @@ def emitting(
             assert plain is not None  # an ONNX file has no .pte
             exported = _executorch(original, plain.program, False)
             exported = replace(exported, precision="fp32", notes=(*exported.notes, note))
+        exported = written("executorch", exported)
+        if large:
+            release_memory()
         return checked("executorch", exported)
 
-    with beside(lower, useful=pte and bool(others)) as lowered:
+    with beside(lower, useful=pte and bool(others) and not large) as lowered:
         yield files()
+
+
+def release_memory() -> None:
+    """Gives memory that nothing uses any more back to the system."""
+    import ctypes
+    import gc
+
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
 
 
 def _has_halves(proto: onnx.ModelProto) -> bool:
@@ -412,10 +459,11 @@ def _no_gain(format: str, what: str) -> str:
     return f"{bundles.file_name(format)}: {what} changed nothing in this format: the file is fp32, and is called so"
 
 
-def _onnx_file(proto: onnx.ModelProto, ours: bool) -> Exported:
+def _onnx_file(proto: Callable[[], onnx.ModelProto], ours: bool) -> Exported:
+    """Makes the file from what gives the ONNX model, which is let go of as soon as it was read."""
     from edgekit.exporters.onnx_codes import for_onnxruntime
 
-    final = for_onnxruntime(proto) if ours else proto
+    final = for_onnxruntime(proto()) if ours else proto()
     return Exported(final.SerializeToString(), {"opset": final.opset_import[0].version}, ())
 
 

@@ -7,7 +7,7 @@ import onnx
 import onnx_ir as ir
 
 from edgekit.exporters.onnx_float import guard_float_layers
-from edgekit.exporters.onnx_graph import constant, initializer, is_weight, producer, qparams, sweep
+from edgekit.exporters.onnx_graph import check, constant, initializer, is_weight, producer, qparams, sweep
 from edgekit.exporters.onnx_weights import integer_layers
 
 # Ops that move the values of their first input without computing.
@@ -34,7 +34,7 @@ def for_onnxruntime(proto: onnx.ModelProto) -> onnx.ModelProto:
     separate_weights(model)
     strip_conversions(model)
     result = ir.to_proto(model)
-    onnx.checker.check_model(result, full_check=True)
+    check(result)
     return result
 
 

@@ -3,9 +3,31 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
+LIGHT = 1 << 16  # bytes of a constant up to which the checker may copy it: shapes and axes, which it reads, are small
 WEIGHTED = {"Conv": 0, "ConvTranspose": 1, "Gemm": 0}  # op → weight axis of the output channels
+
+
+def check(proto: onnx.ModelProto) -> None:
+    """Lets ONNX check a model and its shapes; large weights, of which it makes copies, stand as inputs meanwhile."""
+    light = onnx.ModelProto()
+    light.ir_version = proto.ir_version
+    light.opset_import.extend(proto.opset_import)
+    light.functions.extend(proto.functions)
+    graph = light.graph
+    graph.name = proto.graph.name
+    graph.node.extend(proto.graph.node)
+    graph.input.extend(proto.graph.input)
+    graph.output.extend(proto.graph.output)
+    graph.value_info.extend(proto.graph.value_info)
+    for tensor in proto.graph.initializer:
+        if len(tensor.raw_data) <= LIGHT:
+            graph.initializer.add().CopyFrom(tensor)
+        else:
+            graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    onnx.checker.check_model(light, full_check=True)
 
 
 def producer(node: ir.Node, op_type: str) -> ir.Node | None:

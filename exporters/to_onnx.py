@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 
 from edgekit.errors import EdgeKitError
 from edgekit.exporters import onnx_recurrent
-from edgekit.exporters.onnx_graph import WEIGHTED, constant, initializer, producer, qparams, sweep
+from edgekit.exporters.onnx_graph import WEIGHTED, check, constant, initializer, producer, qparams, sweep
 from edgekit.exporters.onnx_halves import halve_weights
 from edgekit.exporters.onnx_weights import (
     TRANSLATIONS,
@@ -60,7 +60,7 @@ def to_onnx(
         halve_weights(model)
     proto = ir.to_proto(model)
     proto.producer_name, proto.producer_version = "edgekit", ""
-    onnx.checker.check_model(proto, full_check=True)
+    check(proto)
     return proto
 
 

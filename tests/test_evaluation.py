@@ -240,3 +240,13 @@ def test_rows_on_disk_are_read_as_numpy_reads_them() -> None:
             np.arange(len(array))[::-1],
         ):
             np.testing.assert_array_equal(rows[index], array[index])
+
+
+def test_a_large_model_is_lowered_format_by_format_to_the_same_files(
+    bundles: dict[str, Bundle], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "LARGE", 0)
+    alone = edgekit.export(network(), target="x86", precision="fp32", data=samples(), out=tmp_path, name="net")
+    hashes = [{e["format"]: e["sha256"] for e in b.manifest["artifacts"]} for b in (alone, bundles["fp32"])]
+    assert hashes[0] == hashes[1] and len(hashes[0]) == 3
+    assert [e["format"] for e in alone.manifest["artifacts"]] == [a.format for a in bundles["fp32"].artifacts]
