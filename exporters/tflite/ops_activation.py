@@ -9,7 +9,7 @@ import numpy as np
 
 from edgekit.exporters.tflite.builder import FLOAT, INT8, Builder, number
 from edgekit.exporters.tflite.ir import Node, Perm, QParams, Tensor, channels_last
-from edgekit.exporters.tflite.kernels import WIDER
+from edgekit.exporters.tflite.kernels import WIDER, takes
 from edgekit.exporters.tflite.registry import lowers, unsupported
 
 # Ops that only change their name, and have no int8 kernel that is as exact as the float one.
@@ -43,11 +43,13 @@ def _register_unary(op: str, kind: str) -> None:
 
 
 def _of_integers(b: Builder, kind: str, x: Tensor) -> Tensor:
-    """ABS, NEG and SIGN of integers, for all of which only NEG has a kernel: in the type that comparisons take."""
+    """ABS, NEG and SIGN of integers, in a type that has kernels: NEG and comparisons take more than the others."""
     narrow = x.dtype
     if narrow in WIDER:
         x = b.op("CAST", [x], x.shape, WIDER[narrow])
-    if kind == "ABS":
+    if takes(kind, x.dtype):
+        result = b.op(kind, [x], x.shape)
+    elif kind == "ABS":
         result = b.op("MAXIMUM", [x, b.op("NEG", [x], x.shape)], x.shape)
     elif kind == "SIGN":
         zero = number(0, x, x.dtype)
