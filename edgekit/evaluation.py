@@ -215,7 +215,11 @@ class Tally:
     @property
     def parity(self) -> Parity:
         """The parity of the worst output."""
-        return judge.worst(self._sums.parities())
+        return self.within(())
+
+    def within(self, floors: Sequence[float]) -> Parity:
+        """Returns the same, with the difference that rounding alone makes in each output."""
+        return judge.worst(self._sums.parities(floors))
 
     def scores(self) -> Scores | None:
         """Returns the scores of all samples; None without a metric or labels, and where an output was not finite."""

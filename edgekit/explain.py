@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekit import bundle as bundles
 from edgekit import data as sources
-from edgekit import files, judge, qat, stages, taps, tune
+from edgekit import files, judge, qat, rounding, stages, taps, tune
 from edgekit.errors import EdgeKitError
 from edgekit.progress import Progress
 from edgekit.results import Artifact, Culprit, Parity, Rung, labels
@@ -98,8 +98,8 @@ def _climb(
     trained = qat.is_trained(artifact)
     with progress.step(f"Explaining: {name}"):
         local = stages.run(artifact, feeds).outputs
-        near = _parities(reference, local, original)
-        added = _parities(graph.outputs, local, original) if graph is not None else near
+        near = _parities(reference, local, original, graph.compressed if graph is not None else None)
+        added = _parities(graph.outputs, local, original, graph.compressed) if graph is not None else near
         problem = _problem(artifact, near, graph, trained)
         culprit = None
         if problem is not None and _has_twin(artifact, graph, trained):
@@ -155,11 +155,17 @@ def _graph(
     compressed = stages.compress(original, source, precision, progress, keep_float)
     assert compressed is not None
     outputs = stages.run_module(compressed.program.module(check_guards=False), feeds, state=original.state)
-    return Graph(compressed, outputs, _parities(reference, outputs, original))
+    return Graph(compressed, outputs, _parities(reference, outputs, original, compressed))
 
 
-def _parities(reference: Sequence[np.ndarray], outputs: Sequence[np.ndarray], original: Model) -> tuple[Parity, ...]:
-    return judge.parities(*stages.aligned(reference, outputs, original))
+def _parities(
+    reference: Sequence[np.ndarray],
+    outputs: Sequence[np.ndarray],
+    original: Model,
+    compressed: Compressed | None = None,
+) -> tuple[Parity, ...]:
+    floors = rounding.floors(compressed.program if compressed is not None else None, original.onnx)
+    return judge.parities(*stages.aligned(reference, outputs, original), floors=floors)
 
 
 def _qparams(original: Model, graph: Graph | None) -> Mapping[str, Any]:

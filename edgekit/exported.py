@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekit import bundle as bundles
 from edgekit import data as sources
-from edgekit import files, judge, stages, steady, zeros
+from edgekit import files, judge, rounding, stages, steady, zeros
 from edgekit.errors import EdgeKitError
 from edgekit.progress import Silent
 from edgekit.results import Artifact, Latency, Layout, Parity
@@ -186,11 +186,12 @@ def _checked(
     batch = stages.batch_of(model.inputs)
     reference = stages.flat(stages.run_module(model.module, feeds), batch)
     graph = stages.flat(stages.run_module(program.module(check_guards=False), feeds), batch)
-    limits = judge.parities(reference, graph)
+    floors = rounding.floors(program)
+    limits = judge.parities(reference, graph, floors=floors)
     found = {}
     for format, artifact in artifacts.items():
         outputs = stages.try_out(artifact, feeds, exported[format]).outputs
-        each = judge.parities(reference, stages.flat(outputs, batch))
+        each = judge.parities(reference, stages.flat(outputs, batch), floors=floors)
         found[format] = judge.worst(each)
         why = judge.faithful(artifact.precision, each, limits)
         if why is not None:

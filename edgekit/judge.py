@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from edgekit import intervals, metrics
@@ -50,17 +51,21 @@ def worst(each: Sequence[Parity]) -> Parity:
 
 
 def parities(
-    reference: Sequence[np.ndarray], outputs: Sequence[np.ndarray], classes: bool = True
+    reference: Sequence[np.ndarray],
+    outputs: Sequence[np.ndarray],
+    classes: bool = True,
+    floors: Sequence[float] = (),
 ) -> tuple[Parity, ...]:
     """Compares each output with its reference: one array per model output, samples along axis 0.
 
     Integer outputs are compared as they are; outputs with NaN are as far from the reference as can be. Without
-    `classes` there is no agreement of the arg max, which of numbers that are no scores of classes says nothing. Raises
-    EdgeKitError where the number or the shapes of outputs differ, or where the reference itself holds NaN.
+    `classes` there is no agreement of the arg max, which of numbers that are no scores of classes says nothing.
+    `floors` are the differences that rounding alone makes in each output (see `edgekit.rounding`). Raises EdgeKitError
+    where the number or the shapes of outputs differ, or where the reference itself holds NaN.
     """
     sums = ParitySums()
     sums.add(reference, outputs, classes)
-    return sums.parities()
+    return sums.parities(floors)
 
 
 def classifies(target: np.ndarray | None) -> bool:
@@ -93,9 +98,13 @@ class ParitySums:
         """Whether no output so far held NaN or infinite values."""
         return all(sums.finite for sums in self._outputs or ())
 
-    def parities(self) -> tuple[Parity, ...]:
-        """Returns the parity of each output on all samples so far."""
-        return tuple(sums.parity() for sums in self._outputs or ())
+    def parities(self, floors: Sequence[float] = ()) -> tuple[Parity, ...]:
+        """Returns the parity of each output on all samples so far, as `parities` does."""
+        return tuple(
+            sums.parity(floor)
+            for sums, floor in zip_longest(self._outputs or (), floors, fillvalue=0.0)
+            if isinstance(sums, _Sums)
+        )
 
 
 @dataclass
@@ -143,15 +152,16 @@ class _Sums:
         self.error += float((b**2).sum())
         self.largest = max(self.largest, float(np.abs(b, out=b).max(initial=0)))
 
-    def parity(self) -> Parity:
-        """Returns the parity on all samples so far."""
+    def parity(self, floor: float) -> Parity:
+        """Returns the parity on all samples so far; an output is at least so large that `floor` is no difference."""
         if not self.finite:
             return Parity(-math.inf, math.inf, math.inf, -1.0, 0.0, self.samples)
         agreement = self.alike / self.samples if self.classes and self.samples else None
         if not self.error:
             return Parity(math.inf, 0.0, 0.0, 1.0, agreement, self.samples)
         sqnr = 10 * math.log10(self.signal / self.error) if self.signal else -math.inf
-        max_rel = self.largest / self.scale if self.scale else math.inf
+        scale = max(self.scale, floor / FP32_MAX_REL)
+        max_rel = self.largest / scale if scale else math.inf
         return Parity(sqnr, self.largest, max_rel, self.cosines / self.samples, agreement, self.samples)
 
 
@@ -211,9 +221,10 @@ def _unfaithful(precision: str, to_original: Parity, graph_to_original: Parity) 
     if not math.isfinite(to_original.max_abs):
         return "gives NaN or infinite values"
     if precision == "fp32" and to_original.max_rel > FP32_MAX_REL:
-        return (
-            f"differs from the original by {to_original.max_rel:.1e} of its largest output (limit {FP32_MAX_REL:.0e})"
-        )
+        return f"differs from the original by {_share_of_largest(to_original)} (limit {FP32_MAX_REL:.0e})"
+    nothing = precision == "fp16" or to_original.sqnr_db == -math.inf  # an SQNR there tells only how they are rounded
+    if nothing and to_original.max_rel <= FP32_MAX_REL:
+        return None
     if precision == "fp16" and to_original.sqnr_db < FP16_MIN_SQNR_DB:
         return f"has an SQNR of {to_original.sqnr_db:.1f} dB to the original (limit {FP16_MIN_SQNR_DB:.0f})"
     graph = min(graph_to_original.sqnr_db, INT8_SQNR_ENOUGH_DB)
@@ -231,9 +242,28 @@ NEARER = {
 }
 
 
+def _share_of_largest(near: Parity) -> str:
+    if math.isinf(near.max_rel):
+        return f"{near.max_abs:.1e}, where its outputs are all 0"
+    return f"{near.max_rel:.1e} of its largest output"
+
+
+def silent(reference: Sequence[np.ndarray], floors: Sequence[float]) -> tuple[str, ...]:
+    """Returns a note where an output is so near to 0 on all samples that rounding alone makes as much of it."""
+    import numpy as np
+
+    sizes = [float(np.abs(array).max(initial=0)) for array in reference]
+    quiet = [i for i, (size, floor) in enumerate(zip(sizes, floors, strict=False), 1) if 0 <= size <= floor]
+    return tuple(
+        f"output {i} of {len(sizes)} is at most {sizes[i - 1]:.1e} on every sample that the files were checked on, which "
+        "tells little of them: give --data on which the model finds something"
+        for i in quiet
+    )
+
+
 def loss(precision: str, graph_to_original: Parity) -> tuple[str, ...]:
     """Returns a note where quantizing alone, whatever the format, moved the outputs far from the original's."""
-    if graph_to_original.sqnr_db >= POOR_SQNR_DB:
+    if graph_to_original.sqnr_db >= POOR_SQNR_DB or graph_to_original.max_rel <= FP32_MAX_REL:
         return ()
     return (
         f"{precision} is far from the original: its SQNR is {graph_to_original.sqnr_db:.1f} dB; "
@@ -266,7 +296,7 @@ def verdict(
     if not math.isfinite(parity.max_abs):
         rejects.append("outputs hold NaN or infinite values")
     elif precision == "fp32" and not pruned and parity.max_rel > FP32_MAX_REL:
-        rejects.append(f"differs from the original by {parity.max_rel:.1e} of its largest output")
+        rejects.append(f"differs from the original by {_share_of_largest(parity)}")
     if result is not None:
         _judge_drop(precision, result, max_drop, sensitive, rejects, doubts, reasons)
     elif (precision != "fp32" or pruned) and not rejects:

@@ -6,6 +6,7 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from edgekit import (
     preflight,
     pruned_files,
     pruning,
+    rounding,
     stages,
     steady,
     suspects,
@@ -44,6 +46,7 @@ from edgekit.results import (
     Layout,
     Measurement,
     OpTimes,
+    Parity,
     Profile,
     Replay,
     labels,
@@ -281,7 +284,8 @@ def _write(
             if program is not None:
                 graph = stages.run_module(program.module(check_guards=False), feeds, state=original.state)
         classes = judge.classifies(stages.first_target(original, source))
-        graph_parity = judge.parities(*stages.aligned(reference, graph, original))
+        floors = rounding.floors(program, original.onnx)
+        graph_parity = judge.parities(*stages.aligned(reference, graph, original), floors=floors)
         if plan.free and source is None and judge.loss(recipe.name, judge.worst(graph_parity)):
             raise NotFaithful(f"its SQNR is {judge.worst(graph_parity).sqnr_db:.1f} dB")
         results, entries = {"original": reference}, []
@@ -292,12 +296,13 @@ def _write(
         notes += made.notes if made else ()
         notes += precision_notes
         notes += judge.loss(precision, judge.worst(graph_parity))
+        notes += judge.silent(reference, floors)
         for format, exported in exports:
             if exported.error is not None:
                 left_out[format] = exported.error
                 continue
             artifact, tried = building_of(format, exported), exported.checked
-            each = judge.parities(*stages.aligned(reference, tried.outputs, original), classes)
+            each = judge.parities(*stages.aligned(reference, tried.outputs, original), classes, floors)
             why = judge.faithful(artifact.precision, each, graph_parity)
             if why is not None:
                 others = ",".join(other for other in chosen if other != format)
@@ -475,7 +480,7 @@ def compare(
     measured = []
     for artifact in given:
         last, latency = timed[artifact]
-        near, own = tallies[artifact].parity, tallies[artifact].scores()
+        near, own = parity_of(artifact, tallies[artifact], original), tallies[artifact].scores()
         result = judge.accuracy(scale, scores, own) if scores is not None and own is not None else None
         is_reference = artifact.precision == "fp32" and not artifact.pruned
         fp32_file = None if is_reference else references.get(artifact.format)
@@ -531,6 +536,18 @@ def compare(
         kept is not None,
     )
     return Comparison(baseline, tuple(measured), (*original.notes, *source.notes, *notes, *journal.notes), ladder)
+
+
+def parity_of(artifact: Artifact, tally: Tally, original: Model) -> Parity:
+    """Returns the parity of a file; where that of a float file seems poor, what rounding alone makes is looked at."""
+    near = tally.parity
+    if near.max_rel <= judge.FP32_MAX_REL or not isfinite(near.max_abs) or artifact.precision.startswith("int"):
+        return near
+    program = None
+    if original.onnx is None:
+        compressed = stages.compress(original, None, "fp32", Silent())
+        program = compressed.program if compressed is not None else None
+    return tally.within(rounding.floors(program, original.onnx))
 
 
 def processor_of(device: Device) -> tuple[str, str]:
@@ -864,7 +881,10 @@ def _replay(
         feeds = [golden[f"input/{spec.name}"] for spec in artifact.inputs]
         outputs = stages.run(artifact, feeds, device=device).outputs
         recorded = [golden[f"{artifact.format}/{spec.name}"] for spec in artifact.outputs]
-        near = judge.parities(*stages.aligned(recorded, outputs, artifact))
+        before = [golden[f"original/{spec.name}"] for spec in artifact.outputs]
+        rounded = [found.max_abs for found in judge.parities(*stages.aligned(before, recorded, artifact))]
+        floors = rounded if artifact.precision == "fp32" else ()  # what was right then is no difference now
+        near = judge.parities(*stages.aligned(recorded, outputs, artifact), floors=floors)
     except EdgeKitError as error:
         return Replay(artifact, None, error.what)
     scales = stages.output_scales(qparams, artifact.outputs)

@@ -115,9 +115,10 @@ class Parity:
     """How near one set of outputs is to another, over all outputs and samples.
 
     `sqnr_db` is 10·log10(Σ ref² / Σ (out − ref)²) of the worst output, inf where they are equal; `max_abs` the
-    largest absolute and `max_rel` the largest difference relative to the largest |ref| of its output; `cosine` the
-    lowest mean cosine of an output; `agreement` the share of samples with the same arg max of the first output,
-    None where it has no classes.
+    largest absolute and `max_rel` the largest difference relative to the largest |ref| of its output, which counts as
+    so large at least that what rounding makes of it is small (see `edgekit.rounding`); `cosine` the lowest mean cosine
+    of an output; `agreement` the share of samples with the same arg max of the first output, None where it has no
+    classes.
     """
 
     sqnr_db: float
