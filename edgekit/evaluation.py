@@ -217,6 +217,11 @@ class Tally:
         """The parity of the worst output."""
         return self.within(())
 
+    @property
+    def outputs(self) -> tuple[Parity, ...]:
+        """The parity of each output."""
+        return self._sums.parities()
+
     def within(self, floors: Sequence[float]) -> Parity:
         """Returns the same, with the difference that rounding alone makes in each output."""
         return judge.worst(self._sums.parities(floors))

@@ -242,6 +242,17 @@ NEARER = {
 }
 
 
+def unjudged(metric: Metric, names: Sequence[str], each: Sequence[Parity]) -> tuple[str, ...]:
+    """Returns doubts in the outputs that a metric does not look at: those that are far from the original's."""
+    if metric.whole:
+        return ()
+    return tuple(
+        f"output '{name}' is not judged by {metric.name}, and its SQNR is {near.sqnr_db:.1f} dB: --metric NAME:{name}"
+        for name, near in zip(names, each, strict=True)
+        if name != metric.output and near.sqnr_db < POOR_SQNR_DB and near.max_rel > FP32_MAX_REL
+    )
+
+
 def _share_of_largest(near: Parity) -> str:
     if math.isinf(near.max_rel):
         return f"{near.max_abs:.1e}, where its outputs are all 0"
@@ -253,10 +264,14 @@ def silent(reference: Sequence[np.ndarray], floors: Sequence[float]) -> tuple[st
     import numpy as np
 
     sizes = [float(np.abs(array).max(initial=0)) for array in reference]
-    quiet = [i for i, (size, floor) in enumerate(zip(sizes, floors, strict=False), 1) if 0 <= size <= floor]
+    quiet = [
+        i
+        for i, (array, size, floor) in enumerate(zip(reference, sizes, floors, strict=False), 1)
+        if array.dtype.kind == "f" and size <= floor
+    ]
     return tuple(
-        f"output {i} of {len(sizes)} is at most {sizes[i - 1]:.1e} on every sample that the files were checked on, which "
-        "tells little of them: give --data on which the model finds something"
+        f"output {i} of {len(sizes)} is at most {sizes[i - 1]:.1e} on all samples that the files were checked on: "
+        "that tells little of them; give --data on which the model finds something"
         for i in quiet
     )
 
@@ -282,16 +297,18 @@ def verdict(
     sensitive: Sequence[str] = (),
     pruned: bool = False,
     elsewhere: str | None = None,
+    unjudged: Sequence[str] = (),
 ) -> Verdict:
     """Says whether an artifact is worth shipping: accuracy by its interval's bound, speed by the runtime's fp32.
 
     A rejection for speed names the `suspects`, what in the file does not run in int8 (None where that is not known);
     one for accuracy the most `sensitive` layers, or how to find them. A `pruned` network's file is another network than
     the original: its accuracy alone is judged. `elsewhere` says why its latency says nothing, where it was measured on
-    a processor that is not the target's: speed is not judged then.
+    a processor that is not the target's: speed is not judged then. `unjudged` are doubts in outputs that the metric
+    does not look at.
     """
     rejects: list[str] = []
-    doubts: list[str] = []
+    doubts: list[str] = list(unjudged)
     reasons: list[str] = []
     if not math.isfinite(parity.max_abs):
         rejects.append("outputs hold NaN or infinite values")

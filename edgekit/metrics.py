@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from edgekit import detection
@@ -75,7 +77,8 @@ class Metric:
 
     `unit` is None for a user's own function, whose scores tell it. `part` takes the model's outputs and the targets of
     some samples, one row each, and raises EdgeKitError where they do not fit each other; `join` makes the scores of all
-    samples out of such parts, in their order, and raises EdgeKitError where they say nothing.
+    samples out of such parts, in their order, and raises EdgeKitError where they say nothing. `part` looks at the first
+    output, or at all of them with `whole`; `output` names the one that it shall look at in its place.
     """
 
     name: str
@@ -83,6 +86,21 @@ class Metric:
     needs: str
     part: Callable[[Sequence[np.ndarray], np.ndarray], Any]
     join: Callable[[Sequence[Any]], Scores] = lambda parts: joined(parts)
+    whole: bool = False
+    output: str | None = None
+
+    def of(self, names: Sequence[str]) -> Metric:
+        """Returns the metric for a model with outputs of these names, of which it looks at its own.
+
+        Raises EdgeKitError where there is no such output.
+        """
+        if self.whole:
+            return self
+        wanted = names[0] if self.output is None else self.output
+        if wanted not in names:
+            raise EdgeKitError(f"the model has no output '{wanted}'", f"its outputs are {', '.join(names)}")
+        place = list(names).index(wanted)
+        return replace(self, part=lambda o, t: self.part([o[place]], t), output=wanted)
 
     def score(self, outputs: Sequence[np.ndarray], target: np.ndarray) -> Scores:
         """Returns the scores of samples that are all at hand."""
@@ -100,15 +118,22 @@ class Metric:
 def find(name: str | Callable[..., Any]) -> Metric:
     """Returns a metric by its name, or the user's own function: itself, or by `FILE.py:function`, which is imported.
 
+    A name may be one of ALIASES, and `NAME:OUTPUT` names the output that is looked at.
+
     Raises EdgeKitError for a metric that EdgeKit does not know, and for code that fails or holds no such function.
     """
     from edgekit.code import import_code, is_code
 
     if not isinstance(name, str):
         given, own = name, getattr(name, "__name__", type(name).__name__)
-        return Metric(own, None, "a function (outputs, target)", lambda o, t: _own(own, given, None, o, t))
-    if name in METRICS:
-        return METRICS[name]
+        part = partial(_own, own, given, None)
+        return Metric(own, None, "a function (outputs, target)", part, whole=True)
+    known, _, output = name.partition(":")
+    spelled = re.sub(r"[-_ ]", "", known).lower()
+    if (row := METRICS.get(ALIASES.get(spelled, spelled))) is not None:
+        if output and row.whole:
+            raise UsageError(f"{row.name} looks at all outputs of a model", f"write --metric {row.name}")
+        return replace(row, output=output) if output else row
     if not is_code(name):
         raise UsageError(f"unknown metric '{name}'", f"choose one of {', '.join(METRICS)}, or FILE.py:function")
     if name.endswith(".py"):
@@ -117,7 +142,8 @@ def find(name: str | Callable[..., Any]) -> Metric:
     function = code.get()
     if not callable(function):
         raise EdgeKitError(f"{name} is no function", "name a function (outputs, target) → one score per sample")
-    return Metric(name, None, "a function (outputs, target)", lambda o, t: _own(name, function, code.folder, o, t))
+    part = partial(_own, name, function, code.folder)
+    return Metric(name, None, "a function (outputs, target)", part, whole=True)
 
 
 def value(scores: Scores) -> float:
@@ -494,9 +520,19 @@ METRICS = {
             "boxes (N, D, 4), scores and labels (N, D); boxes and labels",
             detection.matched,
             detection.ranked,
+            whole=True,
         ),
         Metric("cosine", "points", "vectors (N, …); vectors of the same shape", _cosine),
         Metric("mae", "percent", "numbers (N, …); numbers of the same shape", _mae),
         Metric("rmse", "percent", "numbers (N, …); numbers of the same shape", _rmse),
     )
 }
+
+ALIASES = {  # what others call them, in small letters and without hyphens and underscores
+    "accuracy": "top1", "acc": "top1", "top1accuracy": "top1", "top5accuracy": "top5",
+    "f1score": "f1", "macrof1": "f1", "f1macro": "f1",
+    "iou": "miou", "meaniou": "miou", "jaccard": "miou",
+    "ap": "map", "meanaverageprecision": "map",
+    "cosinesimilarity": "cosine",
+    "l1": "mae", "meanabsoluteerror": "mae", "rootmeansquarederror": "rmse",
+}  # fmt: skip

@@ -450,6 +450,8 @@ def compare(
             raise EdgeKitError(
                 "a largest drop cannot be proven: the data has no labels", "add labels, or drop --max-drop"
             )
+        outputs = [spec.name for spec in original.outputs]
+        scale = scale.of(outputs)
         reference = baselines.Reference(original, baseline_device, threads, cache)
         settings: list[str] = []
         same_machine = device.startswith(SAME_MACHINE)
@@ -477,6 +479,11 @@ def compare(
     if not same_machine:
         notes = (*notes, f"the original ran here and the files on {device}: their times are no speed-up")
     notes = (*notes, *elsewhere_notes(given, machine, processor, there))
+    if scores is not None and len(outputs) > 1 and not scale.whole:
+        notes = (
+            *notes,
+            f"{scale.name} looks at '{scale.output}' of {len(outputs)} outputs: --metric {scale.name}:NAME",
+        )
     measured = []
     for artifact in given:
         last, latency = timed[artifact]
@@ -498,6 +505,7 @@ def compare(
             tune.most_sensitive(artifact),
             artifact.pruned is not None,
             elsewhere(artifact, machine),
+            judge.unjudged(scale, outputs, tallies[artifact].outputs) if result is not None else (),
         )
         verdict = judge.explained(verdict, artifact, ladder or ())
         measured.append(

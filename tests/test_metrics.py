@@ -392,7 +392,7 @@ def test_what_a_users_function_must_not_do(name: str, own: Path) -> None:
 
 
 UNKNOWN = {
-    "accuracy": ("unknown metric 'accuracy'", "top1, top5"),
+    "recall": ("unknown metric 'recall'", "top1, top5"),
     "{own}": ("names a file but no function", "--metric {own}:function"),
     "{own}:none": ("has no 'none'", "it has: both, closeness"),
     "{own}:number": ("is no function", "outputs, target"),
@@ -415,6 +415,43 @@ def test_naming_a_metric_runs_no_code_that_was_not_named(tmp_path: Path, monkeyp
 
 
 # Targets of other shapes on their way through data and evaluation sets.
+
+SPELLINGS = {
+    "accuracy": "top1", "Acc": "top1", "top-1": "top1", "TOP_5": "top5", "F1-score": "f1", "mIoU": "miou",
+    "mean_iou": "miou", "mAP": "map", "cosine_similarity": "cosine", "MAE": "mae", "RMSE": "rmse",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_a_metric_is_found_by_what_others_call_it(name: str) -> None:
+    assert metrics.find(name).name == SPELLINGS[name]
+    assert set(metrics.ALIASES.values()) <= set(metrics.METRICS)
+
+
+def test_a_metric_looks_at_the_output_that_is_named() -> None:
+    outputs, names = [VALUES, LOGITS], ["features", "logits"]
+    expected = metrics.value(metrics.METRICS["top1"].score([LOGITS], LABELS))
+    assert metrics.value(metrics.find("accuracy:logits").of(names).score(outputs, LABELS)) == expected
+    assert metrics.find("top1").of(names).output == "features"
+    assert metrics.find("map").of(names).whole
+    with pytest.raises(EdgeKitError, match="no output 'scores'") as caught:
+        metrics.find("top1:scores").of(names)
+    assert caught.value.help == "its outputs are features, logits"
+    with pytest.raises(EdgeKitError, match="all outputs"):
+        metrics.find("map:boxes")
+
+
+def test_an_output_that_no_metric_looks_at_is_a_doubt_where_it_is_ruined() -> None:
+    near, far = (judge.parity([LOGITS], [LOGITS + noise]) for noise in (1e-3, 5.0))
+    metric = metrics.find("top1").of(["a", "b"])
+    assert judge.unjudged(metric, ["a", "b"], [far, near]) == ()
+    (doubt,) = judge.unjudged(metric, ["a", "b"], [near, far])
+    assert "output 'b' is not judged by top1" in doubt
+    assert judge.unjudged(metrics.find("map").of(["a", "b"]), ["a", "b"], [far, far]) == ()
+    result = judge.accuracy(metric, *[metric.score([LOGITS], LABELS)] * 2)
+    verdict = judge.verdict("int8", result, None, None, near, 50.0, unjudged=(doubt,))
+    assert (verdict.word, verdict.reasons[0]) == ("inconclusive", doubt)
+
 
 DENSE = """
 import torch
@@ -492,7 +529,6 @@ def compare(capfd: pytest.CaptureFixture, place: Path, factory: str, data: str, 
             place / data if "npz" in data else f"{place}/{data}", "--out", place,
         )  # fmt: skip
         assert ran.code == 0, ran.err
-        (place / "nets-x86").rename(bundle)
     source = place / data if "npz" in data else f"{place}/{data}"
     return invoke(capfd, "compare", model, bundle, "--data", source, "--json", "-", *more)
 
