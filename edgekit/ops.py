@@ -104,8 +104,8 @@ def write_trace(path: Path, runs: Sequence[Run], about: str) -> None:
         begin = {"pid": 1, "tid": 1, "ph": "X", "args": args}
         events.append({"name": "run", "cat": "run", "ts": run.start_us - first, "dur": run.us, **begin})
         for event in run.events:
-            where = {"name": event.name or event.op, "cat": event.op, "ts": event.start_us - first, "dur": event.us}
-            events.append({**where, **begin})
+            where = {"name": event.name or event.op, "cat": event.op, "ts": event.start_us - first}
+            events.append({**where, "dur": event.us + event.lost_us, **begin})
     process = {"name": "process_name", "ph": "M", "pid": 1, "args": {"name": about}}
     files.write(path, json.dumps({"traceEvents": [process, *events], "displayTimeUnit": "ms"}).encode())
 
