@@ -122,7 +122,9 @@ def _layers(
             index = layer * directions + direction
             w_ih, w_hh, *rest = params[index * per : (index + 1) * per]
             b_ih, *others = rest if has_biases else [None, *rest]
-            product, first = linear(x, w_ih, b_ih), [state[index] for state in states]
+            # Of two dimensions: behind what dequantizes x, XNNPACK's partitioner would take the layer for an int8 one.
+            product = linear(x.reshape(-1, x.shape[2]), w_ih, b_ih).reshape(*x.shape[:2], -1)
+            first = [state[index] for state in states]
             if len(x) >= LONG or len(x) * w_hh.nbytes > COPIES:
                 product = product.flip(0) if direction else product
                 *last, y = torch.ops.edgekit.recurrence(product, first, [w_hh, *others], kind)

@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, Quantizer
 
 from edgekit.quant.passes import argument, aten, attribute, capture, is_attribute
-from edgekit.quant.quantizer import EMBEDDING, WEIGHTED, EdgeQuantizer, dynamic_spec, target_groups, weight_spec
+from edgekit.quant.quantizer import EMBEDDING, MOVES, WEIGHTED, EdgeQuantizer, dynamic_spec, target_groups, weight_spec
 from edgekit.quant.rounding import channel_scales
 
 LEAST_SHARE = 0.1  # of the weights, below which quantizing linear layers alone is not worth a file
@@ -94,6 +94,7 @@ class StaticQuantizer(EdgeQuantizer):
 
     def annotate(self, model: GraphModule) -> GraphModule:
         """Annotates every node once."""
+        self.keep_float |= _moves_around_layers(model)
         super().annotate(model)
         self.recurrent = Counter()
         for node in model.graph.nodes:
@@ -113,6 +114,25 @@ def reachable_share(module: torch.nn.Module, example: tuple[torch.Tensor, ...]) 
     quantizer = WeightQuantizer(dynamic=True)
     quantizer.annotate(graph)
     return quantizer.share
+
+
+def _moves_around_layers(model: GraphModule) -> frozenset[str]:
+    """The moves of what recurrent layers read and give: a state that is rounded at every step drifts."""
+    found: set[Node] = set()
+    layers = [node for node in model.graph.nodes if node.target in RECURRENT]
+    pending = [source for layer in layers for source in layer.all_input_nodes]
+    while pending:
+        node = pending.pop()
+        if node.target in MOVES and node not in found:
+            found.add(node)
+            pending.extend(node.all_input_nodes)
+    pending = [part for layer in layers for user in layer.users for part in user.users]
+    while pending:
+        node = pending.pop()
+        if node.target in MOVES and node not in found:
+            found.add(node)
+            pending.extend(node.users)
+    return frozenset(node.name for node in found)
 
 
 def weight_scales(model: GraphModule, node: Node) -> dict[Node, tuple[int | None, torch.Tensor]]:
