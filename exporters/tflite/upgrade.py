@@ -12,6 +12,7 @@ from onnx import version_converter
 from edgekit.errors import EdgeKitError, reason
 
 OLDEST_OPSET = 13
+CHANGED_RESIZE = 11  # the opset
 TOLERANCE = 1e-5  # of the largest value: the same kernels in another order
 _HELP = "convert it with onnx.version_converter and check the result, or export it anew"
 
@@ -85,6 +86,8 @@ def upgraded(model: onnx.ModelProto) -> onnx.ModelProto:
     what = f"the ONNX model uses opset {old}, and TFLite export reads opset {OLDEST_OPSET} and newer"
     try:
         new = version_converter.convert_version(model, OLDEST_OPSET)
+        if old < CHANGED_RESIZE:
+            _keep_coordinates(new)
         onnx.checker.check_model(new)
         # With an open shape there is nothing to run, and the reader refuses the model.
         same = not has_fixed_shapes(model) or _same(model, new)
@@ -93,6 +96,15 @@ def upgraded(model: onnx.ModelProto) -> onnx.ModelProto:
     if not same:
         raise EdgeKitError(f"{what}; upgrading it changed its results", _HELP)
     return new
+
+
+def _keep_coordinates(model: onnx.ModelProto) -> None:
+    """Write how Resize read coordinates before opset 11: the converter leaves the new defaults, which are others."""
+    for node in model.graph.node:
+        if node.op_type == "Resize":
+            old = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+            given = {attribute.name for attribute in node.attribute}
+            node.attribute.extend(onnx.helper.make_attribute(*each) for each in old.items() if each[0] not in given)
 
 
 def _same(model: onnx.ModelProto, other: onnx.ModelProto) -> bool:
@@ -107,13 +119,14 @@ def _same(model: onnx.ModelProto, other: onnx.ModelProto) -> bool:
 
 
 def random_feeds(model: onnx.ModelProto) -> dict[str, np.ndarray]:
-    """Seeded inputs of fixed shapes: normal numbers for floats, zeros for integers, which may be indices."""
+    """Seeded inputs of fixed shapes: normal numbers, zeros for integers, which may be indices, and random truths."""
     rng = np.random.default_rng(0)
     feeds = {}
     for value in inputs(model):
         dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
         shape = [dim.dim_value for dim in dims(value)]
-        feeds[value.name] = (rng.standard_normal(shape) if dtype.kind == "f" else np.zeros(shape)).astype(dtype)
+        numbers = rng.standard_normal(shape) if dtype.kind == "f" else np.zeros(shape)
+        feeds[value.name] = np.asarray(rng.random(shape) < 0.5 if dtype == np.bool_ else numbers).astype(dtype)
     return feeds
 
 

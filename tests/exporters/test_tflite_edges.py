@@ -111,6 +111,14 @@ def test_a_constant_node_without_its_first_output() -> None:
     agree(made, X)
 
 
+@pytest.mark.parametrize("mode", ["nearest", "linear"])
+@pytest.mark.parametrize(("op", "opset"), [("Resize", 10), ("Upsample", 9)])
+def test_old_resizes_read_coordinates_as_they_did(op: str, opset: int, mode: str) -> None:
+    feeds = {"x": np.arange(24, dtype=np.float32).reshape(1, 2, 3, 4)}
+    scales = {"s": np.array([1, 1, 1.5, 2], np.float32)}
+    agree(model([node(op, ["x", "s"], mode=mode)], feeds, scales, opset=opset), feeds)
+
+
 def choice(threshold: float, other: str = "Neg") -> onnx.ModelProto:
     """Relu of x or another op of it, by its maximum."""
     branches = [
