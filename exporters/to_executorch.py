@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from executorch.backends.transforms.remove_getitem_op import RemoveGetItemPass
 from executorch.backends.xnnpack._passes import XNNPACKPassManager
+from executorch.backends.xnnpack._passes.channels_last_tagged_reshape_pass import ChannelsLastTaggedReshapePass
 from executorch.backends.xnnpack._passes.conv1d_unsqueeze_pass import Conv1dUnsqueezePass
 from executorch.backends.xnnpack._passes.convert_to_linear import ConvertToLinearPass
 from executorch.backends.xnnpack._passes.convert_to_sdpa import ConvertToSDPAPass
@@ -21,8 +22,19 @@ from executorch.backends.xnnpack._passes.fuse_activation_pass import FuseActivat
 from executorch.backends.xnnpack._passes.fuse_batch_norm import FuseBatchNormPass
 from executorch.backends.xnnpack._passes.prelu_reshape_pass import PReLUReshapePass
 from executorch.backends.xnnpack._passes.propagate_custom_meta_pass import PropagateCustomMetaPass
-from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS, ConstantPadConfig, LinearConfig
-from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
+from executorch.backends.xnnpack.partition.config import (
+    ALL_PARTITIONER_CONFIGS,
+    AddmmConfig,
+    BatchNormConfig,
+    ConstantPadConfig,
+    ConvolutionConfig,
+    GeluConfig,
+    LinearConfig,
+    MaxDimConfig,
+    PreluConfig,
+    UpsampleBilinear2dConfig,
+)
+from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType, XNNPartitionerConfig
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.backends.xnnpack.utils.quant_utils import is_dequant
 from executorch.exir import (
@@ -48,10 +60,11 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from edgekit.errors import EdgeKitError
+from edgekit.exporters.pte_decompose import decompose_activations
 from edgekit.exporters.pte_recurrent import insert_steps, spell_recurrences, steps_of, unroll_recurrences
 from edgekit.exporters.pte_weights import prepare_weights
 from edgekit.lean import all_nodes, copied, needed_decompositions, replaced, unread_notes
-from edgekit.quant.passes import CONVOLUTIONS, convolution_arguments
+from edgekit.quant.passes import CONVOLUTIONS, convolution_arguments, spread
 
 aten = torch.ops.aten
 
@@ -120,8 +133,132 @@ class PlainMoves(ExportPass):
         return super().call_operator(edge.view_copy.default, (part, list(meta["val"].shape)), {}, meta)
 
 
-OWN_CONFIGS = {ConstantPadConfig: QuantizedPadConfig, LinearConfig: WeightOnlyLinearConfig}
-PARTITIONER_CONFIGS = [OWN_CONFIGS.get(row, row) for row in ALL_PARTITIONER_CONFIGS]
+class OneReaderPerDequantize(ExportPass):
+    """Gives each reader of a quantized value a dequantization of its own.
+
+    XNNPACK's passes choose by one reader's needs whether a dequantization is a step of its own or part of an int8 op,
+    and which layout it has; every other reader of the same one would get that too.
+    """
+
+    def call(self, graph_module: GraphModule) -> PassResult:
+        """Copies each dequantization of an activation for all of its readers but the first."""
+        graph = graph_module.graph
+        for node in [n for n in graph.nodes if n.op == "call_function" and is_dequant(n)]:
+            for reader in list(node.users)[1:]:
+                with graph.inserting_after(node):
+                    own = graph.node_copy(node)
+                reader.replace_input_with(node, own)
+        graph_module.recompile()
+        return PassResult(graph_module, True)
+
+
+class ShortOutputPaddingConfig(ConvolutionConfig):
+    """Leaves out transposed convolutions whose output padding reaches their stride, which fail as the file runs."""
+
+    def check_constraints(self, node: Node, ep: ExportedProgram) -> bool:
+        """Whether XNNPACK runs this node."""
+        stride, transposed, extra = node.args[3], node.args[6], node.args[7]
+        reaches = transposed and any(e >= s for e, s in zip(spread(extra, 3), spread(stride, 3), strict=False))
+        return not reaches and super().check_constraints(node, ep)
+
+
+class PlainAddmmConfig(AddmmConfig):
+    """Leaves out factors other than 1, and a bias for each row, which the serializer drops."""
+
+    def check_constraints(self, node: Node, ep: ExportedProgram) -> bool:
+        """Whether XNNPACK computes what this node does."""
+        factors = (node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1))
+        return factors == (1, 1) and node.args[0].meta["val"].ndim == 1 and super().check_constraints(node, ep)
+
+
+class ImageBatchNormConfig(BatchNormConfig):
+    """Leaves out what is no image, on which XNNPACK's layout pass fails."""
+
+    def check_constraints(self, node: Node, ep: ExportedProgram) -> bool:
+        """Whether XNNPACK's passes take this node."""
+        return node.args[0].meta["val"].ndim == 4 and super().check_constraints(node, ep)
+
+
+class EvenUpsampleConfig(UpsampleBilinear2dConfig):
+    """Leaves out factors that do not give whole sizes: XNNPACK computes with the ratio of the sizes instead."""
+
+    def check_constraints(self, node: Node, ep: ExportedProgram) -> bool:
+        """Whether XNNPACK computes what this node does."""
+        align_corners, factors = node.args[2], node.args[3] if len(node.args) > 3 else None
+        before, after = node.args[0].meta["val"].shape[2:], node.meta["val"].shape[2:]
+        even = factors is None or all(b * f == a for b, a, f in zip(before, after, factors, strict=True))
+        return (align_corners or even) and super().check_constraints(node, ep)
+
+
+class ExactGeluConfig(GeluConfig):
+    """Leaves the approximation by tanh out, for which XNNPACK would compute the exact function."""
+
+    def check_constraints(self, node: Node, ep: ExportedProgram) -> bool:
+        """Whether XNNPACK computes what this node does."""
+        return node.kwargs.get("approximate", "none") == "none" and super().check_constraints(node, ep)
+
+
+class ImageMaxDimConfig(MaxDimConfig):
+    """Leaves out what the serializer refuses: other dimensions than rows and columns, and results of another rank."""
+
+    def check_constraints(self, node: Node, ep: ExportedProgram) -> bool:
+        """Whether the serializer takes this node."""
+        return (
+            node.args[1] in (2, 3)
+            and len(node.args) == 3
+            and bool(node.args[2])
+            and len(node.users) == 1
+            and super().check_constraints(node, ep)
+        )
+
+
+class ImagePreluConfig(PreluConfig):
+    """Leaves out what is no image, which the serializer refuses."""
+
+    def check_constraints(self, node: Node, ep: ExportedProgram) -> bool:
+        """Whether the serializer takes this node."""
+        return node.args[0].meta["val"].ndim == 4 and super().check_constraints(node, ep)
+
+
+OWN_CONFIGS = {
+    AddmmConfig: PlainAddmmConfig,
+    BatchNormConfig: ImageBatchNormConfig,
+    ConstantPadConfig: QuantizedPadConfig,
+    ConvolutionConfig: ShortOutputPaddingConfig,
+    GeluConfig: ExactGeluConfig,
+    LinearConfig: WeightOnlyLinearConfig,
+    MaxDimConfig: ImageMaxDimConfig,
+    PreluConfig: ImagePreluConfig,
+    UpsampleBilinear2dConfig: EvenUpsampleConfig,
+}
+MOST_DIMENSIONS = 6  # of XNNPACK's tensors
+
+
+def bounded(row: type[XNNPartitionerConfig]) -> type[XNNPartitionerConfig]:
+    """Returns a row of the partitioner's table that leaves out tensors of more dimensions than XNNPACK has."""
+
+    class Bounded(row):  # type: ignore[valid-type,misc]
+        def check_constraints(self, node: Node, ep: ExportedProgram) -> bool:
+            values = [node.meta.get("val"), *(source.meta.get("val") for source in node.all_input_nodes)]
+            ranks = [value.ndim for value in values if isinstance(value, torch.Tensor)]
+            return max(ranks, default=0) <= MOST_DIMENSIONS and super().check_constraints(node, ep)
+
+    Bounded.__name__ = row.__name__
+    return Bounded
+
+
+PARTITIONER_CONFIGS = [bounded(OWN_CONFIGS.get(row, row)) for row in ALL_PARTITIONER_CONFIGS]
+
+# Ops that XNNPACK computes on the last dimension as torch has it: behind a convolution, that is not the last in memory.
+ROW_OPS = {exir_ops.edge.aten._softmax.default, aten.scaled_dot_product_attention.default}
+
+
+@contextmanager
+def rows_in_order() -> Iterator[None]:
+    """Lets XNNPACK's layout pass bring the images that ROW_OPS read back into torch's layout."""
+    ours = ChannelsLastTaggedReshapePass.memory_sensitive_ops_nchw | ROW_OPS
+    with replaced(ChannelsLastTaggedReshapePass, "memory_sensitive_ops_nchw", ours):
+        yield
 
 
 def named(*parts: str) -> Callable[[Node], bool]:
@@ -170,6 +307,7 @@ NEEDS: dict[type, Callable[[Node], bool]] = {
     LegalizePortableDimOrderPass: named("avg_pool2d", "expand_copy", "mean", "sum"),
     MemoryFormatOpsPass: named("_to_copy", "empty", "clone"),
     NormalizeTransposePass: named("aten.t."),
+    OneReaderPerDequantize: named("dequantize"),
     PlainMoves: named("expand", "select", "squeeze"),
     PReLUReshapePass: named("prelu"),
     PropagateCustomMetaPass: lambda node: "custom" in node.meta,
@@ -235,7 +373,7 @@ def to_executorch(program: ExportedProgram) -> Lowered:
             node.meta.pop(note, None)
     program = spell_recurrences(program)
     try:
-        with lean():
+        with lean(), rows_in_order():
             steps = steps_of(program, lambda step: _lower(prepare_weights(step)[0]))
             program, notes = prepare_weights(unroll_recurrences(program))
             edge = _lower(program)
@@ -254,10 +392,11 @@ def to_executorch(program: ExportedProgram) -> Lowered:
 
 
 def _lower(program: ExportedProgram) -> EdgeProgramManager:
+    decompose_activations(program)
     spell_as_core(program)
     return to_edge_transform_and_lower(
         program,
-        transform_passes=[PlainMoves()],
+        transform_passes=[PlainMoves(), OneReaderPerDequantize()],
         partitioner=[XnnpackPartitioner(configs=PARTITIONER_CONFIGS)],
         compile_config=EdgeCompileConfig(_check_ir_validity=False),
     )

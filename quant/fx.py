@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
 
 def argument(node: Node, index: int, name: str, default: Any = None) -> Any:
@@ -50,8 +52,8 @@ def calls(model: GraphModule) -> list[Node]:
     return [n for n in model.graph.nodes if n.op == "call_function"]
 
 
-def insert(model: GraphModule, target: Any, *args: Any) -> Node:
-    """Returns a new node, at the insertion point, that calls `target`."""
-    node = model.graph.call_function(target, args)
-    node.meta["val"] = target(*(arg.meta["val"] if isinstance(arg, Node) else arg for arg in args))
+def insert(model: GraphModule | ExportedProgram, target: Any, *args: Any, **options: Any) -> Node:
+    """Returns a new node, at the insertion point, that calls `target`; its value is inferred."""
+    node = model.graph.call_function(target, args, options)
+    node.meta["val"] = target(*map_arg(args, lambda arg: arg.meta["val"]), **options)
     return node

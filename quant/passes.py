@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 from edgekit.lean import unread_notes
 from edgekit.quant.branches import drop_zero_branches
 from edgekit.quant.constants import fold_constants
+from edgekit.quant.decompose import rare_ops_to_plain
 from edgekit.quant.fx import add_attribute, argument, attribute, calls, insert, is_attribute
 from edgekit.quant.recurrent_cells import cells_to_layers
 
@@ -518,6 +519,7 @@ PASSES = (
     drop_zero_branches,
     fold_constants,
     cells_to_layers,
+    rare_ops_to_plain,
     splits_to_slices,
     clamps_to_activations,
     named_paddings_to_amounts,

@@ -1,0 +1,164 @@
+"""ExecuTorch: activations in the ops that XNNPACK computes, so that they do not cut the network in parts.
+
+What runs outside the delegate takes its time twice: for the op, and for the values that go there and back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from edgekit.quant.fx import insert
+
+aten = torch.ops.aten
+
+Emit = Callable[..., Node]
+
+# log(1 + exp(-t)) at the threshold t of a softplus, which torch takes for 0 from there on, has to be below this.
+NOTHING = 1e-6
+
+ARITHMETIC = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
+
+
+def decompose_activations(program: ExportedProgram) -> None:
+    """Puts ops of XNNPACK in the place of those in RULES, on a functional program."""
+    graph = program.graph
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target in ARITHMETIC and isinstance(node.args[1], int):
+            _as_float(node)
+        if node.target not in RULES or not _is_float(node.args[0]):
+            continue
+        with graph.inserting_before(node):
+            result = RULES[node.target](partial(insert, program), program, node, *_arguments(node))
+        if result is not None:
+            node.replace_all_uses_with(result)
+            graph.erase_node(node)
+
+
+def _as_float(node: Node) -> None:
+    """Makes the whole number that goes into a float result a float: it is not converted at every inference then."""
+    if _is_float(node) and _is_float(node.args[0]) and not isinstance(node.args[1], bool):
+        node.args = (node.args[0], float(node.args[1]), *node.args[2:])
+
+
+def _is_float(node: Any) -> bool:
+    value = node.meta.get("val") if isinstance(node, Node) else None
+    return isinstance(value, torch.Tensor) and value.dtype in (torch.float32, torch.float16)
+
+
+def _arguments(node: Node) -> list[Any]:
+    """Returns the arguments of a node in the order of its schema, defaults filled in."""
+    given = [*node.args]
+    for argument in node.target._schema.arguments[len(given) :]:
+        given.append(node.kwargs.get(argument.name, argument.default_value))
+    return given
+
+
+def _log1p_exp(emit: Emit, x: Node) -> Node:
+    """Emits log(1 + exp(-|x|))."""
+    decay = emit(aten.exp.default, emit(aten.neg.default, emit(aten.abs.default, x)))
+    return emit(aten.log.default, emit(aten.add.Tensor, decay, 1.0))
+
+
+def softplus(emit: Emit, program: ExportedProgram, node: Node, x: Node, beta: float, threshold: float) -> Node | None:
+    """log(1 + exp(βx)) / β = (max(βx, 0) + log(1 + exp(-|βx|))) / β, which does not overflow."""
+    if beta <= 0 or math.log1p(math.exp(-threshold)) / beta > NOTHING:
+        return None
+    scaled = x if beta == 1 else emit(aten.mul.Tensor, x, float(beta))
+    total = emit(aten.add.Tensor, emit(aten.relu.default, scaled), _log1p_exp(emit, scaled))
+    return total if beta == 1 else emit(aten.mul.Tensor, total, 1 / beta)
+
+
+def mish(emit: Emit, program: ExportedProgram, node: Node, x: Node) -> Node | None:
+    """x · tanh(softplus(x))."""
+    plus = softplus(emit, program, node, x, 1.0, math.inf)
+    return emit(aten.mul.Tensor, x, emit(aten.tanh.default, plus))
+
+
+def log_sigmoid(emit: Emit, program: ExportedProgram, node: Node, x: Node) -> Node | None:
+    """-softplus(-x)."""
+    plus = softplus(emit, program, node, emit(aten.neg.default, x), 1.0, math.inf)
+    return emit(aten.neg.default, plus)
+
+
+def elu(
+    emit: Emit, program: ExportedProgram, node: Node, x: Node, alpha: float, scale: float, input_scale: float
+) -> Node | None:
+    """scale · (max(x, 0) + α · (exp(min(input_scale · x, 0)) - 1))."""
+    inner = x if input_scale == 1 else emit(aten.mul.Tensor, x, float(input_scale))
+    below = emit(aten.exp.default, emit(aten.neg.default, emit(aten.relu.default, emit(aten.neg.default, inner))))
+    negative = emit(aten.mul.Tensor, emit(aten.sub.Tensor, below, 1.0), float(alpha * scale))
+    positive = emit(aten.relu.default, x)
+    if scale != 1:
+        positive = emit(aten.mul.Tensor, positive, float(scale))
+    return emit(aten.add.Tensor, positive, negative)
+
+
+def celu(emit: Emit, program: ExportedProgram, node: Node, x: Node, alpha: float) -> Node | None:
+    """An ELU whose slope is 1 on both sides of 0."""
+    return elu(emit, program, node, x, float(alpha), 1.0, 1 / alpha) if alpha else None
+
+
+def selu(emit: Emit, program: ExportedProgram, node: Node, x: Node) -> Node | None:
+    """An ELU with two constants of its own (Klambauer et al. 2017)."""
+    return elu(emit, program, node, x, 1.6732632423543772, 1.0507009873554805, 1.0)
+
+
+def gelu(emit: Emit, program: ExportedProgram, node: Node, x: Node, approximate: str) -> Node | None:
+    """x · sigmoid(2 · √(2/π) · (x + 0.044715 x³)) where that approximation is asked for: XNNPACK has the exact one."""
+    if approximate != "tanh":
+        return None
+    factor = 2 * math.sqrt(2 / math.pi)
+    square = emit(aten.mul.Tensor, x, x)
+    inner = emit(aten.mul.Tensor, emit(aten.add.Tensor, emit(aten.mul.Tensor, square, 0.044715 * factor), factor), x)
+    return emit(aten.mul.Tensor, x, emit(aten.sigmoid.default, inner))
+
+
+def prelu(emit: Emit, program: ExportedProgram, node: Node, x: Node, weight: Node) -> Node | None:
+    """Of one slope a leaky ReLU; else max(x, 0) - w · max(-x, 0) where x is no image, of which alone XNNPACK has it."""
+    slope = _parameter(program, weight)
+    if slope is not None and slope.numel() == 1:
+        return emit(aten.leaky_relu.default, x, float(slope))
+    rank = x.meta["val"].ndim
+    if rank == 4 and slope is not None and len(weight.users) == 1:
+        return None
+    if rank > 2 and weight.meta["val"].numel() > 1:
+        weight = emit(aten.view.default, weight, [-1, *[1] * (rank - 2)])
+    below = emit(aten.mul.Tensor, emit(aten.relu.default, emit(aten.neg.default, x)), weight)
+    return emit(aten.sub.Tensor, emit(aten.relu.default, x), below)
+
+
+def _parameter(program: ExportedProgram, node: Node) -> torch.Tensor | None:
+    """Returns the tensor that a placeholder of a program stands for, None for one of its inputs or a computed value."""
+    signature = program.graph_signature
+    held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    return program.state_dict.get(held.get(node.name, ""))
+
+
+def glu(emit: Emit, program: ExportedProgram, node: Node, x: Node, dim: int) -> Node | None:
+    """The first half times the sigmoid of the second."""
+    dim %= x.meta["val"].ndim
+    half = x.meta["val"].shape[dim] // 2
+    first, second = (emit(aten.slice.Tensor, x, dim, start, start + half) for start in (0, half))
+    return emit(aten.mul.Tensor, first, emit(aten.sigmoid.default, second))
+
+
+RULES: dict[Any, Callable[..., Node | None]] = {
+    aten.celu.default: celu,
+    aten.elu.default: elu,
+    aten.gelu.default: gelu,
+    aten.glu.default: glu,
+    aten.log_sigmoid.default: log_sigmoid,
+    aten.mish.default: mish,
+    aten.prelu.default: prelu,
+    aten.selu.default: selu,
+    aten.softplus.default: softplus,
+}
