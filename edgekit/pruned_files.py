@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekit import files
-from edgekit.errors import EdgeKitError, reason
+from edgekit.errors import EdgeKitError
 from edgekit.results import SUFFIXES
 
 if TYPE_CHECKING:
@@ -47,18 +47,15 @@ def program_bytes(original: Model, pruned: Any) -> bytes:
     import torch
     from torch.utils import _pytree as pytree
 
+    from edgekit.quant.captured import told
+
     leaves = list(pruned.fixed)
     for slot, tensor in zip(pruned.slots, original.example, strict=True):
         leaves[slot] = tensor
     args, kwargs = pytree.tree_unflatten(leaves, pruned.in_spec)
     held = io.BytesIO()
-    try:
+    with told():
         torch.export.save(torch.export.export(pruned.inner, args, kwargs), held)
-    except Exception as error:  # whatever torch.export and the user's forward raise
-        raise EdgeKitError(
-            f"the pruned network cannot be captured as a graph: {reason(error)}",
-            "its forward must be one that torch.export takes: no branches on the values of tensors",
-        ) from error
     return held.getvalue()
 
 

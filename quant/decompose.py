@@ -33,8 +33,7 @@ def rare_ops_to_plain(model: GraphModule) -> None:
             result = RULES[node.target](emit, constant, node, *_arguments(node))
             if result is None:
                 continue
-            if _first_value(node).is_contiguous():  # as what reads it may rely on
-                result = _contiguous(emit, result)
+            result = _laid_out(emit, result, _first_value(node))
         values = [user for user in node.users if user.target is operator.getitem] or [node]
         for value in values:
             value.replace_all_uses_with(result)
@@ -63,6 +62,17 @@ def _reads_values_alone(node: Node) -> bool:
 def _wide(value: int | Sequence[int], rank: int) -> list[int]:
     values = [value] if isinstance(value, int) else list(value)
     return values * rank if len(values) == 1 else values
+
+
+def _laid_out(emit: Emit, x: Node, original: torch.Tensor) -> Node:
+    """Gives `x` the strides of what it stands for: views that read it rely on them."""
+    if x.meta["val"].stride() == original.stride():
+        return x
+    order = sorted(range(original.ndim), key=lambda dim: -original.stride(dim))
+    if order == sorted(order):
+        return _contiguous(emit, x)
+    moved = _contiguous(emit, emit(aten.permute.default, x, order))
+    return emit(aten.permute.default, moved, [order.index(dim) for dim in range(len(order))])
 
 
 def _contiguous(emit: Emit, x: Node) -> Node:
@@ -312,7 +322,7 @@ def antialiased(target: Any) -> Callable[..., Node | None]:
 
     def matrix(size: int, wanted: int, align: bool, scale: float | None) -> torch.Tensor:
         units = torch.eye(size)[None, None]
-        return target(units, [wanted, size], align, [scale or wanted / size, 1.0] if scale else None)[0, 0]
+        return target(units, *((None, align, [scale, 1.0]) if scale else ([wanted, size], align, None)))[0, 0]
 
     def rule(
         emit: Emit, constant: Any, node: Node, x: Node, size: Any, align: bool, scales: Sequence[float] | None

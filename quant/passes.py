@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 
 from edgekit.lean import unread_notes
 from edgekit.quant.branches import drop_zero_branches
+from edgekit.quant.captured import told
 from edgekit.quant.constants import fold_constants
 from edgekit.quant.decompose import rare_ops_to_plain
 from edgekit.quant.fx import add_attribute, argument, attribute, calls, insert, is_attribute
@@ -47,9 +48,10 @@ def capture(module: torch.nn.Module, example: tuple[torch.Tensor, ...]) -> Graph
     """Returns `module` as a functional, canonical aten graph with its parameters as attributes.
 
     Decomposing with an empty table makes in-place ops functional and unifies aliases (relu6 → hardtanh, flatten →
-    view) without taking composite ops apart.
+    view) without taking composite ops apart. Raises EdgeKitError, with the user's file and line, for what torch cannot
+    capture.
     """
-    with unread_notes():
+    with told(), unread_notes():
         program = torch.export.export(module, example, strict=False).run_decompositions({})
     forget_input_mutations(program)
     return canonicalize(program.module(check_guards=False))
@@ -57,7 +59,7 @@ def capture(module: torch.nn.Module, example: tuple[torch.Tensor, ...]) -> Graph
 
 def export(graph: GraphModule, example: tuple[torch.Tensor, ...]) -> ExportedProgram:
     """Returns a captured `graph` as a program, as it is."""
-    with unread_notes():
+    with told(), unread_notes():
         return torch.export.export(graph, example, strict=False)
 
 

@@ -400,6 +400,11 @@ def convolutions() -> Iterator[Case]:
         _made(nn.ConvTranspose2d, 4, 8, (3, 2), stride=(1, 2), padding=(1, 0), output_padding=(0, 1)),
         (1, 4, 9, 7),
     )
+    yield layer(
+        "conv_transpose2d late",
+        _made(nn.ConvTranspose2d, 4, 8, 3, stride=1, dilation=2, output_padding=1),
+        (1, 4, 9, 7),
+    )
     for norm, rank in itertools.product((True, False), (1, 2, 3)):
         batch_norm = getattr(nn, f"BatchNorm{rank}d")
         image = (2, 4, *(9, 7, 6)[:rank])

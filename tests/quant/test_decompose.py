@@ -28,12 +28,12 @@ ADAPTIVE = [
     (f"{kind} {rank}d {size} {shape}", getattr(F, f"adaptive_{kind}_pool{rank}d"), (size,), shape)
     for kind in ("max", "avg")
     for rank, shape, sizes in (
-        (1, LINE, (1, 2, 3, 4, 10, 13)),
+        (1, LINE, (1, 3, 4, 13)),
         (1, LINE[1:], (1, 3)),
-        (2, IMAGE, (1, 2, 3, 5, 8, 11, (3, 2), (None, 2), (1, 4))),
-        (2, IMAGE[1:], (1, 2, 5)),
-        (3, VOLUME, (1, 2, 3, (3, 4, 2), 7)),
-        (3, VOLUME[1:], (1, 3)),
+        (2, IMAGE, (1, 2, 3, 11, (None, 2), (1, 4))),
+        (2, IMAGE[1:], (1, 5)),
+        (3, VOLUME, (1, 3, (3, 4, 2))),
+        (3, VOLUME[1:], (3,)),
     )
     for size in sizes
 ]
@@ -41,7 +41,7 @@ WINDOWS = [
     (f"{kind} {rank}d {arguments} {shape}", getattr(F, f"{kind}_pool{rank}d"), arguments, shape)
     for kind in ("max", "avg")
     for rank, shape in ((1, LINE), (1, LINE[1:]), (2, IMAGE[1:]), (3, VOLUME), (3, VOLUME[1:]))
-    for arguments in ((2,), (3, 2, 1), (3, 1), (2, 2, 1))
+    for arguments in ((2,), (3, 2, 1))
 ]
 PADDED = {"stride": 2, "padding": 1, "count_include_pad": False}
 OTHERS: list[tuple[str, Callable[..., Any], tuple[Any, ...], tuple[int, ...]]] = [
@@ -67,7 +67,7 @@ OTHERS: list[tuple[str, Callable[..., Any], tuple[Any, ...], tuple[int, ...]]] =
     ("fold", lambda x: F.fold(x, (4, 5), 2), (), (2, 12, 12)),
     ("fold blocks", lambda x: F.fold(x, (4, 6), 2, stride=2), (), (2, 12, 6)),
     ("fold odd", lambda x: F.fold(x, (6, 7), (3, 2), (1, 2), (1, 0), (2, 3)), (), (1, 12, 6)),
-    ("fold unbatched", lambda x: F.fold(x, (4, 5), 2, padding=1, stride=3), (), (12, 6)),
+    ("fold unbatched", lambda x: F.fold(x, (4, 5), 2, padding=1, stride=3), (), (12, 4)),
     ("max rows", lambda x: x.max(3)[0], (), IMAGE),
     ("max columns", lambda x: x.max(2, keepdim=True)[0], (), IMAGE),
     ("max channels", lambda x: x.max(1)[0], (), IMAGE),
