@@ -27,8 +27,10 @@ XNN_TENSOR = "datatype num_dims dims constant_buffer_idx external_id flags id_ou
 VALUES = {2: "Int", 3: "Bool", 4: "Double", 5: "Tensor"}  # of the union KernelTypes: what an input or output can be
 SCALARS = {"Int": "int64", "Bool": "bool", "Double": "float64"}
 DTYPES = {
-    0: "uint8", 1: "int8", 2: "int16", 3: "int32", 4: "int64", 5: "float16", 6: "float32", 7: "float64", 11: "bool",
-    15: "bfloat16", 27: "uint16", 28: "uint32", 29: "uint64",
+    0: "uint8", 1: "int8", 2: "int16", 3: "int32", 4: "int64", 5: "float16", 6: "float32", 7: "float64",
+    8: "complex32", 9: "complex64", 10: "complex128", 11: "bool", 12: "int8", 13: "uint8", 14: "int32", 15: "bfloat16",
+    16: "uint4", 17: "uint2", 18: "uint1", 19: "uint2", 20: "uint4", 21: "uint8", 22: "uint16", 23: "float8e5m2",
+    24: "float8e4m3fn", 25: "float8e5m2fnuz", 26: "float8e4m3fnuz", 27: "uint16", 28: "uint32", 29: "uint64",
 }  # fmt: skip
 XNN_DTYPES = {
     1: "float32", 2: "float16", 3: "int8", 4: "uint8", 5: "int32", 6: "int8", 7: "int32", 8: "int4", 9: "int8",

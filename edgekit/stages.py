@@ -21,6 +21,7 @@ from edgekit.beside import beside, is_copy
 from edgekit.errors import EdgeKitError, MissingInputs, UsageError, reason
 from edgekit.progress import Progress, Silent
 from edgekit.results import SUFFIXES, Artifact, Layout, State, TensorSpec, axis_order
+from edgekit.suspects import counted, missing_kernels
 
 if TYPE_CHECKING:
     import numpy as np
@@ -519,15 +520,23 @@ def _executorch(original: Model, program: ExportedProgram, half_weights: bool) -
     lowered = to_executorch(program)
     notes = []
     if lowered.undelegated:
-        ops = ", ".join(f"{count} {name}" for name, count in lowered.undelegated.items())
+        outside = {name.rpartition("::")[2]: count for name, count in lowered.undelegated.items()}
         parts = f"; the network is cut into {lowered.delegates} parts" if lowered.delegates > 1 else ""
-        notes.append(f"ExecuTorch: outside the XNNPACK delegate run {ops}{parts}")
+        notes.append(f"ExecuTorch: {counted(outside)} outside the XNNPACK delegate{parts}")
+    if "quantized_kernels" in lowered.libraries:
+        notes.append("ExecuTorch: the runtime loads this file where the library quantized_kernels is linked too")
     if half_weights:
         notes.append(
             "ExecuTorch: fp16 computes in half precision but stores convolution weights in fp32: the file is no smaller"
         )
     notes += [f"ExecuTorch: {note}" for note in lowered.notes]
-    return Exported(lowered.data, {"delegates": lowered.delegates, "undelegated": lowered.undelegated}, tuple(notes))
+    facts = {
+        "delegates": lowered.delegates,
+        "undelegated": lowered.undelegated,
+        "kernels": list(lowered.kernels),
+        "kernel_libraries": list(lowered.libraries),
+    }
+    return Exported(lowered.data, facts, tuple(notes))
 
 
 def keeps_state(program: ExportedProgram, original: Model) -> ExportedProgram:
@@ -721,18 +730,20 @@ def _stacked_order(stacked: np.ndarray, artifact: Artifact) -> tuple[int, ...]:
 
 
 def try_out(artifact: Artifact, feeds: Sequence[np.ndarray], exported: Exported) -> Any:
-    """Runs a file that was exported just now; where it does not run, the error names the operators to suspect."""
+    """Runs a file that was exported just now; where it does not run, the error names the kernels that are missing."""
     from edgekit.runtimes.devices.forked import ForkedDevice
 
     try:
         return run(artifact, feeds, device=ForkedDevice() if is_copy() else "local:")
     except EdgeKitError as error:
-        suspects = ", ".join(exported.facts.get("undelegated", ()))
+        missing = ", ".join(missing_kernels(exported.facts.get("kernels", ())))
+        if not missing:
+            raise EdgeKitError(
+                f"{artifact.path.name} was exported, but does not run here: {error.what}", error.help
+            ) from error
         raise EdgeKitError(
-            f"{artifact.path.name} was exported, but does not run here: {error.what}",
-            f"the runtime may have no kernel for {suspects}: leave {artifact.format} out with --format"
-            if suspects
-            else error.help,
+            f"{artifact.path.name} was exported, but does not run here: the runtime has no kernel for {missing}",
+            f"compute what {missing} does otherwise, or leave {artifact.format} out with --format",
         ) from error
 
 

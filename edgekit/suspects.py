@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -28,6 +29,15 @@ options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE
 options.optimized_model_filepath = sys.argv[2]
 options.log_severity_level = 4
 onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+"""
+# ExecuTorch's binding says which kernels are linked into it; runtimes/pte.py loads the quantized ones too.
+REGISTERED = """
+import ctypes, json, pathlib, torch
+from executorch.extension.pybindings import _C
+library = pathlib.Path(_C.__file__).parents[2] / "lib" / "libexecutorch_kernels_quantized.so"
+if library.is_file():
+    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+print(json.dumps(list(_C._get_operator_names())))
 """
 TIMEOUT_S = 120
 INTEGER_OPS = {"ConvInteger", "MatMulInteger", "QAttention", "QGemm"}
@@ -127,6 +137,23 @@ def runs(path: Path) -> Contents | None:
     return replace(
         contents, graphs=tuple(tuple(n for node in graph for n in _as_run(node)) for graph in contents.graphs)
     )
+
+
+def missing_kernels(needed: Iterable[str]) -> list[str]:
+    """Returns which of the operators that a .pte file calls ExecuTorch's runtime has no kernel for, by its registry.
+
+    They are named as there, such as "aten::sort.values"; none where the runtime does not answer.
+    """
+    needed = list(needed)
+    if not needed:
+        return []
+    command = [sys.executable, "-P", "-c", REGISTERED]
+    try:
+        answer = subprocess.run(command, check=True, capture_output=True, timeout=TIMEOUT_S, text=True).stdout
+        registered = set(json.loads(answer.splitlines()[-1]))
+    except (subprocess.SubprocessError, ValueError, IndexError):
+        return []
+    return [name for name in needed if name not in registered]
 
 
 def _as_run(node: Node) -> Iterator[Node]:

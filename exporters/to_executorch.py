@@ -75,6 +75,7 @@ NOTES = ("from_node", "nn_module_stack", "stack_trace", "source_fn_stack")
 ALIGNMENT = 16
 
 PAD_DEFAULTS = ("constant", None)  # mode, value
+QUANTIZED = "quantized_decomposed::"  # how the names of the quantized kernel library's operators begin
 BOOKKEEPING = {"executorch_call_delegate", "getitem", "alloc", "copy_", "scan"}  # graph nodes that compute nothing
 
 
@@ -352,12 +353,24 @@ def _is_needed(row: type, module: GraphModule) -> bool:
 
 @dataclass(frozen=True)
 class Lowered:
-    """A .pte file's bytes, how many delegates it calls, the ops that stayed outside them (name → count), and notes."""
+    """A .pte file's bytes, how many delegates it calls, the ops that stayed outside them (name → count), and notes.
+
+    `kernels` are the runtime's names of the operators that it calls, such as "aten::where.self_out".
+    """
 
     data: bytes
     delegates: int
     undelegated: dict[str, int]
     notes: tuple[str, ...]
+    kernels: tuple[str, ...] = ()
+
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        """ExecuTorch's libraries, by their CMake targets, that a runtime needs to load the file."""
+        quantized = any(name.startswith(QUANTIZED) for name in self.kernels)
+        plain = any(not name.startswith(QUANTIZED) for name in self.kernels)
+        needed = {"xnnpack_backend": self.delegates > 0, "portable_kernels": plain, "quantized_kernels": quantized}
+        return tuple(name for name, is_needed in needed.items() if is_needed)
 
 
 def to_executorch(program: ExportedProgram) -> Lowered:
@@ -388,7 +401,10 @@ def to_executorch(program: ExportedProgram) -> Lowered:
         ) from error
     names = [_name(n) for n in all_nodes(edge.exported_program().graph_module) if n.op == "call_function"]
     outside = Counter(name for name in names if name not in BOOKKEEPING)
-    return Lowered(lowered.buffer, names.count("executorch_call_delegate"), dict(outside), notes)
+    plans = lowered.executorch_program.execution_plan
+    kernels = {f"{op.name}.{op.overload}".removesuffix(".") for plan in plans for op in plan.operators}
+    delegates = names.count("executorch_call_delegate")
+    return Lowered(lowered.buffer, delegates, dict(outside), notes, tuple(sorted(kernels)))
 
 
 def _lower(program: ExportedProgram) -> EdgeProgramManager:

@@ -20,6 +20,19 @@ from edgekit.quant.fx import add_attribute, calls, insert
 
 aten = torch.ops.aten
 
+VIEWS = (aten.view.default, aten.as_strided.default)
+PASSING = (
+    operator.getitem,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.expand.default,
+)
+
 Emit = Callable[..., Node]
 MAX, AVERAGE = aten.max_pool2d.default, aten.avg_pool2d.default
 CROPPED_MODES = ("constant", "reflect", "replicate", "circular")
@@ -33,7 +46,8 @@ def rare_ops_to_plain(model: GraphModule) -> None:
             result = RULES[node.target](emit, constant, node, *_arguments(node))
             if result is None:
                 continue
-            result = _laid_out(emit, result, _first_value(node))
+            if _is_viewed(node):
+                result = _laid_out(emit, result, _first_value(node))
         values = [user for user in node.users if user.target is operator.getitem] or [node]
         for value in values:
             value.replace_all_uses_with(result)
@@ -62,6 +76,11 @@ def _reads_values_alone(node: Node) -> bool:
 def _wide(value: int | Sequence[int], rank: int) -> list[int]:
     values = [value] if isinstance(value, int) else list(value)
     return values * rank if len(values) == 1 else values
+
+
+def _is_viewed(node: Node) -> bool:
+    """Whether a view relies on the strides of `node`, or of a part of it or an order of its dimensions."""
+    return any(user.target in VIEWS or (user.target in PASSING and _is_viewed(user)) for user in node.users)
 
 
 def _laid_out(emit: Emit, x: Node, original: torch.Tensor) -> Node:
@@ -305,16 +324,16 @@ def crop(
     """Spells negative amounts of a pad as slices."""
     if not amounts or min(amounts) >= 0 or mode not in CROPPED_MODES:
         return None
-    positive = [max(amount, 0) for amount in amounts]
-    if any(positive):
-        x = emit(aten.pad.default, x, positive, mode, value)
-    shape = _shape(x)
+    shape, positive = _shape(x), [max(amount, 0) for amount in amounts]
+    grown = [0] * len(amounts)
+    if any(positive) and mode != "constant":  # they continue what is there, also what is cropped
+        x, grown = emit(aten.pad.default, x, positive, mode, value), positive
     for index in range(0, len(amounts), 2):
         dim = len(shape) - 1 - index // 2  # torch lists the last dimension first
         before, after = (max(-amount, 0) for amount in amounts[index : index + 2])
         if before or after:
-            x = emit(aten.slice.Tensor, x, dim, before, shape[dim] - after)
-    return x
+            x = emit(aten.slice.Tensor, x, dim, before, shape[dim] + sum(grown[index : index + 2]) - after)
+    return emit(aten.pad.default, x, positive, mode, value) if any(positive) and mode == "constant" else x
 
 
 def antialiased(target: Any) -> Callable[..., Node | None]:

@@ -10,10 +10,13 @@ import torch
 from int8_nets import CASES, Batches, build, flat, quantized, sqnr
 from torch.fx.traceback import NodeSource
 
+from edgekit.contents import ITEM_BITS
 from edgekit.exporters.to_executorch import to_executorch
 from edgekit.quant.recipes import float32, half_compute
+from edgekit.read_pte import DTYPES
 from edgekit.runtimes import run_artifact
 from edgekit.summary import inspect_artifact
+from edgekit.suspects import missing_kernels
 
 # network → the ops that stay outside the delegate
 UNDELEGATED: dict[str, set[str]] = {
@@ -152,3 +155,35 @@ def test_attention_is_one_delegate(tmp_path: Path) -> None:
     lowered = to_executorch(float32(module, (x,)).program)
     assert lowered.delegates == 1 and not lowered.undelegated
     torch.testing.assert_close(run(lowered.data, (x,), tmp_path)[0], module(x), rtol=1e-5, atol=1e-5)
+
+
+class Unsupported(torch.nn.Module):
+    """Sorts, which no kernel of ExecuTorch does, beside what one does outside the delegate."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x.sort(1).values, torch.erf(x)
+
+
+def test_kernels_that_a_file_needs() -> None:
+    lowered = to_executorch(float32(Unsupported().eval(), (torch.randn(2, 3),)).program)
+    assert lowered.kernels == ("aten::erf.out", "aten::sort.values")
+    assert missing_kernels(lowered.kernels) == ["aten::sort.values"]
+    assert lowered.libraries == ("portable_kernels",)
+    embedded = to_executorch(quantized("two_inputs").program)
+    assert "quantized_decomposed::embedding_byte.out" in embedded.kernels
+    assert not missing_kernels(embedded.kernels)
+    assert embedded.libraries == ("xnnpack_backend", "quantized_kernels")
+
+
+class Spectrum(torch.nn.Module):
+    """Has complex values between its ops."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.view_as_real(torch.fft.rfft(x))
+
+
+def test_complex_values_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "model.pte"
+    path.write_bytes(to_executorch(float32(Spectrum().eval(), (torch.randn(2, 8),)).program).data)
+    assert inspect_artifact(path).ops  # what it holds is told, whatever the types of its values
+    assert set(DTYPES.values()) <= ITEM_BITS.keys()
