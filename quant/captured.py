@@ -6,7 +6,7 @@ import logging
 import re
 import sysconfig
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,13 +19,14 @@ from edgekit.lean import replaced
 LOGS = ("torch.fx.experimental.symbolic_shapes", "torch.export", "torch._export")
 MOST_QUOTED = 80  # characters of a user's line
 
-# Where code lies that is not the user's: EdgeKit's rooms, Python's own library, and what is installed.
+# Where code lies that is not the user's: EdgeKit's rooms, Python's own library, torch; and what else is installed.
 HERE = Path(__file__).resolve().parents[1]
-LIBRARIES = (
+TOOLS = (
     *(HERE / room for room in ("edgekit", "quant", "exporters", "runtimes")),
-    *{Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib")},
-    Path(torch.__file__).resolve().parents[1],
+    Path(sysconfig.get_path("stdlib")).resolve(),
+    Path(torch.__file__).resolve().parent,
 )
+INSTALLED = tuple(Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib"))
 
 # What a message of torch's holds → what torch could not capture, and what to write instead.
 CAUSES: tuple[tuple[str, str, str], ...] = (
@@ -129,16 +130,18 @@ def explained(error: BaseException) -> EdgeKitError:
 def user_line(error: BaseException) -> str | None:
     """Returns "FILE:LINE, `code`" of the innermost line of the user's own code that an error went through.
 
-    That is code outside of EdgeKit, Python and the libraries that are installed for it.
+    Where it went through none, the model comes from an installed library, and the line is that library's.
     """
-    own = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_library(frame.filename)]
-    if not own:
-        return None
-    code = f", `{own[-1].line[:MOST_QUOTED]}`" if own[-1].line else ""
-    return f"{own[-1].filename}:{own[-1].lineno}{code}"
+    frames = traceback.extract_tb(error.__traceback__)
+    for foreign in ((*TOOLS, *INSTALLED), TOOLS):
+        own = [frame for frame in frames if not _is_in(frame.filename, foreign)]
+        if own:
+            code = f", `{own[-1].line[:MOST_QUOTED]}`" if own[-1].line else ""
+            return f"{own[-1].filename}:{own[-1].lineno}{code}"
+    return None
 
 
-def _is_library(filename: str) -> bool:
+def _is_in(filename: str, folders: Iterable[Path]) -> bool:
+    """Whether a file is generated, as <frozen …> and <eval_with_key> are, or lies in one of `folders`."""
     path = Path(filename)
-    generated = not path.is_absolute()  # <frozen …>, <eval_with_key>
-    return generated or any(path.is_relative_to(folder) for folder in LIBRARIES)
+    return not path.is_absolute() or any(path.is_relative_to(folder) for folder in folders)
