@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py compare --samples 1000,5000,20000
     python benchmarks/memory.py export --precision fp32,int8
-    python benchmarks/memory.py export --root OTHER_CHECKOUT        the same with another version of EdgeKit
+    python benchmarks/memory.py --root OTHER_CHECKOUT export        the same with another version of EdgeKit
 
 `compare` reads 3x224x224 images from a generator and compares a small network's .onnx and .tflite files with it;
 with `--segment` the network gives outputs as large as its images. `export` exports a ViT-B (86 million parameters,

@@ -238,7 +238,7 @@ MOST_DIMENSIONS = 6  # of XNNPACK's tensors
 def bounded(row: type[XNNPartitionerConfig]) -> type[XNNPartitionerConfig]:
     """Returns a row of the partitioner's table that leaves out tensors of more dimensions than XNNPACK has."""
 
-    class Bounded(row):  # type: ignore[valid-type,misc]
+    class Bounded(row):
         def check_constraints(self, node: Node, ep: ExportedProgram) -> bool:
             values = [node.meta.get("val"), *(source.meta.get("val") for source in node.all_input_nodes)]
             ranks = [value.ndim for value in values if isinstance(value, torch.Tensor)]
