@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import re
 import sys
 import traceback
@@ -139,18 +140,24 @@ def _switch_to(folder: Path) -> None:
     """Puts the modules of `folder` in the place of those that came by the same names from other folders of users."""
     importlib.invalidate_caches()
     _modules_of.setdefault(folder, {})
-    for other, kept in _modules_of.items():
-        if other == folder:
+    others = {str(other): kept for other, kept in _modules_of.items() if other != folder}
+    for head in {name.partition(".")[0] for name in sys.modules}:
+        home = _home(sys.modules.get(head))
+        if home not in others or not ((folder / f"{head}.py").is_file() or (folder / head / "__init__.py").is_file()):
             continue
-        for name, module in list(sys.modules.items()):
-            head = name.partition(".")[0]
-            path = getattr(sys.modules.get(head), "__file__", None)
-            ours = (folder / f"{head}.py").is_file() or (folder / head / "__init__.py").is_file()
-            if ours and path is not None and Path(path) in (other / f"{head}.py", other / head / "__init__.py"):
-                kept[name] = module
-                del sys.modules[name]
+        for name in [name for name in sys.modules if name.partition(".")[0] == head]:
+            others[home][name] = sys.modules.pop(name)
     for name, module in _modules_of[folder].items():
         sys.modules.setdefault(name, module)
+
+
+def _home(module: ModuleType | None) -> str | None:
+    """The folder that a module was imported from; that of a package is the one around it."""
+    path = getattr(module, "__file__", None)
+    if not isinstance(path, str):
+        return None
+    folder, name = os.path.split(path)
+    return os.path.dirname(folder) if name == "__init__.py" else folder  # noqa: PTH120
 
 
 def _findable(name: str) -> bool:
