@@ -261,7 +261,9 @@ def read_golden(bundle: Bundle) -> dict[str, np.ndarray]:
         raise EdgeKitError(f"{path} is damaged: {reason(error)}", "export the model again") from None
     first = bundle.artifacts[0]
     wanted = {f"input/{spec.name}" for spec in first.inputs} | {
-        f"{artifact.format}/{spec.name}" for artifact in bundle.artifacts for spec in first.outputs
+        f"{source}/{spec.name}"
+        for source in ("original", *(artifact.format for artifact in bundle.artifacts))
+        for spec in first.outputs
     }
     if wanted - arrays.keys():
         raise EdgeKitError(f"{path} lacks {min(wanted - arrays.keys())}", "export the model again")

@@ -133,7 +133,9 @@ def new_folder(path: Path, ours: Collection[str]) -> Iterator[Path]:
             if path.parent.is_dir():
                 with _alone(path.parent):
                     _put_back(path)
-            _check_ours(path, ours)
+                    _check_ours(path, ours)
+            else:
+                _check_ours(path, ours)
             made = [p for p in path.parents if not p.exists()]
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = _claim(path.parent, f".{path.name}-", "")

@@ -334,7 +334,8 @@ def emitting(
     pte = len(others) < len(formats)
     weights_alone = pte and _quantizes_weights_alone(program)
 
-    large = sum(tensor.nbytes for tensor in original.module.state_dict().values()) > LARGE
+    state = original.module.state_dict().values()  # a module's extra state may be anything
+    large = sum(getattr(value, "nbytes", 0) for value in state) > LARGE
 
     def written(format: str, exported: Exported) -> Exported:
         if write is None:

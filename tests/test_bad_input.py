@@ -279,7 +279,7 @@ COMPARISONS: dict[str, tuple[Callable[[Path], tuple[str, ...]], tuple[str, ...],
     "an unknown format": (
         lambda place: manifest(place, lambda m: m["artifacts"][0].update(format="x")), (), "is damaged", "export"),
     "another model's file": (another_model, (), "other.onnx is not this model: it takes image.*1,1,28,28", "name the"),
-    "unknown metric": (whole, ("--metric", "accuracy"), "unknown metric 'accuracy'", "top1, top5"),
+    "unknown metric": (whole, ("--metric", "recall"), "unknown metric 'recall'", "top1, top5"),
     "a metric for other targets": (whole, ("--metric", "miou"), "miou needs class scores", "another --metric"),
     "a metric without its function": (whole, ("--metric", "net.py"), "no function in it", "net.py:function"),
     "unknown device": (whole, ("--device", "toaster:1"), "there is no device 'toaster:1'", "local:"),

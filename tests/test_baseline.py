@@ -208,12 +208,13 @@ def test_rounds_are_processes_and_give_intervals(bundles: dict[str, Bundle], pla
     assert any("x the speed of fp32" in reason for reason in measured.verdict.reasons)
 
 
-def test_a_gpu_that_is_not_there_is_an_error(bundles: dict[str, Bundle], capfd: pytest.CaptureFixture) -> None:
+def test_a_gpu_that_is_not_there_is_an_error(
+    bundles: dict[str, Bundle], workshop: Path, capfd: pytest.CaptureFixture
+) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    ran = invoke(
-        capfd, "compare", "net.py:make", bundles["fp32"].path, "--data", "d.npz", "--baseline-device", "cuda"
-    )  # fmt: skip
+    given = (f"{workshop}/net.py:make", bundles["fp32"].path, "--data", workshop / "data.npz")
+    ran = invoke(capfd, "compare", *given, "--baseline-device", "cuda")
     assert ran.code == 1
     assert "without CUDA" in ran.err or "no CUDA device" in ran.err
     assert "leave out --baseline-device" in ran.err

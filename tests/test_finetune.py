@@ -142,8 +142,8 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no such function": ("mine.py:learn", {}, "has no 'learn'"),
     "no file": ("yours.py:train", {}, "yours.py does not exist"),
     "a constant": ("mine.py:not_a_function", {}, "is a int, not a function"),
-    "epochs": (grows, {"epochs": 3}, "--epochs is for EdgeKit's own training"),
-    "resume": (grows, {"resume": True}, "leave --resume out|--resume goes on"),
+    "epochs": (grows, {"epochs": 3}, "epochs=... is for EdgeKit's own training"),
+    "resume": (grows, {"resume": True}, "resume=True goes on"),
 }
 
 

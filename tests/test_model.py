@@ -577,7 +577,7 @@ def test_infinite_masks_are_fine() -> None:
         ("Net", ["1x1x8x8"], "does not run on x:float32.1,1,8,8.: .*to have 3 channels"),
         ("Net", ["int64[1,3,8,8]"], "does not run on"),
         ("Net", ["y:float32[1,3,8,8]"], "has no input 'y'; its inputs: x"),
-        ("Net", ["1x3x8x8", "1x2"], "has 1 input ("),
+        ("Net", ["1x3x8x8", "1x2"], r"has 1 input \("),
     ],
 )
 def test_wrong_inputs(name: str, inputs: list[str], said: str, code: Path) -> None:

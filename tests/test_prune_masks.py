@@ -154,7 +154,7 @@ REFUSED = {
     "data": ({"sparsity": 0.5, "method": "wanda", "data": None, "inputs": ["1x4x12x12"]}, "wanda reads samples"),
     "pattern": ({"sparsity": "5:4"}, "leaves all of a block"),
     "steps to a pattern": ({"sparsity": "2:4", "schedule": "cubic"}, "no steps on the way to 2:4"),
-    "block alone": ({"ratio": 0.5, "block": "4x1"}, "--block is the shape"),
+    "block alone": ({"ratio": 0.5, "block": "4x1"}, "block=... is the shape"),
     "precision": ({"sparsity": 0.5, "precision": "int3"}, "unknown precision"),
     "format": ({"sparsity": 0.5, "formats": "onxx"}, "unknown format"),
 }

@@ -243,7 +243,7 @@ def test_training_images_are_normalized_as_the_others_are(tmp_path: Path) -> Non
 def test_a_diverging_training_keeps_the_last_good_epoch(tmp_path: Path) -> None:
     with pytest.raises(EdgeKitError, match="training diverged in epoch") as caught:
         prune(tmp_path, learning_rate=1e30, epochs=5)
-    assert "lower --learning-rate" in str(caught.value.help)
+    assert "give a lower learning_rate=..." in str(caught.value.help)
     left = tree(tmp_path)
     assert left in ([], ["Sequential-pruned.checkpoint.pt"])
     if left:

@@ -152,7 +152,7 @@ def test_a_drop_that_cannot_be_reached_is_an_error_with_what_was(
             hazards.outlier(), target="x86", formats=["onnx"], precision="int8", data=hazards.data(), max_drop=0.1,
             out=tmp_path,
         )  # fmt: skip
-    assert "--precision fp16" in caught.value.help
+    assert 'precision="fp16"' in caught.value.help
     assert not list(tmp_path.iterdir())
 
 
@@ -200,8 +200,8 @@ def test_labels_of_calibration_samples_are_one_each(tmp_path: Path) -> None:
 
 
 ERRORS = {
-    "fp32": ({"precision": "fp32", "max_drop": 1.0}, "--max-drop looks at layers with int8 activations, and fp32"),
-    "fp16": ({"precision": "fp16", "sensitivity": True}, "--sensitivity looks at layers"),
+    "fp32": ({"precision": "fp32", "max_drop": 1.0}, "max_drop=... looks at layers with int8 activations, and fp32"),
+    "fp16": ({"precision": "fp16", "sensitivity": True}, "sensitivity=True looks at layers"),
     "below zero": ({"precision": "int8", "max_drop": -1.0}, "cannot be reached"),
     "no labels": ({"precision": "int8", "max_drop": 1.0}, "needs labels"),
 }

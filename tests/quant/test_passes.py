@@ -365,6 +365,7 @@ def test_every_pass_has_a_case_that_it_changes(monkeypatch: pytest.MonkeyPatch) 
         "transposed_1d",
         "bn_after_relu",
         "cell",
+        "pad_negative",
     ):
         case = CASES[name]
         with monkeypatch.context() as patch:

@@ -466,10 +466,10 @@ def test_what_a_function_does_wrong_is_told(case: str, tmp_path: Path) -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "float": ({"precision": "fp16"}, "fp16 has none"),
     "no samples": ({"data": None, "inputs": ["1x3x16x16"]}, "learns from samples, and none are given"),
-    "layers in float": ({"max_drop": 0.5}, "--qat trains all of them"),
+    "layers in float": ({"max_drop": 0.5}, "qat=True trains all of them"),
     "epochs": ({"qat": Qat(epochs=0)}, "0 epochs train nothing"),
     "learning rate": ({"qat": Qat(learning_rate=0.0)}, "a learning rate of 0"),
-    "two trainings": ({"qat": Qat(epochs=1, finetune=teach)}, "--epochs is for EdgeKit's own"),
+    "two trainings": ({"qat": Qat(epochs=1, finetune=teach)}, "epochs=... is for EdgeKit's own"),
 }
 
 

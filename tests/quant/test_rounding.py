@@ -194,7 +194,7 @@ def test_layers_that_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
             self.wide, self.narrow, self.conv = nn.Linear(30, 20), nn.Linear(20, 5), nn.Conv2d(1, 2, 2)
 
         def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            computed = F.linear(x[:, :5], self.narrow.weight[:, :5] * 2, self.narrow.bias * 2)
+            computed = F.linear(x[:, :5], self.narrow.weight[:, :5] * x.amax(), self.narrow.bias * 2)
             return self.narrow(self.wide(x)), computed, self.conv(x.unsqueeze(0))
 
     model = Model().eval()
