@@ -27,7 +27,7 @@ def screen(model: ModelProto, path: Path, beside: bool = True) -> None:
 
     With `beside` values in other files have to lie in the folder of `path`, and to be as many as the shapes say.
     """
-    what = path.name
+    what = str(path)
     _check_values_given(model, what)
     _Calls(model, what).check()
     folder = path.parent.resolve()

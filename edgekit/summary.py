@@ -125,7 +125,7 @@ def inspect_artifact(path: Path) -> ArtifactSummary:
     format = format_of(path)
     try:
         reader = import_module(f"edgekit.{READERS[format]}")
-        contents: Contents = guarded(lambda: reader.read(path), path.name, budget([path]))
+        contents: Contents = guarded(lambda: reader.read(path), str(path), budget([path]))
     except OSError as error:
         raise EdgeKitError(f"cannot read {path}: {error.strerror}") from error
     except DAMAGED as error:
