@@ -35,7 +35,7 @@ def protect(ops: list[Op], outputs: list[Tensor]) -> list[Op]:
             for place, shared in enumerate(op.inputs):
                 if shared is not None and _endangers(shared, index, makers, last, readers):
                     copy = Tensor(f"{shared.name}_copy{index}", shared.shape, shared.dtype, None, shared.q)
-                    result.append(_copy(shared, copy, op.source))
+                    result += _copy(shared, copy, op.source)
                     op.inputs[place] = copy
         result.append(op)
     return result
@@ -55,8 +55,24 @@ def _endangers(
     return False
 
 
-def _copy(tensor: Tensor, copy: Tensor, source: str) -> Op:
+def _copy(tensor: Tensor, copy: Tensor, source: str) -> list[Op]:
+    """Ops that write `tensor` into a buffer of its own, that of `copy`."""
+    if not tensor.shape:  # XNNPACK has no SLICE of a scalar: the copy is that of a vector of one element
+        vectors = [Tensor(f"{copy.name}_{part}", (1,), tensor.dtype, None, tensor.q) for part in ("vector", "cut")]
+        return [
+            _reshape(tensor, vectors[0], source),
+            *_copy(vectors[0], vectors[1], source),
+            _reshape(vectors[1], copy, source),
+        ]
     begin, size = np.zeros(len(tensor.shape), np.int32), np.array(tensor.shape, np.int32)
-    names = (f"{copy.name}_begin", f"{copy.name}_size")
-    cut = [Tensor(name, array.shape, array.dtype, array) for name, array in zip(names, (begin, size), strict=True)]
-    return Op("SLICE", [tensor, *cut], [copy], {}, source)
+    cut = [_constant(f"{copy.name}_{part}", array) for part, array in (("begin", begin), ("size", size))]
+    return [Op("SLICE", [tensor, *cut], [copy], {}, source)]
+
+
+def _reshape(tensor: Tensor, other: Tensor, source: str) -> Op:
+    shape = _constant(f"{other.name}_shape", np.array(other.shape, np.int32))
+    return Op("RESHAPE", [tensor, shape], [other], {"newShape": list(other.shape)}, source)
+
+
+def _constant(name: str, array: np.ndarray) -> Tensor:
+    return Tensor(name, array.shape, array.dtype, array)

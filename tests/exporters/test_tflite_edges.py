@@ -75,6 +75,12 @@ def test_the_product_of_a_transposed_matrix_with_itself(perm: tuple[int, ...]) -
     agree(model([node("Transpose", ["x"], "t", perm=perm), node("MatMul", ["t", "t"])], X, {}), X)
 
 
+@pytest.mark.parametrize("op", ["Exp", "HardSigmoid", "Neg", "Floor"])
+def test_a_scalar_whose_source_is_read_later(op: str) -> None:
+    feeds = {"x": np.array([0.4], np.float32)}
+    agree(model([node("Relu", ["x"], "r"), node("Squeeze", ["r"], "s"), node(op, ["s"])], feeds, {}, ("y", "r")), feeds)
+
+
 STORED = {
     "int8": (node("DequantizeLinear", ["k", "s", "z"], "c"), CODES),
     "int8 per channel": (
