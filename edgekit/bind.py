@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from edgekit import example_inputs, watchdog
+from edgekit import example_inputs, forward_errors, watchdog
 from edgekit.batch_axis import Placement, placements
 from edgekit.data import ANY_INPUT
 from edgekit.data_dependent import Watch, open_onnx, open_torch
@@ -251,7 +251,7 @@ def bind(
         opens: Callable[[Sequence[TensorSpec]], Sequence[TensorSpec]] = partial(open_onnx, opened.onnx.graph)
     else:
         watch = Watch()
-        run = partial(_run, flat.raw, tensors, inputs, opened.name, watch)
+        run = partial(_run, flat, tensors, inputs, opened.name, watch)
         if opened.form == "torchscript":
             raw, buffers = _run_script(flat, run, opened.name), Buffers(())
             drawn = _randomness(call, tensors, opened)
@@ -658,19 +658,23 @@ def _call(inputs: Named, signature: Signature, as_dict: bool) -> tuple[pytree.Tr
 
 
 def _run(
-    call: Any, tensors: tuple[torch.Tensor, ...], inputs: Named, what: str, watch: AbstractContextManager | None = None
+    module: Any,
+    tensors: tuple[torch.Tensor, ...],
+    inputs: Named,
+    what: str,
+    watch: AbstractContextManager | None = None,
 ) -> Any:
     try:
         with torch.no_grad(), warnings.catch_warnings(), watch or nullcontext():
             warnings.simplefilter("ignore")
-            return call(*tensors)
+            return module.raw(*tensors) if isinstance(module, Flat) else module(*tensors)
     except Exception as error:
         if watchdog.is_inside() and watchdog.ran_out_of_memory(error):
             raise MemoryError from error
         shapes = ", ".join(str(_spec(name, t)) for name, t in inputs)
         raise EdgeKitError(
-            f"{what} does not run on {shapes or 'no inputs'}: {reason(error)}",
-            "give the shapes and types it was trained with: --input, or --data",
+            f"{what} does not run on {shapes or 'no inputs'}: {forward_errors.told(error)}",
+            forward_errors.remedy(error, module, "give the shapes and types it was trained with: --input, or --data"),
         ) from error
 
 
@@ -699,12 +703,14 @@ def _outputs(raw: object, opened: Opened) -> Named:
         if leaf is None:
             dropped.append(name)
         elif isinstance(leaf, torch.Tensor):
+            _check_output(name, leaf, opened.name)
             while any(name == other for other, _ in found):
                 name += "_"
             found.append((name, leaf))
         else:
+            kind = f"{'an' if type(leaf).__name__[0] in 'aeiou' else 'a'} {type(leaf).__name__}"
             raise EdgeKitError(
-                f"{opened.name} returns a {type(leaf).__name__} as {name!r}, and only tensors can be exported",
+                f"{opened.name} returns {kind} as {name!r}, and only tensors can be exported",
                 "wrap the model in one that returns its tensors, and name that with --code",
             )
     if not found:
@@ -712,6 +718,20 @@ def _outputs(raw: object, opened: Opened) -> Named:
     if dropped:
         opened.notes.append(f"outputs that are None left out: {', '.join(dropped)}")
     return found
+
+
+def _check_output(name: str, tensor: torch.Tensor, what: str) -> None:
+    """Raises EdgeKitError for an output that no runtime here gives: of complex numbers, bfloat16, or not dense."""
+    if tensor.is_complex():
+        kind, help_ = "complex numbers", "return torch.view_as_real(x), or .real and .imag"
+    elif tensor.dtype is torch.bfloat16:
+        kind = "bfloat16"
+        help_ = "return x.float(), and leave autocast and .bfloat16() out of forward: --precision chooses the dtype"
+    elif tensor.is_nested or tensor.is_quantized or tensor.layout is not torch.strided:
+        kind, help_ = "a sparse, nested or quantized tensor", "return a dense one: x.to_dense(), or x.dequantize()"
+    else:
+        return
+    raise EdgeKitError(f"{what} returns {kind} as {name!r}, which the files do not hold", help_)
 
 
 def _converted(opened: Opened, script: Flat, tensors: tuple[torch.Tensor, ...], raw: object, random: bool) -> Flat:

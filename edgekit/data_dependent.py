@@ -49,8 +49,11 @@ def open_torch(
 
     A module that cannot be captured keeps its specs: the export says why.
     """
+    from edgekit.quant.captured import told
+
     try:
-        program = torch.export.export(module, example, strict=False)
+        with told():
+            program = torch.export.export(module, example, strict=False)
     except Exception:
         return tuple(outputs)
     given = program.graph.output_node().args[0][: len(outputs)]

@@ -69,14 +69,11 @@ def parities(
 
 
 def classifies(target: np.ndarray | None) -> bool:
-    """Whether targets may be those of a classifier: one whole number from 0 on a sample, or none at all are known."""
-    import numpy as np
-
+    """Whether targets may be those of a classifier: a whole number from 0 on or a one-hot row each, or none at all."""
     if target is None:
         return True
-    if target.ndim != 1 or target.dtype.kind not in "iufb":
-        return False
-    return bool(np.isfinite(target).all() and (target >= 0).all() and (target == np.round(target)).all())
+    indices = metrics.class_indices(target, target.shape[1] if target.ndim == 2 else 0)
+    return indices is not None and target.shape[1:] != (1,) and bool((indices >= 0).all())
 
 
 class ParitySums:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 VOID = 255  # the label of pixels that no class is asked of
 BEYOND_SHARES = 0.05  # how far quantized probabilities may lie outside 0..1; scores further out are logits
 CHUNK = 64  # samples that a user's own function gets at once
+CLASSES = "class scores (N, classes); class indices (N,), or one-hot rows of the same width"
 OTHER_METRIC = "choose another --metric, or leave the labels out to compare outputs by SQNR and cosine"
 
 
@@ -262,7 +263,7 @@ def _worst_overlap(kept: Sums, lost: Sums) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _top(k: int, outputs: Sequence[np.ndarray], target: np.ndarray) -> Sums:
-    """Scores classifiers: outputs (N, classes), target (N,) class indices; a sample with NaN scores is wrong."""
+    """Scores classifiers: outputs (N, classes), target as `class_indices` reads it; scores of NaN are wrong."""
     import numpy as np
     import torch
     from torchmetrics.functional.classification import multiclass_accuracy
@@ -274,7 +275,7 @@ def _top(k: int, outputs: Sequence[np.ndarray], target: np.ndarray) -> Sums:
             f"{_shape(logits)} for {len(target)} samples",
             OTHER_METRIC,
         )
-    _check_classes(target, logits.shape[1])
+    target = _classes(target, logits.shape[1])
     hits = multiclass_accuracy(
         torch.from_numpy(logits.astype(np.float64))[:, :, None],
         torch.from_numpy(target.astype(np.int64))[:, None],
@@ -286,15 +287,40 @@ def _top(k: int, outputs: Sequence[np.ndarray], target: np.ndarray) -> Sums:
     return per_sample((hits.numpy() == 1) & ~np.isnan(logits).any(axis=1))
 
 
-def _check_classes(target: np.ndarray, classes: int) -> None:
+def class_indices(target: np.ndarray, classes: int) -> np.ndarray | None:
+    """Returns targets that tell one of several `classes` a sample as int64 (N,); None for all others.
+
+    Those are whole numbers of any type, (N,) or (N, 1), and one-hot rows (N, classes).
+    """
     import numpy as np
 
-    if target.ndim != 1 or not np.issubdtype(target.dtype, np.integer):
+    if not _whole(target):
+        return None
+    if is_one_hot(target) and target.shape[1] == classes:
+        return target.argmax(axis=1)
+    if target.ndim == 2 and target.shape[1] == 1:
+        target = target[:, 0]
+    return target.astype(np.int64) if target.ndim == 1 else None
+
+
+def is_one_hot(target: np.ndarray) -> bool:
+    """Whether targets are rows of one 1 among zeros."""
+    if target.ndim != 2 or target.shape[1] < 2 or target.dtype.kind not in "iufb":
+        return False
+    return bool((((target == 0) | (target == 1)).all(axis=1) & (target.sum(axis=1) == 1)).all())
+
+
+def _classes(target: np.ndarray, classes: int) -> np.ndarray:
+    """Returns targets as class indices within `classes`, or raises EdgeKitError."""
+    indices = class_indices(target, classes)
+    if indices is None:
         raise EdgeKitError(
-            f"labels must be one class index per sample, not {target.dtype} of shape {_shape(target)}",
-            "give y as integers (N,), or choose the --metric for such targets",
+            f"labels must be one class index per sample or one-hot rows of {classes}, not {target.dtype} of shape "
+            f"{_shape(target)}",
+            "give y as whole numbers (N,), or choose the --metric for such targets: f1 takes several labels a sample",
         )
-    _check_range(target, classes)
+    _check_range(indices, classes)
+    return indices
 
 
 def _check_range(labels: np.ndarray, classes: int) -> None:
@@ -319,12 +345,13 @@ def _mean_iou(outputs: Sequence[np.ndarray], target: np.ndarray) -> Sums:
     scored = first.ndim == 4 and np.issubdtype(first.dtype, np.floating) and first.shape[1] > 1
     labels = first.argmax(axis=1) if scored else first
     fits = scored or (np.issubdtype(first.dtype, np.integer) and first.ndim == 3)
-    if not fits or labels.shape != target.shape or not np.issubdtype(target.dtype, np.integer):
+    if not fits or labels.shape != target.shape or not _whole(target):
         raise EdgeKitError(
             "miou needs class scores (N, classes, H, W) or class indices (N, H, W), and integer labels (N, H, W); the "
             f"model's first output is {first.dtype} of {_shape(first)}, the labels {target.dtype} of {_shape(target)}",
             OTHER_METRIC,
         )
+    target = target.astype(np.int64)
     asked = target[target != VOID]
     classes = first.shape[1] if scored else max(int(asked.max(initial=0)), int(labels.max(initial=0))) + 1
     _check_range(asked, classes)
@@ -389,8 +416,8 @@ def _f1(outputs: Sequence[np.ndarray], target: np.ndarray) -> Sums | _Labels:
 
     first = _finite(outputs[0])
     if first.ndim == 2 and first.shape[1] > 1 and target.ndim == 1 and len(first) == len(target):
-        _check_classes(target, first.shape[1])
-        found, true = first.argmax(axis=1)[:, None], target[:, None]
+        true = _classes(target, first.shape[1])[:, None]
+        found = first.argmax(axis=1)[:, None]
         return _f1_sums(multiclass_stat_scores, found, true, num_classes=first.shape[1])
     first, true = (array[:, None] if array.ndim == 1 else array for array in (first, target))
     if first.ndim != 2 or first.shape != true.shape or not np.isin(true, (0, 1)).all():
@@ -495,6 +522,13 @@ def _own(name: str, function: Any, folder: Any, outputs: Sequence[np.ndarray], t
     return per_sample(np.concatenate(found))
 
 
+def _whole(target: np.ndarray) -> bool:
+    """Whether targets are whole numbers, of whatever type."""
+    import numpy as np
+
+    return target.dtype.kind in "iufb" and bool(np.isfinite(target).all() and (target == np.round(target)).all())
+
+
 def _finite(output: np.ndarray) -> np.ndarray:
     import numpy as np
 
@@ -510,8 +544,8 @@ def _shape(array: np.ndarray) -> str:
 METRICS = {
     metric.name: metric
     for metric in (
-        Metric("top1", "points", "class scores (N, classes); class indices (N,)", lambda o, t: _top(1, o, t)),
-        Metric("top5", "points", "class scores (N, classes); class indices (N,)", lambda o, t: _top(5, o, t)),
+        Metric("top1", "points", CLASSES, lambda o, t: _top(1, o, t)),
+        Metric("top5", "points", CLASSES, lambda o, t: _top(5, o, t)),
         Metric("f1", "points", "class scores (N, classes); class indices (N,), or 0 and 1 (N, labels)", _f1, _join_f1),
         Metric("miou", "points", "class scores (N, classes, H, W); class indices (N, H, W)", _mean_iou, _join_ious),
         Metric(

@@ -6,10 +6,10 @@ import json
 import re
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from edgekit import files
 from edgekit.errors import EdgeKitError
@@ -35,6 +35,7 @@ PROFILE_EVENT = (
 EXECUTE, DELEGATE_CALL, OPERATOR_CALL = "Method::execute", "DELEGATE_CALL", "OPERATOR_CALL"
 # What a reader stumbles over in a record that is not whole; StopIteration in a generator is a RuntimeError.
 DAMAGE = (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, struct.error)
+LAYOUT = re.compile(r"_(nchwc|token_\d+)$")  # what ONNX Runtime adds to names of ops whose layout it changes
 NUMBER = re.compile(r" #\d+$")  # XNNPACK counts the ops of one kind
 # TFLite's Profiler::EventType.
 STAGE, INVOKE_OP, DELEGATE_OPS = 1, 2, (4, 8)
@@ -45,7 +46,8 @@ KERNEL = "_kernel_time"
 class Event(NamedTuple):
     """One op of one run: its kind, its name in the file where it has one, its start and duration in µs.
 
-    `lost_us` is what the clock's rounding takes from a duration on average.
+    `lost_us` is what the clock's rounding takes from a duration on average. `shapes` are those of its inputs and
+    outputs, as "float 1x3x8x8", where the profiler tells them.
     """
 
     op: str
@@ -53,6 +55,7 @@ class Event(NamedTuple):
     start_us: float
     us: float
     lost_us: float = 0.0
+    shapes: tuple[tuple[str, ...], tuple[str, ...]] | None = None
 
 
 class Run(NamedTuple):
@@ -86,28 +89,71 @@ def summarize(runs: Sequence[Run], latency_us: float) -> OpTimes:
     tick of the profiler's clock. What that clock loses by rounding is added. `latency_us` is the p50 of runs without a
     profiler. Runs whose ops are not those of most runs are left out.
     """
-    warm = runs[int(len(runs) * WARMUP) :]
-    common, _ = Counter(tuple((e.op, e.name) for e in run.events) for run in warm).most_common(1)[0]
-    alike = sorted((run for run in warm if tuple((e.op, e.name) for e in run.events) == common), key=lambda r: r.us)
-    kept = alike[len(alike) // 4 : len(alike) - len(alike) // 4]
+    kept = [runs[number] for number in _typical(runs)]
     times = zip(*([event.us + event.lost_us for event in run.events] for run in kept), strict=True)
-    ops = tuple(OpTime(op, name, fmean(us)) for (op, name), us in zip(common, times, strict=True))
-    return OpTimes(ops, len(kept), fmean(run.us for run in kept), latency_us)
+    ops = tuple(OpTime(event.op, event.name, fmean(us)) for event, us in zip(kept[0].events, times, strict=True))
+    return OpTimes(ops, len(kept), len(runs), fmean(run.us for run in kept), latency_us)
 
 
-def write_trace(path: Path, runs: Sequence[Run], about: str) -> None:
-    """Writes every run as a Chrome trace, which chrome://tracing and Perfetto open. `about` names file and device."""
+def _typical(runs: Sequence[Run]) -> list[int]:
+    """The numbers of the runs that `summarize` takes the means of."""
+    warm = range(int(len(runs) * WARMUP), len(runs))
+    kinds = {number: tuple((event.op, event.name) for event in runs[number].events) for number in warm}
+    common, _ = Counter(kinds.values()).most_common(1)[0]
+    alike = sorted((number for number in warm if kinds[number] == common), key=lambda number: runs[number].us)
+    return alike[len(alike) // 4 : len(alike) - len(alike) // 4]
+
+
+def modules(path: Path) -> dict[str, str]:
+    """Returns op name → the module of the network that holds its weights, as far as the .onnx file at `path` tells.
+
+    Weights are called as in the network where they are stored as they were: at int8 few are.
+    """
+    import onnx
+
+    graph = onnx.load(str(path), load_external_data=False).graph
+    weights = {tensor.name for tensor in graph.initializer}
+    found: dict[str, str] = {}
+    for node in graph.node:
+        owner = next((name.rpartition(".")[0] for name in node.input if name in weights and "." in name), "")
+        if owner:
+            found |= dict.fromkeys((node.name, *node.output), owner.removeprefix("inner."))
+    return found
+
+
+def write_trace(path: Path, runs: Sequence[Run], about: str, owners: Mapping[str, str] | None = None) -> None:
+    """Writes every run as a Chrome trace, which chrome://tracing and Perfetto open. `about` names file and device.
+
+    Each event says whether its run is one of those that the table is made of, and where the runtime tells them the
+    op's shapes and, by `owners` (see `modules`), its module. The label of the process says what it does not tell.
+    """
     first = runs[0].start_us
+    typical = set(_typical(runs))
     events = []
     for number, run in enumerate(runs):
-        args = {"run": number}
-        begin = {"pid": 1, "tid": 1, "ph": "X", "args": args}
-        events.append({"name": "run", "cat": "run", "ts": run.start_us - first, "dur": run.us, **begin})
+        args = {"run": number, "in_table": number in typical}
+        begin = {"pid": 1, "tid": 1, "ph": "X"}
+        events.append({"name": "run", "cat": "run", "ts": run.start_us - first, "dur": run.us, **begin, "args": args})
         for event in run.events:
             where = {"name": event.name or event.op, "cat": event.op, "ts": event.start_us - first}
-            events.append({**where, "dur": event.us + event.lost_us, **begin})
-    process = {"name": "process_name", "ph": "M", "pid": 1, "args": {"name": about}}
-    files.write(path, json.dumps({"traceEvents": [process, *events], "displayTimeUnit": "ms"}).encode())
+            about_op = {**args, **_about(event, owners or {})}
+            events.append({**where, "dur": event.us + event.lost_us, **begin, "args": about_op})
+    shaped = any(event.shapes for run in runs for event in run.events)
+    untold = [what for what, told in (("shapes", shaped), ("module names", bool(owners))) if not told]
+    labels = f"{len(runs)} runs, {len(typical)} of them in the table"
+    labels += f"; this runtime's profiler tells no {' and no '.join(untold)}" if untold else ""
+    process = [
+        {"name": name, "ph": "M", "pid": 1, "args": args}
+        for name, args in (("process_name", {"name": about}), ("process_labels", {"labels": labels}))
+    ]
+    files.write(path, json.dumps({"traceEvents": [*process, *events], "displayTimeUnit": "ms"}).encode())
+
+
+def _about(event: Event, owners: Mapping[str, str]) -> dict[str, Any]:
+    """What a trace's event tells of an op beside its time."""
+    owner = owners.get(event.name) or owners.get(LAYOUT.sub("", event.name))
+    told: dict[str, Any] = {"module": owner} if owner else {}
+    return told | (dict(zip(("inputs", "outputs"), map(list, event.shapes), strict=True)) if event.shapes else {})
 
 
 def _onnxruntime(record: bytes) -> Iterator[Run]:
@@ -125,8 +171,16 @@ def _onnxruntime(record: bytes) -> Iterator[Run]:
             place += 1
             name = entry["name"].removesuffix(KERNEL)
             kind = entry["args"]["op_name"]
-            events.append(Event(kind, name, float(entry["ts"]), float(entry["dur"]), ROUNDED_DOWN_US))
+            said = entry["args"]
+            shapes = _shapes(said.get("input_type_shape", ())), _shapes(said.get("output_type_shape", ()))
+            events.append(Event(kind, name, float(entry["ts"]), float(entry["dur"]), ROUNDED_DOWN_US, shapes))
         yield Run(float(run["ts"]), float(run["dur"]), tuple(events))
+
+
+def _shapes(tensors: Iterable[Mapping[str, Sequence[int]]]) -> tuple[str, ...]:
+    """ONNX Runtime's [{"float": [1, 3]}, …] as "float 1x3"."""
+    pairs = [pair for tensor in tensors for pair in tensor.items()]
+    return tuple(f"{kind} {'x'.join(map(str, shape)) or 'scalar'}" for kind, shape in pairs)
 
 
 def _executorch(record: bytes) -> Iterator[Run]:

@@ -846,7 +846,8 @@ def _op_times(
     except EdgeKitError as error:
         return None, (f"no per-op times: {error.what}",)
     if trace is not None:
-        op_times.write_trace(Path(trace), profiled, f"{subject.path.name} on {device.uri}")
+        owners = op_times.modules(subject.path) if subject.format == "onnx" else None
+        op_times.write_trace(Path(trace), profiled, f"{subject.path.name} on {device.uri}", owners)
     return op_times.summarize(profiled, latency.p50 * 1e3), ()
 
 

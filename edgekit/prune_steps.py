@@ -100,8 +100,10 @@ class Job:
 
     def _classifies(self, target: np.ndarray | None) -> bool:
         """Whether there are class scores and class indices, by which pruning measures accuracy."""
-        scores = len(self.original.outputs[0].shape) == 2 and self.original.outputs[0].shape[1] > 1
-        return scores and target is not None and target.ndim == 1 and target.dtype.kind in "iu"
+        scores = self.original.outputs[0].shape
+        if target is None or len(scores) != 2 or scores[1] < 2:
+            return False
+        return metrics.class_indices(target, scores[1]) is not None
 
     def channels(self, ratio: float, checkpoint: Path, resume: bool) -> Changed:
         """Takes channels out in the steps of the schedule, with a training after each."""

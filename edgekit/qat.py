@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekit import bundle as bundles
 from edgekit import data as sources
-from edgekit import files, finetune, pruned_files, stages, training
+from edgekit import files, finetune, metrics, pruned_files, stages, training
 from edgekit.code import running
 from edgekit.errors import EdgeKitError
 from edgekit.finetune import Samples, UserTraining
@@ -263,13 +263,17 @@ def _right(networks: Sequence[torch.nn.Module], source: sources.Data, original: 
 
     found, count = [0, 0], 0
     for arrays, real, target in sources.batches(source.evaluation, original.inputs):
-        if target is None or target.ndim != 1 or target.dtype.kind not in "iu" or count >= JUDGED:
+        if target is None or count >= JUDGED:
             break
-        inputs, labels = tuple(map(torch.from_numpy, arrays)), torch.from_numpy(target[:real])
+        inputs = tuple(map(torch.from_numpy, arrays))
         with torch.no_grad():
             scores = [network(*inputs)[0][:real] for network in networks]
         if scores[0].ndim != 2 or scores[0].shape[1] < 2:
             break
+        indices = metrics.class_indices(target[:real], scores[0].shape[1])
+        if indices is None:
+            break
+        labels = torch.from_numpy(indices)
         found = [n + int((score.argmax(1) == labels).sum()) for n, score in zip(found, scores, strict=True)]
         count += real
     return (found[0], found[1], count) if count else None

@@ -384,7 +384,8 @@ def ops_report(times: OpTimes) -> RenderableType:
         rows.add_row(Text(op), str(count), *_part(us, times.whole_us), *scaled)
     rows.add_row(Text("runtime, between the ops", style="dim"), "", *_part(times.between_us, times.whole_us))
     rows.add_row("a run under the profiler", "", *_part(times.whole_us, times.whole_us))
-    told = f"means of {times.runs} runs; a run without profiler takes {times.latency_us:.1f} µs (p50), call included"
+    told = f"means of {times.runs} typical runs of {times.recorded}; a run without profiler takes "
+    told += f"{times.latency_us:.1f} µs (p50), call included"
     if inflated:
         told += "; the profiler's own cost is in the times, and scaled those of the ops sum to the p50"
     elif times.whole_us > times.latency_us:

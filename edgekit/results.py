@@ -497,12 +497,14 @@ class OpTime:
 class OpTimes:
     """The time of each op of a file under the runtime's profiler, in the order in which they run.
 
-    `whole_us` is that of a profiled run as the runtime itself sees it, `latency_us` the p50 of a run without profiler.
+    They are means over `runs` of the `recorded` runs. `whole_us` is that of a profiled run as the runtime itself sees
+    it, `latency_us` the p50 of a run without profiler.
     A profiler costs time of its own, in the ops and between them.
     """
 
     ops: tuple[OpTime, ...] = field(repr=False)
     runs: int
+    recorded: int
     whole_us: float
     latency_us: float
 
@@ -539,6 +541,7 @@ class OpTimes:
         total = self.whole_us or 1.0
         return {
             "runs": self.runs,
+            "recorded_runs": self.recorded,
             "sum_us": self.sum_us,
             "between_us": self.between_us,
             "profiled_run_us": self.whole_us,

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from edgekit import bundle as bundles
 from edgekit import data as sources
-from edgekit import example_inputs, judge, limits, pruned_files, ragged
+from edgekit import example_inputs, forward_errors, judge, limits, pruned_files, ragged
 from edgekit.batch_axis import placements
 from edgekit.beside import beside, is_copy
-from edgekit.errors import EdgeKitError, MissingInputs, UsageError, reason
+from edgekit.errors import EdgeKitError, MissingInputs, UsageError
 from edgekit.progress import Progress, Silent
 from edgekit.results import SUFFIXES, Artifact, Layout, State, TensorSpec, axis_order
 from edgekit.suspects import counted, missing_kernels
@@ -674,9 +674,12 @@ def run_module(
             try:
                 given = enumerate((*(feed[run] for feed in feeds), *values))
                 found = list(session.run({f"input_{i}": array for i, array in given}).values())
-            except (IndexError, ValueError, RuntimeError) as error:
+            except (EdgeKitError, MemoryError):
+                raise
+            except Exception as error:  # whatever the user's forward raises
                 raise EdgeKitError(
-                    f"the model fails on batch {start + run} of the data: {reason(error)}", "check the values in --data"
+                    f"the model fails on batch {start + run} of the data: {forward_errors.told(error)}",
+                    forward_errors.remedy(error, module, "check the values in --data"),
                 ) from error
             found, values = found[: len(found) - len(state)], found[len(found) - len(state) :]
             outputs = outputs or [np.empty((runs, *array.shape), array.dtype) for array in found]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.export._trace
+from torch.nn.utils.rnn import PackedSequence
 
 from edgekit.errors import EdgeKitError, reason
 from edgekit.lean import replaced
@@ -31,10 +32,33 @@ INSTALLED = tuple(Path(sysconfig.get_path(name)).resolve() for name in ("purelib
 # What a message of torch's holds → what torch could not capture, and what to write instead.
 CAUSES: tuple[tuple[str, str, str], ...] = (
     (
+        r"PackedSequence",
+        "a packed sequence is laid out by the values of its lengths, which a graph does not have yet",
+        "give the recurrent layer the padded input (batch, time, features), take the lengths as an input, and mask the "
+        "output behind them: y * (torch.arange(y.shape[1]) < lengths[:, None])[..., None]; the last output of each "
+        "sequence is y[torch.arange(len(y)), lengths - 1]. The way back of a bidirectional layer would begin in the "
+        "padding: export that for one length",
+    ),
+    (
+        r"nested_tensor|NestedTensor|_nested_|jagged",
+        "nested tensors are laid out by lengths, which a graph does not have yet",
+        "pad to one length, and mask what is behind each sequence",
+    ),
+    (
         r"data-dependent|DataDependent|GuardOnDataDependent|Dynamic control flow|unbacked",
         "a graph has no values yet, and this line decides by the value of a tensor",
         "compute both sides and choose with torch.where(condition, a, b), branch with torch.cond, count with shapes "
         "(x.shape[0]) rather than with values, and leave out checks of values",
+    ),
+    (
+        r"__format__|JSON serializable|Sym(Float|Int|Bool)",
+        "a graph has no values yet, and this line asks for one",
+        "leave texts, logs and Python's numbers of values out of forward; shapes (x.shape[0]) are there",
+    ),
+    (
+        r"constant's list",
+        "a tensor passes through something that a graph does not follow, such as another thread",
+        "compute everything in forward itself, without threads and queues",
     ),
     (
         r"\.numpy\(\)|numpy|__array__|Tensor subclasses",
@@ -118,13 +142,19 @@ def told() -> Iterator[None]:
 
 def explained(error: BaseException) -> EdgeKitError:
     """Returns what a failed capture tells the user."""
-    text = f"{type(error).__name__}: {error}"
+    text = f"{type(error).__name__}: {error}{' of a PackedSequence' if _packed(error) else ''}"
     known = next(((what, help) for words, what, help in CAUSES if re.search(words, text)), None)
     said, help = known or UNKNOWN
     why = said if known else f"{said}: {reason(error)}"
     place = user_line(error)
     where = f"at {place}: " if place else ""
     return EdgeKitError(f"this model cannot be captured as a graph, {where}{why}", help)
+
+
+def _packed(error: BaseException) -> bool:
+    """Whether an error went through a function that holds a packed sequence: torch's own message does not say so."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(isinstance(value, PackedSequence) for frame in frames for value in frame.f_locals.values())
 
 
 def user_line(error: BaseException) -> str | None:

@@ -136,7 +136,7 @@ def test_tensors_stand_for_shapes_and_samples(tmp_path: Path) -> None:
 def test_reprs_are_short() -> None:
     latency = Latency(((1.0,) * 5000, (2.0,) * 5000), 1)
     assert repr(latency) == "Latency(p50 1.5 ms, 10,000 runs, 1 thread)"
-    times = OpTimes(tuple(OpTime("Conv", f"c{i}", 1.0) for i in range(500)), 3, 500.0, 400.0)
+    times = OpTimes(tuple(OpTime("Conv", f"c{i}", 1.0) for i in range(500)), 3, 9, 500.0, 400.0)
     assert len(repr(times)) < 100
 
 

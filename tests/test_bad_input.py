@@ -243,7 +243,7 @@ def whole(place: Path) -> tuple[str, ...]:
 
 
 def float_labels(place: Path) -> tuple[str, ...]:
-    np.savez(place / "data.npz", x=samples(4)["x"], y=np.zeros(4))
+    np.savez(place / "data.npz", x=samples(4)["x"], y=np.full(4, 0.5))
     return ("bundle",)
 
 
@@ -285,7 +285,7 @@ COMPARISONS: dict[str, tuple[Callable[[Path], tuple[str, ...]], tuple[str, ...],
     "unknown device": (whole, ("--device", "toaster:1"), "there is no device 'toaster:1'", "local:"),
     "no such python": (whole, ("--device", "python:/none"), "names no Python interpreter", "python:/path"),
     "unknown baseline device": (whole, ("--baseline-device", "tpu"), "unknown baseline device 'tpu'", "cpu or cuda"),
-    "labels that are no classes": (float_labels, (), "labels must be one class index", "integers"),
+    "labels that are no classes": (float_labels, (), "labels must be one class index", "whole numbers"),
     "labels beyond the classes": (far_labels, (), "labels run from 0 to 27, .* 10 classes", "class indices"),
     "--max-drop without labels": (unlabeled, ("--max-drop", "1"), "the data has no labels", "add labels"),
 }  # fmt: skip

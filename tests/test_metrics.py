@@ -245,6 +245,33 @@ def test_detections_of_no_class_and_of_score_0_do_not_count() -> None:
     assert metrics.value(score(in_another_order, objects)) == metrics.value(score(found, objects))
 
 
+SPELLED = {
+    "float32": lambda labels: labels.astype(np.float32),
+    "float64": lambda labels: labels.astype(np.float64),
+    "a column": lambda labels: labels[:, None],
+    "a column of float32": lambda labels: labels[:, None].astype(np.float32),
+    "one-hot": lambda labels: np.eye(LOGITS.shape[1], dtype=np.int64)[labels],
+    "one-hot float32": lambda labels: np.eye(LOGITS.shape[1], dtype=np.float32)[labels],
+    "one-hot bool": lambda labels: np.eye(LOGITS.shape[1], dtype=bool)[labels],
+}
+
+
+@pytest.mark.parametrize("spelled", SPELLED)
+def test_class_indices_are_read_however_they_are_spelled(spelled: str) -> None:
+    given = SPELLED[spelled](LABELS)
+    for name in ("top1", "top5"):
+        metric = metrics.METRICS[name]
+        found, wanted = metric.score([LOGITS], given), metric.score([LOGITS], LABELS)
+        np.testing.assert_array_equal(metrics.outcomes(found), metrics.outcomes(wanted))
+    assert judge.classifies(given) == ("column" not in spelled)
+
+
+def test_f1_and_miou_of_labels_as_floats() -> None:
+    f1, miou = metrics.METRICS["f1"], metrics.METRICS["miou"]
+    assert metrics.value(f1.score([LOGITS], LABELS.astype(np.float32))) == metrics.value(f1.score([LOGITS], LABELS))
+    assert metrics.value(miou.score([MAPS], MASKS.astype(np.float32))) == metrics.value(miou.score([MAPS], MASKS))
+
+
 ZEROS = np.zeros(2, int)
 IMAGES = np.ones((2, 3, 4, 4))
 THREE = [np.zeros((2, 5, 4)), np.zeros((2, 5)), np.zeros((2, 5), int)]
@@ -254,12 +281,16 @@ BAD = {
     "one class": ("top1", [np.ones((2, 1))], ZEROS, "more than 1 class scores"),
     "top 5 of five": ("top5", [np.ones((2, 5))], ZEROS, "more than 5 class scores"),
     "another number": ("top1", [np.ones((2, 3))], np.zeros(3, int), "2x3 for 3 samples"),
-    "one-hot": ("top1", [np.ones((2, 3))], np.eye(3, dtype=int)[:2], "int64 of shape 2x3"),
-    "floats": ("top1", [np.ones((2, 3))], np.zeros(2), "float64 of shape 2"),
+    "one-hot of another width": ("top1", [np.ones((2, 3))], np.eye(4, dtype=int)[:2], "int64 of shape 2x4"),
+    "several labels": ("top1", [np.ones((2, 3))], np.ones((2, 3), int), "one-hot rows of 3, not int64 of shape 2x3"),
+    "soft labels": ("top1", [np.ones((2, 3))], np.full((2, 3), 1 / 3), "float64 of shape 2x3"),
+    "floats": ("top1", [np.ones((2, 3))], np.array([0.5, 1]), "float64 of shape 2"),
+    "floats of NaN": ("top1", [np.ones((2, 3))], np.array([np.nan, 1]), "float64 of shape 2"),
+    "floats from one": ("top1", [np.ones((2, 3))], np.array([1.0, 3]), "labels run from 1 to 3"),
     "from one": ("top1", [np.ones((2, 3))], np.array([1, 3]), "labels run from 1 to 3, but the model has 3 classes"),
     "negative": ("top1", [np.ones((2, 3))], np.array([-1, 2]), "labels run from -1"),
     "masks of another size": ("miou", [IMAGES], np.zeros((2, 2, 2), int), "the labels int64 of 2x2x2"),
-    "masks of floats": ("miou", [IMAGES], np.zeros((2, 4, 4)), "the labels float64"),
+    "masks of floats": ("miou", [IMAGES], np.full((2, 4, 4), 0.5), "the labels float64"),
     "one channel": ("miou", [np.ones((2, 1, 4, 4))], np.zeros((2, 1, 4, 4), int), "miou needs class scores"),
     "masks of more classes": ("miou", [IMAGES], np.full((2, 4, 4), 3), "the model has 3 classes"),
     "masks of nothing": ("miou", [IMAGES], np.full((2, 4, 4), 255), "every label is 255"),

@@ -18,6 +18,7 @@ from torch import nn
 from edgekit.errors import EdgeKitError
 from edgekit.model import Model, load, parse_spec
 from edgekit.results import TensorSpec
+from edgekit.stages import run_module
 
 SHAPE = "2x3x8x8"
 
@@ -593,8 +594,69 @@ def test_missing_inputs_and_outputs_that_are_no_tensors() -> None:
 
     with pytest.raises(EdgeKitError, match=r"needs the inputs mask as well; its inputs: image, mask, \[scale\]"):
         load(Two(), inputs=["1x2"])
-    with pytest.raises(EdgeKitError, match="returns a int as 'output_1_size'"):
+    with pytest.raises(EdgeKitError, match="returns an int as 'output_1_size'"):
         load(Two(), inputs=["1x2", "1x2"])
+
+
+class Told(nn.Module):
+    """A model whose forward is one expression."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.function = function
+
+    def forward(self, x):
+        return self.function(self.layer(x))
+
+
+class Hooked(nn.Module):
+    """A copy of it writes what its hook keeps into the original."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.kept = nn.Linear(2, 2), {}
+        self.layer.register_forward_hook(lambda module, args, out: self.kept.update(out=out))
+
+    def forward(self, x):
+        self.layer(x)
+        return self.kept["out"]
+
+
+def under_autocast(x):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return x @ x.mT
+
+
+@pytest.mark.parametrize(
+    ("model", "said", "help"),
+    [
+        (Told(lambda x: x.to("cuda:99")), r"\(test_model.py line \d+\)", "x.device"),
+        (Told(lambda x: torch.autograd.grad(x.sum(), x)[0]), r"\(test_model.py line \d+\)", "without torch.autograd"),
+        (Hooked(), r"KeyError 'out' \(test_model.py line \d+\)", "hooks that write into"),
+        (Told(under_autocast), "returns bfloat16 as 'output'", "autocast"),
+        (Told(lambda x: torch.fft.fft(x)), "returns complex numbers as 'output'", "view_as_real"),
+        (Told(lambda x: (x, x.to_sparse())), "returns a sparse, nested or quantized tensor as 'output_1'", "to_dense"),
+    ],
+)
+def test_what_a_forward_needs_or_gives_that_no_file_has(model: nn.Module, said: str, help: str) -> None:
+    with pytest.raises(EdgeKitError, match=said) as wrong:
+        load(model, inputs=["2x2"])
+    assert help in wrong.value.help
+
+
+def test_gradients_that_only_fail_without_them() -> None:
+    """What passes when the model is bound, and not where it runs as files do."""
+
+    def steepest(x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_(True)
+            return torch.autograd.grad((x**2).sum(), x)[0]
+
+    loaded = load(Told(steepest), inputs=["2x2"])
+    with pytest.raises(EdgeKitError, match=r"fails on batch 0 of the data: .*line \d+") as wrong:
+        run_module(loaded.module, [np.ones((1, 2, 2), np.float32)])
+    assert "without torch.autograd" in wrong.value.help
 
 
 def test_a_static_program_on_another_shape(tmp_path: Path) -> None:

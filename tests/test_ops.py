@@ -25,6 +25,9 @@ LAYERS = {
     ("litert", "fp32"): (("Convolution (NHWC, F32)", 2), ("Fully Connected (NC, F32)", 1)),
     ("litert", "int8"): (("Convolution (NHWC, QC8)", 2), ("Fully Connected (NC, QS8, QC8W)", 1)),
 }
+# The layers whose weights are stored under their modules' names (BatchNorm is folded into the others): what each reads
+# and writes first, as ONNX Runtime's profiler tells it.
+MODULES = {"6": ("float 1x16", "float 1x10")}
 
 
 @pytest.fixture(autouse=True)
@@ -56,8 +59,17 @@ def test_every_layer_is_timed(runtime: str, precision: str, bundles: dict[str, B
     events = json.loads(trace.read_text())["traceEvents"]
     runs = [event for event in events if event["name"] == "run"]
     assert len(runs) == ops.TRACE_RUNS and runs[0]["ts"] == 0
+    assert sum(run["args"]["in_table"] for run in runs) == profile.ops.runs == values["runs"]
+    assert len(runs) == profile.ops.recorded == values["recorded_runs"]
+    label = next(event["args"]["labels"] for event in events if event["name"] == "process_labels")
+    assert label.startswith(f"{len(runs)} runs, {profile.ops.runs} of them in the table")
+    assert ("tells no shapes" in label) == (runtime != "onnxruntime")
+    if (runtime, precision) == ("onnxruntime", "fp32"):
+        first = [e["args"] for e in events if e["ph"] == "X" and e["args"]["run"] == 0]
+        layers = {args["module"]: (args["inputs"][0], args["outputs"][0]) for args in first if "module" in args}
+        assert layers == MODULES and "tells no" not in label
     for run in runs:
-        inside = [e for e in events if e["ph"] == "X" and e["cat"] != "run" and e["args"] == run["args"]]
+        inside = [e for e in events if e["ph"] == "X" and e["cat"] != "run" and e["args"]["run"] == run["args"]["run"]]
         assert len(inside) == len(profile.ops.ops)
         assert all(run["ts"] - 1 <= e["ts"] <= run["ts"] + run["dur"] + 1 for e in inside)
 
@@ -126,7 +138,7 @@ def test_what_the_clock_rounds_away_is_added() -> None:
 
 
 def test_times_that_the_profiler_inflates_are_scaled_and_said_so() -> None:
-    times = OpTimes((OpTime("Conv", "a", 150.0), OpTime("Add", "b", 50.0)), 10, 260.0, 100.0)
+    times = OpTimes((OpTime("Conv", "a", 150.0), OpTime("Add", "b", 50.0)), 10, 25, 260.0, 100.0)
     assert times.scale == 0.5 and times.outside_us == 0
     console = Console(width=200)
     with console.capture() as capture:
