@@ -49,12 +49,14 @@ def needed_decompositions() -> Iterator[None]:
 
 
 def copied(program: ExportedProgram) -> ExportedProgram:
-    """Returns a copy on the same weights, whose graph, with the branches of its control flow, may be changed."""
+    """Returns a copy on the same weights, whose graph, branches of control flow and signature may be changed."""
     module = copy.deepcopy(program.graph_module)
     for node, original in zip(module.graph.nodes, program.graph.nodes, strict=True):
         node.name = original.name  # by which the signature knows inputs and outputs, and which a copy may change
     state, constants = dict(program.state_dict), dict(program.constants)
-    return program._update(module, program.graph_signature, state_dict=state, constants=constants)
+    signature = copy.copy(program.graph_signature)
+    signature.input_specs, signature.output_specs = [*signature.input_specs], [*signature.output_specs]
+    return program._update(module, signature, state_dict=state, constants=constants)
 
 
 def all_nodes(module: GraphModule) -> Iterator[Node]:

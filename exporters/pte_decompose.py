@@ -1,6 +1,7 @@
-"""ExecuTorch: activations in the ops that XNNPACK computes, so that they do not cut the network in parts.
+"""ExecuTorch: activations and 3-D convolutions in the ops that XNNPACK computes.
 
-What runs outside the delegate takes its time twice: for the op, and for the values that go there and back.
+What runs outside the delegate takes its time twice, for the op and for the values that go there and back, and 3-D
+convolutions have no kernel at all.
 """
 
 from __future__ import annotations
@@ -11,10 +12,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from executorch.backends.transforms.utils import create_constant_placeholder
 from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
+from edgekit.exporters.pte_recurrent import drop_unused
 from edgekit.quant.fx import insert
+from edgekit.quant.passes import spread
 
 aten = torch.ops.aten
 
@@ -26,9 +31,9 @@ NOTHING = 1e-6
 ARITHMETIC = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
 
 
-def decompose_activations(program: ExportedProgram) -> None:
-    """Puts ops of XNNPACK in the place of those in RULES, on a functional program."""
-    graph = program.graph
+def decompose(program: ExportedProgram) -> None:
+    """Puts ops of XNNPACK in the place of those in RULES, on a functional program, and drops weights of no use then."""
+    graph, held = program.graph, len(program.state_dict)
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
@@ -41,6 +46,8 @@ def decompose_activations(program: ExportedProgram) -> None:
         if result is not None:
             node.replace_all_uses_with(result)
             graph.erase_node(node)
+    if len(program.state_dict) > held:
+        drop_unused(program)
 
 
 def _as_float(node: Node) -> None:
@@ -151,8 +158,102 @@ def glu(emit: Emit, program: ExportedProgram, node: Node, x: Node, dim: int) -> 
     return emit(aten.mul.Tensor, first, emit(aten.sigmoid.default, second))
 
 
+def conv3d(
+    emit: Emit,
+    program: ExportedProgram,
+    node: Node,
+    x: Node,
+    weight: Node,
+    bias: Node | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+) -> Node | None:
+    """A convolution of images: one for each depth of the result, its channels those of all depths that it reads."""
+    (step, *stride), (edge, *padding), (gap, *dilation) = (spread(value, 3) for value in (stride, padding, dilation))
+    *lead, channels, depth, height, width = x.meta["val"].shape
+    batch, after = math.prod(lead), node.meta["val"].shape[-3]
+    outputs, _, kernel, *window = weight.meta["val"].shape
+    length = after + (kernel - 1) * gap // step  # in steps: XNNPACK has no slices with one
+    y = emit(aten.view.default, x, [batch, channels, depth, height * width])
+    if length * step < edge + depth:
+        y = emit(aten.slice.Tensor, y, 2, 0, length * step - edge)
+    missing = length * step - edge - y.meta["val"].shape[2]
+    if edge or missing:
+        y = emit(aten.constant_pad_nd.default, y, [0, 0, edge, missing], 0.0)
+    y = emit(aten.view.default, y, [batch, channels, length, step, height * width])
+    parts = []
+    for start, rest in (divmod(index * gap, step) for index in range(kernel)):
+        part = emit(aten.slice.Tensor, y, 2, start, start + after)
+        parts.append(emit(aten.slice.Tensor, part, 3, rest, rest + 1))
+    y = parts[0] if kernel == 1 else emit(aten.cat.default, parts, 3)
+    y = emit(aten.permute.default, y, [0, 2, 1, 3, 4])
+    y = _view(emit, y, [batch * after, channels * kernel, height, width])
+    flat = _reshaped(emit, program, weight, [outputs, -1, *window])
+    y = emit(aten.conv2d.default, y, flat, bias, stride, padding, dilation, groups)
+    y = emit(aten.view.default, y, [batch, after, outputs, -1])
+    return _view(emit, emit(aten.permute.default, y, [0, 2, 1, 3]), list(node.meta["val"].shape))
+
+
+def conv_transpose3d(
+    emit: Emit,
+    program: ExportedProgram,
+    node: Node,
+    x: Node,
+    weight: Node,
+    bias: Node | None,
+    stride: Any,
+    padding: Any,
+    output_padding: Any,
+    groups: int,
+    dilation: Any,
+) -> Node | None:
+    """Transposed convolutions of images: one of each depth, and one by ones that sums the depths where they overlap."""
+    (step, *stride), (edge, *padding), (extra, *output_padding), (gap, *dilation) = (
+        spread(value, 3) for value in (stride, padding, output_padding, dilation)
+    )
+    *lead, channels, depth, height, width = x.meta["val"].shape
+    batch, outputs = math.prod(lead), node.meta["val"].shape[-4]
+    _, _, kernel, *window = weight.meta["val"].shape
+    y = emit(aten.view.default, x, [batch, channels, depth, height * width])
+    y = _view(emit, emit(aten.permute.default, y, [0, 2, 1, 3]), [batch * depth, channels, height, width])
+    flat = _reshaped(emit, program, weight, [channels, -1, *window])
+    y = emit(aten.conv_transpose2d.input, y, flat, None, stride, padding, output_padding, groups, dilation)
+    y = emit(aten.view.default, y, [batch, depth, outputs * kernel, -1])
+    y = _contiguous(emit, emit(aten.permute.default, y, [0, 2, 1, 3]))
+    one_hot = torch.eye(kernel, dtype=weight.meta["val"].dtype).reshape(kernel, 1, kernel, 1).repeat(outputs, 1, 1, 1)
+    ones = _constant(program, f"{node.name}_ones", one_hot)
+    y = emit(aten.conv_transpose2d.input, y, ones, bias, [step, 1], [edge, 0], [extra, 0], outputs, [gap, 1])
+    return emit(aten.view.default, y, list(node.meta["val"].shape))
+
+
+def _contiguous(emit: Emit, x: Node) -> Node:
+    return emit(aten.clone.default, x, memory_format=torch.contiguous_format)
+
+
+def _view(emit: Emit, x: Node, shape: list[int]) -> Node:
+    return emit(aten.view.default, _contiguous(emit, x), shape)
+
+
+def _reshaped(emit: Emit, program: ExportedProgram, weight: Node, shape: list[int]) -> Node:
+    """Gives a weight another shape: a constant stays one, which XNNPACK asks for."""
+    value = _parameter(program, weight)
+    if value is None:
+        return emit(aten.view.default, weight, shape)
+    return _constant(program, f"{weight.name}_flat", value.reshape(shape))
+
+
+def _constant(program: ExportedProgram, name: str, value: torch.Tensor) -> Node:
+    """Returns what reads a new constant of a program, or the one that it has by that name."""
+    with program.graph.inserting_before(next(iter(program.graph.nodes))):
+        return create_constant_placeholder(program, program.graph, name, InputKind.PARAMETER, value.detach())
+
+
 RULES: dict[Any, Callable[..., Node | None]] = {
     aten.celu.default: celu,
+    aten.conv3d.default: conv3d,
+    aten.conv_transpose3d.input: conv_transpose3d,
     aten.elu.default: elu,
     aten.gelu.default: gelu,
     aten.glu.default: glu,

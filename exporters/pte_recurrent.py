@@ -205,16 +205,16 @@ def steps_of(program: ExportedProgram, lower: Lower) -> list[EdgeProgramManager]
         lowered = steps[-1].exported_program()
         held = {name: target.rpartition(".")[2] for name, target in lowered.graph_signature.inputs_to_buffers.items()}
         named = {each.name: each for each in program.graph.nodes}
-        _drop_unused(lowered)
+        drop_unused(lowered)
         left = [named[held[each.name]] for each in lowered.graph.nodes if each.name in held]
         node.args = (x, states, left, str(len(steps) - 1))
     if steps:
         program.graph.eliminate_dead_code()
-        _drop_unused(program)
+        drop_unused(program)
     return steps
 
 
-def _drop_unused(program: ExportedProgram) -> None:
+def drop_unused(program: ExportedProgram) -> None:
     """Removes parameters and buffers that nothing reads: they would be in the file."""
     program._state_dict = dict(program.state_dict)
     specs, changed = program.graph_signature.input_specs, program.graph_signature.buffers_to_mutate.values()

@@ -60,7 +60,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from edgekit.errors import EdgeKitError
-from edgekit.exporters.pte_decompose import decompose_activations
+from edgekit.exporters.pte_decompose import decompose
 from edgekit.exporters.pte_recurrent import insert_steps, spell_recurrences, steps_of, unroll_recurrences
 from edgekit.exporters.pte_weights import prepare_weights
 from edgekit.lean import all_nodes, copied, needed_decompositions, replaced, unread_notes
@@ -408,7 +408,7 @@ def to_executorch(program: ExportedProgram) -> Lowered:
 
 
 def _lower(program: ExportedProgram) -> EdgeProgramManager:
-    decompose_activations(program)
+    decompose(program)
     spell_as_core(program)
     return to_edge_transform_and_lower(
         program,

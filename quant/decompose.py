@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from edgekit.quant.fx import add_attribute, calls, insert
+from edgekit.quant.fx import add_attribute, attribute, calls, insert, is_attribute
 
 aten = torch.ops.aten
 
@@ -359,12 +359,30 @@ def antialiased(target: Any) -> Callable[..., Node | None]:
 
 
 def rrelu(
-    emit: Emit, constant: Any, node: Node, x: Node, noise: Node, lower: float, upper: float, training: bool, *_: Any
+    emit: Emit, constant: Any, node: Node, x: Node, lower: float, upper: float, training: bool, *_: Any
 ) -> Node | None:
     """Spells a randomized leaky ReLU, whose slope is the mean of its bounds once trained, as a leaky ReLU."""
-    if training or not _reads_values_alone(node):
-        return None
-    return emit(aten.leaky_relu.default, x, (lower + upper) / 2)
+    return None if training else emit(aten.leaky_relu.default, x, (lower + upper) / 2)
+
+
+def rrelu_with_noise(emit: Emit, constant: Any, node: Node, x: Node, noise: Node, *rest: Any) -> Node | None:
+    """Spells a randomized leaky ReLU that gives its noise too."""
+    return rrelu(emit, constant, node, x, *rest) if _reads_values_alone(node) else None
+
+
+def bilinear(emit: Emit, constant: Any, node: Node, x: Node, y: Node, weight: Node, bias: Node | None) -> Node | None:
+    """Spells xᵀWy, for each matrix W of a stack, as a linear layer of x whose outputs are multiplied by y."""
+    (outputs, left, right), shape = _shape(weight), _shape(node)
+    if is_attribute(weight):
+        values = attribute(node.graph.owning_module, weight).transpose(1, 2).reshape(-1, left)
+        matrix = constant(f"{node.name}_weight", values)
+    else:
+        matrix = _reshaped(emit, emit(aten.transpose.int, weight, 1, 2), [outputs * right, left])
+    batch = math.prod(shape[:-1])
+    rows = emit(aten.linear.default, _reshaped(emit, x, [batch, left]), matrix)
+    rows = _reshaped(emit, rows, [batch, outputs, right])
+    result = _reshaped(emit, emit(aten.bmm.default, rows, _reshaped(emit, y, [batch, right, 1])), shape)
+    return result if bias is None else emit(aten.add.Tensor, result, bias)
 
 
 RULES: dict[Any, Callable[..., Node | None]] = {
@@ -385,7 +403,9 @@ RULES: dict[Any, Callable[..., Node | None]] = {
     aten.amax.default: amax,
     aten.col2im.default: fold,
     aten.pad.default: crop,
-    aten.rrelu_with_noise_functional.default: rrelu,
+    aten.bilinear.default: bilinear,
+    aten.rrelu.default: rrelu,
+    aten.rrelu_with_noise_functional.default: rrelu_with_noise,
     aten._upsample_bilinear2d_aa.vec: antialiased(aten._upsample_bilinear2d_aa.vec),
     aten._upsample_bicubic2d_aa.vec: antialiased(aten._upsample_bicubic2d_aa.vec),
 }

@@ -26,7 +26,6 @@ FLOAT_LAYERS = {
     aten.gru.input: "GRU",
     aten.rnn_tanh.input: "RNN",
     aten.rnn_relu.input: "RNN",
-    aten.bilinear.default: "bilinear",
 }
 PRODUCTS = {aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default, aten.addmm.default, *RECURRENT}
 

@@ -34,8 +34,6 @@ OPTIONS: dict[str, dict] = {
     "strided": {"stride": 2, "padding": 1},
     "biasless": {"bias": False},
 }
-# ExecuTorch has no kernel for these.
-NO_KERNEL = {("conv3d", "executorch"), ("transposed3d", "executorch"), ("bilinear", "executorch")}
 
 Row = tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...]]
 
@@ -91,7 +89,7 @@ def chain_of(*makers: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
 
 
 ROWS = dict(_rows())
-SOME = ("transposed1d groups", "conv3d plain", "norm of rows", "max pool 1d")
+SOME = ("transposed1d groups", "conv3d plain", "transposed3d outputs", "bilinear", "norm of rows", "max pool 1d")
 
 
 def audit(name: str) -> dict[str, float | str]:
@@ -106,8 +104,6 @@ def audit(name: str) -> dict[str, float | str]:
         graph = flat(program.module()(*batches[0]))
         found["graph"] = _worst(flat(module(*batches[0])), graph)
         for format in RUNTIMES:
-            if (name.partition(" ")[0], format) in NO_KERNEL:
-                continue
             try:
                 found[format] = _worst(graph, through(program, format, batches[0]))
             except (EdgeKitError, RuntimeError, ValueError) as error:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from edgekit.quant.passes import capture
 
 IMAGE, LINE, VOLUME = (2, 3, 8, 6), (2, 3, 10), (2, 3, 8, 6, 5)
+WEIGHT = torch.randn(4, 6, 6, generator=torch.Generator().manual_seed(1))
 aten = torch.ops.aten
 
 
@@ -75,6 +76,12 @@ OTHERS: list[tuple[str, Callable[..., Any], tuple[Any, ...], tuple[int, ...]]] =
     ("min rows", lambda x: x.min(-1, keepdim=True)[0], (), IMAGE),
     ("amax pixels", lambda x: x.amax((-1, 2)), (), IMAGE),
     ("rrelu", lambda x: F.rrelu(x, training=False), (), IMAGE),
+    ("rrelu bounds", lambda x: F.rrelu(x, 0.1, 0.9, training=False), (), LINE),
+    *(
+        (f"bilinear {shape}", lambda x, b: F.bilinear(x, x.flip(-1), WEIGHT, b), (bias,), shape)
+        for shape, bias in (((2, 6), None), ((6,), torch.arange(4.0)), (IMAGE, torch.arange(4.0)))
+    ),
+    ("bilinear of weights", lambda x: F.bilinear(x, x[..., :5], x[0, :3, :6, :5], None), (), (2, 3, 7, 6)),
     *(
         (
             f"{mode} {align} {size}",
@@ -107,7 +114,9 @@ GONE = {
     aten.max.dim,
     aten.min.dim,
     aten.col2im.default,
+    aten.rrelu.default,
     aten.rrelu_with_noise_functional.default,
+    aten.bilinear.default,
     aten._upsample_bilinear2d_aa.vec,
     aten._upsample_bicubic2d_aa.vec,
 }
