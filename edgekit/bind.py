@@ -532,10 +532,26 @@ def _from_file(opened: Opened, signature: Signature) -> Named:
         with _unmoved(opened.module):
             inferred = infer(opened.module, signature.required or signature.names[:1])
     if not inferred.specs:
+        if opened.specs:
+            raise _open_shapes(opened)
         hint = f"{inferred.told}, or give --data with samples" if inferred.told else _SHAPES_HELP
         raise EdgeKitError(f"the shapes of the inputs of {opened.name} are not known; its inputs: {signature}", hint)
     opened.notes.append(inferred.told)
     return _made(inferred.specs, None, signature, "its layers")
+
+
+def _open_shapes(opened: Opened) -> EdgeKitError:
+    """The error for a file that leaves sizes of its inputs open, which it holds as 0."""
+    shapes = [[str(size or "?") for size in spec.shape] for spec in opened.specs]
+    inputs = [f"{spec.name}:{spec.dtype}[{','.join(s)}]" for spec, s in zip(opened.specs, shapes, strict=True)]
+    options = [
+        f"{spec.name}:{'x'.join(sizes)}" if sizes and spec.dtype == "float32" else f"'{text}'"
+        for spec, sizes, text in zip(opened.specs, shapes, inputs, strict=True)
+    ]
+    return EdgeKitError(
+        f"the shapes of the inputs of {opened.name} are open: {', '.join(inputs)}",
+        f"give numbers for the question marks, --input {' --input '.join(options)}, or --data with samples",
+    )
 
 
 def _made(specs: Sequence[TensorSpec], samples: Named | None, signature: Signature, said: str) -> Named:

@@ -95,8 +95,14 @@ def user_line(error: BaseException) -> str | None:
 def reason(error: BaseException) -> str:
     """Returns the line that tells what an error of another library is about, or its class where it says nothing.
 
-    That is the first line; of TorchScript's errors, which begin with a traceback, the last.
+    That is the first line; of TorchScript's errors, which begin with a traceback, the last, and where that names
+    a class alone, the line of code before it.
     """
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    script = any(line.startswith("Traceback of TorchScript") for line in lines)
-    return lines[-1 if script else 0][:MOST_SHOWN]
+    if not any(line.startswith("Traceback of TorchScript") for line in lines):
+        return lines[0][:MOST_SHOWN]
+    said = lines[-1]
+    marks = [index for index, line in enumerate(lines) if line.endswith("<--- HERE")]
+    if said.endswith(":") and marks:
+        said += f" in {lines[marks[-1] - 1].strip()!r}"
+    return said[:MOST_SHOWN]

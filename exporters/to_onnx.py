@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
+from onnxscript.rewriter._pattern_ir import Constant as PatternConstant
+from onnxscript.rewriter.rules.common import _no_op
 from torch.export import ExportedProgram
 
 from edgekit.errors import EdgeKitError
@@ -20,8 +23,9 @@ from edgekit.exporters.onnx_weights import (
     join_dynamic_quantization,
     join_recurrent_weights,
 )
-from edgekit.lean import copied, needed_decompositions, unread_notes
+from edgekit.lean import copied, needed_decompositions, replaced, unread_notes
 
+TOLERANCES = ("_rel_tol", "_abs_tol")  # of a constant in a pattern of onnxscript's
 OPSET = 18  # the dynamo exporter's own: no version conversion, and every ONNX Runtime since 1.14 reads it
 
 
@@ -35,7 +39,7 @@ def to_onnx(
     as float16 behind a Cast. Raises EdgeKitError for an operator that ONNX cannot express.
     """
     try:
-        with unread_notes(), needed_decompositions():
+        with unread_notes(), needed_decompositions(), exact_constants():
             exported = torch.onnx.export(
                 copied(program),
                 (),
@@ -62,6 +66,23 @@ def to_onnx(
     proto.producer_name, proto.producer_version = "edgekit", ""
     check(proto)
     return proto
+
+
+@contextmanager
+def exact_constants() -> Iterator[None]:
+    """Keeps onnxscript's rewrite rules from taking 1e-8 for 0 and 1.000001 for 1.
+
+    They match constants by a tolerance: x / (norm + 1e-8) would become x / norm, which is NaN at 0.
+    """
+    with ExitStack() as stack:
+        for rule in _no_op.rules:
+            for node in rule._target_pattern:
+                for value in node.inputs:
+                    if isinstance(value, PatternConstant):
+                        for tolerance in TOLERANCES:
+                            getattr(value, tolerance)  # fails where a later version names it otherwise
+                            stack.enter_context(replaced(value, tolerance, 0.0))
+        yield
 
 
 def rename(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str]) -> None:

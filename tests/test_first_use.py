@@ -384,6 +384,9 @@ def test_an_error_of_torchscript_is_told_by_its_last_line() -> None:
     with pytest.raises(RuntimeError) as caught:
         script(torch.ones(1, 4))
     assert "mat1 and mat2 shapes cannot be multiplied" in reason(caught.value)
+    script = "Traceback of TorchScript (most recent call last):\n    x = x[:, ::step]\n        ~~~~~~~~ <--- HERE\n"
+    assert reason(RuntimeError(f"{script}RuntimeError: ")) == "RuntimeError: in 'x = x[:, ::step]'"
+    assert reason(RuntimeError(f"{script}ValueError: a rate")) == "ValueError: a rate"
     assert reason(ValueError("first\nsecond")) == "first" and reason(ValueError()) == "ValueError"
 
 

@@ -1,7 +1,8 @@
-"""Einsum of one or two operands, as a product of stacks of matrices."""
+"""Einsum as products of stacks of matrices, two operands at a time."""
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from edgekit.exporters.tflite.builder import FLOAT, Builder
@@ -13,7 +14,7 @@ from edgekit.exporters.tflite.registry import lowers, unsupported
 
 @lowers("Einsum")
 def einsum(b: Builder, node: Node, *, equation: str) -> None:
-    """Sum what only one operand has, then BATCH_MATMUL over what both have and the result has not."""
+    """Sum what only one operand has, then multiply two operands after the other."""
     if b.dtype(node.outputs[0]) != FLOAT:
         raise unsupported(node, f"products of {b.dtype(node.outputs[0])}")
     terms, result = _terms(b, node, equation)
@@ -25,15 +26,16 @@ def einsum(b: Builder, node: Node, *, equation: str) -> None:
             raise unsupported(node, f"the diagonal in '{equation}'")
         others = set(result).union(*(other for place, other in enumerate(terms) if place != index))
         operands[index], terms[index] = _summed(b, operands[index], term, others)
-    if len(operands) == 1:
-        b.bind(node.outputs[0], _ordered(operands[0], terms[0], result))
-        return
-    if len(operands) != 2:
-        raise unsupported(node, f"{len(operands)} operands; one and two are handled")
-    x, y = terms
-    batch = [axis for axis in result if axis in x and axis in y]
-    left, right = ([axis for axis in result if axis in term and axis not in batch] for term in (x, y))
-    inner = [axis for axis in x if axis in y and axis not in batch]
+    sizes = _sizes(node, operands, terms, equation)
+    value, term = operands[0], terms[0]
+    for place in range(1, len(operands)):
+        read_later = [*dict.fromkeys([*result, *itertools.chain(*terms[place + 1 :])])]
+        value, term = _product(b, node, (value, operands[place]), (term, terms[place]), read_later, sizes)
+    b.bind(node.outputs[0], _ordered(value, term, result))
+
+
+def _sizes(node: Node, operands: list[Value], terms: list[list[str]], equation: str) -> dict[str, int]:
+    """The length of each named axis."""
     sizes: dict[str, int] = {}
     for term, operand in zip(terms, operands, strict=True):
         for axis, size in zip(term, operand.shape, strict=True):
@@ -41,6 +43,22 @@ def einsum(b: Builder, node: Node, *, equation: str) -> None:
     for term, operand in zip(terms, operands, strict=True):
         if operand.shape != tuple(sizes[axis] for axis in term):
             raise unsupported(node, f"broadcasting within '{equation}'")
+    return sizes
+
+
+def _product(
+    b: Builder,
+    node: Node,
+    operands: tuple[Value, Value],
+    terms: tuple[list[str], list[str]],
+    kept: list[str],
+    sizes: dict[str, int],
+) -> tuple[Value, list[str]]:
+    """BATCH_MATMUL of two operands, summed over the axes that both have and `kept` has not; its axis names."""
+    x, y = terms
+    batch = [axis for axis in kept if axis in x and axis in y]
+    left, right = ([axis for axis in kept if axis in term and axis not in batch] for term in terms)
+    inner = [axis for axis in x if axis in y and axis not in batch]
 
     def count(axes: list[str]) -> int:
         return math.prod(sizes[axis] for axis in axes)
@@ -54,8 +72,7 @@ def einsum(b: Builder, node: Node, *, equation: str) -> None:
     )
     product, perm = batched(b, node, matrix_x, matrix_y)
     order = [*batch, *left, *right]
-    whole = b.settle(b.reshape(Value(product, perm), tuple(sizes[axis] for axis in order)))
-    b.bind(node.outputs[0], _ordered(whole, order, result))
+    return b.settle(b.reshape(Value(product, perm), tuple(sizes[axis] for axis in order))), order
 
 
 def _terms(b: Builder, node: Node, equation: str) -> tuple[list[list[str]], list[str]]:

@@ -309,6 +309,8 @@ EINSUM = [
     c("Einsum", {"x": (2, 3, 4), "z": (5, 4)}, equation="...j,kj->...k"),
     c("Einsum", {"x": (3, 4), "z": (5,)}, equation="ij,k->kji"),
     c("Einsum", (3, 4, 5), equation="ijk->ki"),
+    c("Einsum", {"x": (2, 3, 4), "z": (2, 3, 5), "w": (2, 3, 4)}, equation="bld,bln,bld->bldn"),
+    c("Einsum", {"x": (3, 4), "z": (4, 5), "w": (5, 2), "v": (2,)}, equation="ij,jk,kl,l->i"),
 ]
 RECURRENT = [
     c("LSTM", (4, 2, 3), {"w": (1, 20, 3), "r": (1, 20, 5), "b": (1, 40)}, ("y", "yh", "yc"), hidden_size=5),

@@ -334,3 +334,22 @@ def test_constants_are_stored_as_their_codes(stored: str, codes: type) -> None:
     feed = torch.from_numpy(rng.standard_normal((1, 3, 4, 4)).astype(np.float32))
     assert torch.equal(run(made, feed)[0], run(proto, feed)[0])
     assert not any(numpy_helper.to_array(i).dtype == np.float32 and i.dims for i in made.graph.initializer)
+
+
+NEARLY_NOTHING = {
+    "divide by a norm": lambda x: x / (x.abs().sum(1, keepdim=True) + 1e-8),
+    "logarithm": lambda x: torch.log(x.relu() + 1e-9),
+    "subtract": lambda x: torch.log(x.abs() - -1e-9),
+    "times": lambda x: 1e6 * (x * 1.000001 - x),
+    "divided": lambda x: 1e6 * (x / 1.000001 - x),
+}
+
+
+@pytest.mark.parametrize("name", NEARLY_NOTHING)
+def test_constants_near_0_and_1_are_kept(name: str) -> None:
+    x = torch.tensor([[0.0, 0.0, 0.0], [1.0, -2.0, 3.0]])
+    model = Net(lambda _, value: NEARLY_NOTHING[name](value))
+    program = torch.export.export(model, (x,))
+    session = onnxruntime.InferenceSession(to_onnx(program, ["x"], ["y"]).SerializeToString())
+    (found,) = session.run(None, {"x": x.numpy()})
+    np.testing.assert_allclose(found, model(x).numpy(), rtol=1e-5, atol=1e-5)
