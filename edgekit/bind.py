@@ -278,13 +278,15 @@ def bind(
 
 def _takes_bytes(opened: Opened, specs: Sequence[TensorSpec], images: Sequence[Any] | Mapping[str, Any]) -> bool:
     """Whether images of 0..255 are to go in as they are: an input is of uint8, or the network scales its one itself."""
-    from edgekit.pixels import scales_bytes
+    from edgekit.pixels import onnx_scales_bytes, scales_bytes
 
     if any(spec.dtype == "uint8" for spec in specs or opened.specs):
         return True
     named = _samples(images, []) or []
-    if len(named) != 1 or isinstance(opened.module, OnnxReference):
+    if len(named) != 1:
         return False
+    if opened.onnx is not None:
+        return onnx_scales_bytes(opened.onnx, opened.specs[0].name)
     return scales_bytes(opened.module, (named[0][1],))
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from kit import SHAPE, network, quick
+from onnx import TensorProto, helper, numpy_helper
 from PIL import Image, ImageOps
 from torch import nn
 
@@ -19,7 +21,7 @@ from edgekit import data as sources
 from edgekit import stages
 from edgekit.code import import_code
 from edgekit.errors import EdgeKitError
-from edgekit.pixels import scales_bytes
+from edgekit.pixels import onnx_scales_bytes, scales_bytes
 
 RNG = np.random.default_rng(0)
 BASE = RNG.integers(0, 256, (32, 32, 3)).astype(np.uint8)
@@ -325,6 +327,63 @@ def test_networks_that_scale_bytes_themselves_are_told_apart(how: str, scripted:
     if scripted:
         module = torch.jit.trace(module, images.float())
     assert scales_bytes(module, (images,)) == (how in OF_BYTES)
+
+
+def written(module: nn.Module, path: Path) -> onnx.ModelProto:
+    """An ONNX file of a network with an input of float32, by torch's own exporter."""
+    torch.onnx.export(module.eval(), (torch.rand(1, *SHAPE),), str(path), dynamo=True, input_names=["x"], verbose=False)
+    return onnx.load(path)
+
+
+@pytest.mark.parametrize("how", [*OF_BYTES, *OF_SHARES])
+def test_onnx_graphs_that_scale_bytes_themselves_are_told_apart(how: str, tmp_path: Path) -> None:
+    model = written(Scaling((OF_BYTES | OF_SHARES)[how]), tmp_path / "m.onnx")
+    assert onnx_scales_bytes(model, "x") == (how in OF_BYTES)
+
+
+# What stands before the network's first convolution → whether images of 0..255 go in.
+ONNX_FRONTS: dict[str, tuple[list[onnx.NodeProto], bool]] = {
+    "BatchNormalization of bytes": (
+        [helper.make_node("BatchNormalization", ["x", "ones", "zeros", "means", "ones"], ["y"])], True
+    ),
+    "BatchNormalization of shares": (
+        [helper.make_node("BatchNormalization", ["x", "ones", "zeros", "shares", "ones"], ["y"])], False
+    ),
+    "a Constant behind a Cast": (
+        [
+            helper.make_node("Constant", [], ["c"], value_float=255.0),
+            helper.make_node("Cast", ["c"], ["d"], to=TensorProto.FLOAT),
+            helper.make_node("Transpose", ["x"], ["t"], perm=[0, 1, 3, 2]),
+            helper.make_node("Div", ["t", "d"], ["y"]),
+        ],
+        True,
+    ),
+    "a computed divisor": (
+        [helper.make_node("ReduceMax", ["x"], ["m"]), helper.make_node("Div", ["x", "m"], ["y"])], False
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("front", ONNX_FRONTS)
+def test_onnx_graphs_that_others_wrote_are_told_apart(front: str) -> None:
+    nodes, of_bytes = ONNX_FRONTS[front]
+    values = {"ones": np.ones(3), "zeros": np.zeros(3), "means": np.full(3, 116.3), "shares": np.full(3, 0.5)}
+    constants = [numpy_helper.from_array(value.astype(np.float32), name) for name, value in values.items()]
+    info = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, *SHAPE]) for name in "xy"]
+    graph = helper.make_graph(nodes, "g", info[:1], info[1:], constants)
+    assert onnx_scales_bytes(helper.make_model(graph), "x") == of_bytes
+
+
+def test_an_onnx_file_that_scales_bytes_gets_them_once(tmp_path: Path) -> None:
+    images = RNG.integers(0, 256, (5, *SHAPE)).astype(np.uint8)
+    written(Scaling(OF_BYTES["float, / 255"]), tmp_path / "m.onnx")
+    original, source = load(str(tmp_path / "m.onnx"), {"x": images})
+    (chunk,) = edgekit.evaluation.Evaluation(source, original)
+    (outputs,) = stages.run_module(original.module, chunk.feeds)
+    with torch.no_grad():
+        expected = network()(torch.from_numpy(images).float() / 255).numpy()
+    np.testing.assert_allclose(outputs[:, 0], expected, atol=1e-5)
+    assert chunk.feeds[0].dtype == np.float32 and sources.AS_THEY_ARE in source.notes
 
 
 @pytest.mark.parametrize("inputs", [(), ("x:uint8[1,3,16,16]",), ("x:float32[1,3,16,16]",)])
