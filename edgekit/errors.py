@@ -35,6 +35,10 @@ class MissingInputs(EdgeKitError):
         self.names = tuple(names)
 
 
+class NotFaithful(EdgeKitError):
+    """No file of a precision computes what the model computes; another precision may."""
+
+
 class UsageError(EdgeKitError):
     """A value that an option does not know, such as a target; the command line exits with 2 instead of 1."""
 

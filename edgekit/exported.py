@@ -197,6 +197,6 @@ def _checked(
         if why is not None:
             raise EdgeKitError(
                 f"{artifact.path.name} is not faithful to the network: it {why}",
-                f"leave {format} out with --format, and report this model",
+                f"leave {format} out with --format: an exporter or a runtime is at fault",
             )
     return found

@@ -136,7 +136,8 @@ class _Sums:
         a, b = (array.astype(np.float64).reshape(len(array), -1) for array in (ref, out))
         if not np.isfinite(a).all():
             raise EdgeKitError(
-                "the original model's own outputs hold NaN or infinite values", "check its weights and --data"
+                "the original model's own outputs hold NaN or infinite values",
+                "check its weights and --data, and whether a mask hides all positions of a row",
             )
         if not np.isfinite(b).all():
             self.finite = False

@@ -34,7 +34,7 @@ from edgekit import explain as explaining
 from edgekit import ops as op_times
 from edgekit import qat as qats
 from edgekit.doctor import cpu_name
-from edgekit.errors import EdgeKitError, SeveralErrors
+from edgekit.errors import EdgeKitError, NotFaithful, SeveralErrors
 from edgekit.evaluation import Chunk, Evaluation, Tally, evaluate
 from edgekit.journal import Journal
 from edgekit.progress import Progress, Silent
@@ -174,10 +174,6 @@ def export(
     raise AssertionError("at least one precision is tried")
 
 
-class NotFaithful(EdgeKitError):
-    """No file of a precision computes what the model computes; another precision may."""
-
-
 @dataclass(frozen=True)
 class _Plan:
     """What an export is to write, whatever the precision: the folder, what the manifest says, and notes.
@@ -305,12 +301,12 @@ def _write(
             each = judge.parities(*stages.aligned(reference, tried.outputs, original), classes, floors)
             why = judge.faithful(artifact.precision, each, graph_parity)
             if why is not None:
-                others = ",".join(other for other in chosen if other != format)
-                instead = f"leave it out with --format {others}" if others else "choose another --precision"
-                refused = NotFaithful(
-                    f"{artifact.path.name} is not faithful to the model: it {why}",
-                    f"nothing was written; {instead}, and report this model",
-                )
+                from edgekit import unfaithful
+
+                unfaithful.check(original, program, feeds, reference, graph_parity, recipe.name)
+                others = [other for other in chosen if other != format]
+                finite = isfinite(judge.worst(each).max_abs)
+                refused = unfaithful.refusal(original, feeds, artifact, why, finite, others)
                 if plan.formats is not None:
                     raise refused
                 left_out[format] = refused
@@ -373,7 +369,8 @@ def _none_left(left_out: Mapping[str, EdgeKitError]) -> EdgeKitError:
     """Returns the error of an export that no format can hold: NotFaithful where another precision may be."""
     errors = {error.what: error for error in left_out.values()}
     if any(isinstance(error, NotFaithful) for error in errors.values()):
-        return NotFaithful("; ".join(errors), "give another --precision, such as fp32")
+        helps = dict.fromkeys(error.help for error in errors.values() if error.help)
+        return NotFaithful("; ".join(errors), "; ".join(helps))
     return next(iter(errors.values())) if len(errors) == 1 else SeveralErrors(tuple(errors.values()))
 
 

@@ -98,7 +98,7 @@ def _of_torch(program: ExportedProgram) -> tuple[list[Any], Callable[[Any], Step
     def step(node: Any) -> Step | float | None:
         tensor = held.get(lifted.get(node.name, ""))
         if isinstance(tensor, torch.Tensor):
-            return float(tensor.detach().abs().max()) if tensor.numel() and not tensor.is_complex() else 0.0
+            return float(tensor.detach().double().abs().max()) if tensor.numel() and not tensor.is_complex() else 0.0
         if node.op != "call_function":
             return None
         name = node.target.__name__ if not hasattr(node.target, "_schema") else node.target._schema.name.split("::")[1]

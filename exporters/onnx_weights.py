@@ -177,7 +177,7 @@ def _to_matmul_integer(model: ir.Model, node: ir.Node) -> None:
     if found is None or (gemm and not plain):
         raise EdgeKitError(
             f"ONNX node '{node.name}' quantizes its input as it runs and is no plain linear layer",
-            "export with --precision fp32 or int8, and report this model",
+            "leave ONNX and TFLite out with --format executorch, or export with --precision fp32 or int8",
         )
     weight, scales = found
     name = node.inputs[1].name

@@ -92,7 +92,7 @@ def judged(found: Sequence[Step]) -> tuple[str, ...]:
     if worst is not None and worst.most > REFUSED:
         raise EdgeKitError(
             f"the int8 file is not faithful to the ONNX model: {worst}",
-            "nothing was written; leave tflite out with --format, and report this model",
+            "nothing was written; leave tflite out with --format, or give --precision fp32: the exporter is at fault",
         )
     return tuple(str(step) for step in found if step.most > NOTED)
 
