@@ -90,6 +90,8 @@ def load(
         if found is None:
             raise
         loaded, source = _loaded(model, found, inputs, code, like)
+    if any(spec.name == "y" for spec in loaded.inputs):  # as forward names it, where `inputs` names none
+        source = source.with_targets_as("y") or source
     first = next(iter(sources.batches(source.evaluation, loaded.inputs)))[0]  # tells now whether the data fits
     return replace(loaded, example=(*_tensors(first), *loaded.example[len(first) :])), source
 

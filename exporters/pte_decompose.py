@@ -1,4 +1,4 @@
-"""ExecuTorch: activations and 3-D convolutions in the ops that XNNPACK computes.
+"""ExecuTorch: activations, 3-D convolutions and sorts in the ops that it computes.
 
 What runs outside the delegate takes its time twice, for the op and for the values that go there and back, and 3-D
 convolutions have no kernel at all.
@@ -7,6 +7,7 @@ convolutions have no kernel at all.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -250,7 +251,19 @@ def _constant(program: ExportedProgram, name: str, value: torch.Tensor) -> Node:
         return create_constant_placeholder(program, program.graph, name, InputKind.PARAMETER, value.detach())
 
 
+def sort(emit: Emit, program: ExportedProgram, node: Node, x: Node, dim: int, descending: bool) -> Node:
+    """The largest or smallest of all: the runtime has a kernel for topk alone."""
+    size = x.meta["val"].shape[dim] if x.meta["val"].ndim else 1
+    return emit(aten.topk.default, x, size, dim, descending, True)
+
+
+def argsort(emit: Emit, program: ExportedProgram, node: Node, x: Node, dim: int, descending: bool) -> Node:
+    """The places of the largest or smallest of all."""
+    return emit(operator.getitem, sort(emit, program, node, x, dim, descending), 1)
+
+
 RULES: dict[Any, Callable[..., Node | None]] = {
+    aten.argsort.default: argsort,
     aten.celu.default: celu,
     aten.conv3d.default: conv3d,
     aten.conv_transpose3d.input: conv_transpose3d,
@@ -262,4 +275,5 @@ RULES: dict[Any, Callable[..., Node | None]] = {
     aten.prelu.default: prelu,
     aten.selu.default: selu,
     aten.softplus.default: softplus,
+    aten.sort.default: sort,
 }

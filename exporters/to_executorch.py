@@ -36,7 +36,7 @@ from executorch.backends.xnnpack.partition.config import (
 )
 from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType, XNNPartitionerConfig
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-from executorch.backends.xnnpack.utils.quant_utils import is_dequant
+from executorch.backends.xnnpack.utils.quant_utils import is_dequant, is_quant
 from executorch.exir import (
     EdgeCompileConfig,
     EdgeProgramManager,
@@ -88,6 +88,11 @@ class QuantizedPadConfig(ConstantPadConfig):
     def supported_precision_types(self) -> list[ConfigPrecisionType]:
         """Float and static int8."""
         return [ConfigPrecisionType.FP32, ConfigPrecisionType.STATIC_QUANT]
+
+    def check_constraints(self, node: Node, ep: ExportedProgram) -> bool:
+        """Leaves out a pad of int8 codes that is read as floats: ExecuTorch would give the file an int8 pad for it."""
+        becomes_float = is_dequant(node.args[0]) and not any(is_quant(user) for user in node.users)
+        return not becomes_float and super().check_constraints(node, ep)
 
 
 class WeightOnlyLinearConfig(LinearConfig):

@@ -385,7 +385,34 @@ def bilinear(emit: Emit, constant: Any, node: Node, x: Node, y: Node, weight: No
     return result if bias is None else emit(aten.add.Tensor, result, bias)
 
 
+def distances(emit: Emit, constant: Any, node: Node, x: Node, y: Node, p: float = 2.0, *_: Any) -> Node | None:
+    """Spells the distances of all pairs of rows as those of all differences."""
+    if p not in (1.0, 2.0, math.inf):
+        return None
+    apart = emit(aten.sub.Tensor, emit(aten.unsqueeze.default, x, -2), emit(aten.unsqueeze.default, y, -3))
+    if p == 2.0:
+        return emit(aten.sqrt.default, emit(aten.sum.dim_IntList, emit(aten.mul.Tensor, apart, apart), [-1]))
+    apart = emit(aten.abs.default, apart)
+    return emit(aten.sum.dim_IntList, apart, [-1]) if p == 1.0 else emit(aten.amax.default, apart, [-1])
+
+
+def median(
+    emit: Emit, constant: Any, node: Node, x: Node, dim: int | None = None, keepdim: bool = False
+) -> Node | None:
+    """Spells the lower median, where its place is not read, as the value in the middle of all, sorted."""
+    if dim is None:
+        x, dim = _reshaped(emit, x, [math.prod(_shape(x))]), 0
+    if not _shape(x) or (node.target is aten.median.dim and not _reads_values_alone(node)):
+        return None
+    ordered = emit(operator.getitem, emit(aten.sort.default, x, dim), 0)
+    middle = emit(aten.select.int, ordered, dim, (_shape(x)[dim] - 1) // 2)
+    return emit(aten.unsqueeze.default, middle, dim) if keepdim else middle
+
+
 RULES: dict[Any, Callable[..., Node | None]] = {
+    aten.median.default: median,
+    aten.median.dim: median,
+    aten.cdist.default: distances,
     aten.adaptive_max_pool1d.default: adaptive_pool(1, MAX),
     aten.adaptive_max_pool2d.default: adaptive_pool(2, MAX),
     aten.adaptive_max_pool3d.default: adaptive_pool(3, MAX),

@@ -278,7 +278,7 @@ def load(module: nn.Module, data: Any, *inputs: str) -> tuple[Any, Any]:
     return stages.load(module, data=data, inputs=inputs, code=None, mean=(), std=())
 
 
-@pytest.mark.parametrize("inputs", [(), ("x:float32[1,3]", "y:float32[1,3]")])
+@pytest.mark.parametrize("inputs", [(), ("x:float32[1,3]", "y:float32[1,3]"), ("1x3", "1x3")])
 def test_an_input_called_y_is_an_input(inputs: tuple[str, ...]) -> None:
     x, y = RNG.random((2, 5, 3)).astype(np.float32)
     original, source = load(Sum(), {"x": x, "y": y}, *inputs)

@@ -624,6 +624,7 @@ def activations() -> Iterator[Case]:
         "softmax rows": lambda x: torch.softmax(x, 2),
         "swapped": lambda x: x.transpose(2, 3) * torch.sigmoid(x),
         "triangle": lambda x: torch.tril(x),
+        "unfold": lambda x: F.unfold(x, 3, padding=1).view(x.shape[0], 8, 9, *x.shape[2:]).sum(2),
         "position": lambda x: x + torch.arange(8.0).view(1, 8, 1, 1),
         "position rows": lambda x: x + torch.arange(8.0),
         "bilinear": lambda x: F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -81,6 +82,13 @@ OTHERS: list[tuple[str, Callable[..., Any], tuple[Any, ...], tuple[int, ...]]] =
         (f"bilinear {shape}", lambda x, b: F.bilinear(x, x.flip(-1), WEIGHT, b), (bias,), shape)
         for shape, bias in (((2, 6), None), ((6,), torch.arange(4.0)), (IMAGE, torch.arange(4.0)))
     ),
+    ("median", lambda x: x.median(), (), IMAGE),
+    ("median row", lambda x: x.median(-2, keepdim=True)[0], (), IMAGE),
+    ("median column", lambda x: x.median(3).values, (), (2, 3, 4, 5)),
+    *(
+        (f"distances {p}", lambda x, p: torch.cdist(x, x[..., 1:3, :].flip(1), p), (p,), (2, 3, 20, 6))
+        for p in (1.0, 2.0, math.inf)
+    ),
     ("bilinear of weights", lambda x: F.bilinear(x, x[..., :5], x[0, :3, :6, :5], None), (), (2, 3, 7, 6)),
     *(
         (
@@ -117,6 +125,9 @@ GONE = {
     aten.rrelu.default,
     aten.rrelu_with_noise_functional.default,
     aten.bilinear.default,
+    aten.cdist.default,
+    aten.median.default,
+    aten.median.dim,
     aten._upsample_bilinear2d_aa.vec,
     aten._upsample_bicubic2d_aa.vec,
 }
