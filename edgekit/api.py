@@ -18,6 +18,7 @@ from typing import ParamSpec, TypeVar
 from edgekit import pipeline, pruning
 from edgekit.data import HELP
 from edgekit.errors import EdgeKitError, single_errors
+from edgekit.files import torch_cache
 from edgekit.python_data import FORMS, as_source
 
 Given = ParamSpec("Given")
@@ -57,7 +58,7 @@ def in_python(job: Callable[Given, Result]) -> Callable[Given, Result]:
     @functools.wraps(job)
     def called(*args: Given.args, **kwargs: Given.kwargs) -> Result:
         objects = [name for name in SOURCES if not isinstance(kwargs.get(name), (str, Path, NoneType))]
-        with quiet():
+        with quiet(), torch_cache():
             try:
                 kwargs.update({name: as_source(kwargs[name]) for name in objects})
                 return job(*args, **kwargs)

@@ -65,12 +65,12 @@ def load_exported(path: Path) -> ExportedProgram:
         with PT2ArchiveReader(str(path)) as reader, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             _check_sizes(reader.archive_file, path)
-            return _deserialize(reader, path.name)
+            return _deserialize(reader, str(path))
     except EdgeKitError:
         raise
     except Exception as error:
         raise EdgeKitError(
-            f"{path.name} cannot be read as an exported program: {reason(error)}",
+            f"{path} cannot be read as an exported program: {reason(error)}",
             "export it again on the CPU with torch.export.save and the torch that `edgekit doctor` names",
         ) from error
 
@@ -239,17 +239,17 @@ def load_script(path: Path) -> torch.jit.ScriptModule:
     try:
         reader = torch._C.PyTorchFileReader(str(path))
         _check_sizes(reader, path)
-        _screen_archive(reader, path.name)
+        _screen_archive(reader, str(path))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             module = torch.jit.load(str(path), map_location="cpu")
-        _screen_graph(module, path.name)
+        _screen_graph(module, str(path))
         return module
     except EdgeKitError:
         raise
     except Exception as error:
         raise EdgeKitError(
-            f"{path.name} cannot be read as TorchScript: {reason(error)}", "save it again, or copy it again"
+            f"{path} cannot be read as TorchScript: {reason(error)}", "save it again, or copy it again"
         ) from error
 
 

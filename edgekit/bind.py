@@ -109,7 +109,7 @@ def tidy(opened: Opened) -> None:
     Raises EdgeKitError for weights that are quantized, complex, not loaded at all, or not finite.
     """
     module, notes = opened.module, opened.notes
-    _check_tree(module, opened.name)
+    _check_tree(module, opened.what)
     wrappers = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
     while isinstance(module, wrappers) or hasattr(module, "_orig_mod"):
         notes.append(f"taken out of its {type(module).__name__} wrapper")
@@ -123,8 +123,8 @@ def tidy(opened: Opened) -> None:
     ready = {k: t for k, t in tensors.items() if not torch.nn.parameter.is_lazy(t)}
     quantized = [name for name, m in module.named_modules() if type(m).__module__.startswith("torch.ao.nn")]
     if quantized:
-        raise EdgeKitError(f"{opened.name} is quantized already (module {quantized[0]!r})", _FLOAT_HELP)
-    _check_kinds(ready, opened.name)
+        raise EdgeKitError(f"{opened.what} is quantized already (module {quantized[0]!r})", _FLOAT_HELP)
+    _check_kinds(ready, opened.what)
     if isinstance(module, torch.fx.GraphModule):
         release_modes(module)
     module.eval()
@@ -136,7 +136,7 @@ def tidy(opened: Opened) -> None:
         module.float()
         notes.append(f"{', '.join(sorted(str(d).removeprefix('torch.') for d in floats))} weights cast to float32")
     ready = {k: t for k, t in [*module.named_parameters(), *module.named_buffers()] if k in ready}
-    check_finite(ready.items(), opened.name)
+    check_finite(ready.items(), opened.what)
     strided = [t for t in ready.values() if not t.is_contiguous()]
     for tensor in strided:
         tensor.data = tensor.data.contiguous()
@@ -226,7 +226,7 @@ def bind(
     as_dict = not specs and _is_one_dict(given, signature, opened)
     packings = [given] if as_dict or opened.call else [*_packings(given, signature), given]
     for packing in packings:
-        arranged = packing if as_dict else _arranged(packing, signature, opened.name)
+        arranged = packing if as_dict else _arranged(packing, signature, opened.what)
         inputs = _flattened(arranged)
         if isinstance(opened.module, OnnxReference):
             module: torch.nn.Module = opened.module
@@ -246,18 +246,18 @@ def bind(
     states: tuple[State, ...] = ()
     drawn = None
     if isinstance(opened.module, OnnxReference):
-        results = _run(module, tensors, inputs, opened.name)
+        results = _run(module, tensors, inputs, opened.what)
         pairs = list(zip([o.name for o in opened.onnx.graph.output], results, strict=True))
         opens: Callable[[Sequence[TensorSpec]], Sequence[TensorSpec]] = partial(open_onnx, opened.onnx.graph)
     else:
         watch = Watch()
-        run = partial(_run, flat, tensors, inputs, opened.name, watch)
+        run = partial(_run, flat, tensors, inputs, opened.what, watch)
         if opened.form == "torchscript":
-            raw, buffers = _run_script(flat, run, opened.name), Buffers(())
+            raw, buffers = _run_script(flat, run, opened.what), Buffers(())
             drawn = _randomness(call, tensors, opened)
             flat = _converted(opened, flat, tensors, raw, drawn is not None)
         else:
-            raw, buffers = run_watched(opened.module, run, opened.name)
+            raw, buffers = run_watched(opened.module, run, opened.what)
         pairs = _outputs(raw, opened)
         module = flat
         if buffers.read:
@@ -380,7 +380,7 @@ def _randomness(call: Any, tensors: tuple[torch.Tensor, ...], opened: Opened) ->
         drawn = recorder.random if recorder is not None else _onnx_random(opened.onnx)
         if not drawn and not _equal(first, run(0)):
             return None  # not by the seed: state that a run leaves behind
-        return f"{opened.name} draws random numbers" + (f" ({drawn[0]})" if drawn else "")
+        return f"{opened.what} draws random numbers" + (f" ({drawn[0]})" if drawn else "")
     except Exception:  # a model that runs once only is told elsewhere
         return None
     finally:
@@ -480,7 +480,7 @@ def _signature(opened: Opened) -> Signature:
         return Signature(tuple(Parameter(s.name, True, False) for s in opened.specs))
     if opened.form == "torchscript":
         if not hasattr(opened.module, "forward"):
-            raise EdgeKitError(f"{opened.name} is TorchScript without a forward method", "script a model that has one")
+            raise EdgeKitError(f"{opened.what} is TorchScript without a forward method", "script a model that has one")
         arguments = opened.module.forward.schema.arguments[1:]
         return Signature(tuple(Parameter(a.name, not a.has_default_value(), a.kwarg_only) for a in arguments))
     found = inspect.signature(opened.module.forward).parameters.values()
@@ -537,7 +537,7 @@ def _from_file(opened: Opened, signature: Signature) -> Named:
         if opened.specs:
             raise _open_shapes(opened)
         hint = f"{inferred.told}, or give --data with samples" if inferred.told else _SHAPES_HELP
-        raise EdgeKitError(f"the shapes of the inputs of {opened.name} are not known; its inputs: {signature}", hint)
+        raise EdgeKitError(f"the shapes of the inputs of {opened.what} are not known; its inputs: {signature}", hint)
     opened.notes.append(inferred.told)
     return _made(inferred.specs, None, signature, "its layers")
 
@@ -551,7 +551,7 @@ def _open_shapes(opened: Opened) -> EdgeKitError:
         for spec, sizes, text in zip(opened.specs, shapes, inputs, strict=True)
     ]
     return EdgeKitError(
-        f"the shapes of the inputs of {opened.name} are open: {', '.join(inputs)}",
+        f"the shapes of the inputs of {opened.what} are open: {', '.join(inputs)}",
         f"give numbers for the question marks, --input {' --input '.join(options)}, or --data with samples",
     )
 
@@ -635,7 +635,8 @@ def _arranged(given: Named, signature: Signature, what: str) -> Named:
     unknown = [name for name, _ in given if name and name not in names]
     if unknown:
         raise EdgeKitError(
-            f"{what} has no input {unknown[0]!r}; its inputs: {signature}", "name the inputs as the model does"
+            f"{what} has no input {unknown[0]!r}; its inputs: {signature}",
+            "name the inputs, or the arrays of the data, as the model does",
         )
     placed = {name: t for name, t in given if name}
     if len(placed) < sum(bool(name) for name, _ in given):
@@ -721,18 +722,18 @@ def _outputs(raw: object, opened: Opened) -> Named:
         if leaf is None:
             dropped.append(name)
         elif isinstance(leaf, torch.Tensor):
-            _check_output(name, leaf, opened.name)
+            _check_output(name, leaf, opened.what)
             while any(name == other for other, _ in found):
                 name += "_"
             found.append((name, leaf))
         else:
             kind = f"{'an' if type(leaf).__name__[0] in 'aeiou' else 'a'} {type(leaf).__name__}"
             raise EdgeKitError(
-                f"{opened.name} returns {kind} as {name!r}, and only tensors can be exported",
+                f"{opened.what} returns {kind} as {name!r}, and only tensors can be exported",
                 "wrap the model in one that returns its tensors, and name that with --code",
             )
     if not found:
-        raise EdgeKitError(f"{opened.name} returns no tensors", "its forward must return the outputs to export")
+        raise EdgeKitError(f"{opened.what} returns no tensors", "its forward must return the outputs to export")
     if dropped:
         opened.notes.append(f"outputs that are None left out: {', '.join(dropped)}")
     return found
@@ -769,7 +770,7 @@ def _converted(opened: Opened, script: Flat, tensors: tuple[torch.Tensor, ...], 
             got = module(*tensors)
     except Exception as error:
         raise EdgeKitError(
-            f"{opened.name} cannot be turned from TorchScript into a graph: {reason(error)}", help_
+            f"{opened.what} cannot be turned from TorchScript into a graph: {reason(error)}", help_
         ) from error
     want = [leaf for _, leaf in leaves(raw) if isinstance(leaf, torch.Tensor)]
     same = len(got) == len(want) and all(
@@ -777,7 +778,7 @@ def _converted(opened: Opened, script: Flat, tensors: tuple[torch.Tensor, ...], 
         for a, b in zip(got, want, strict=True)
     )
     if not same and not random:
-        raise EdgeKitError(f"{opened.name} computes something else as a graph than as TorchScript", help_)
+        raise EdgeKitError(f"{opened.what} computes something else as a graph than as TorchScript", help_)
     opened.notes.append("TorchScript turned into a graph; it gives the same outputs on the example")
     return module
 

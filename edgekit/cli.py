@@ -692,7 +692,9 @@ def session(verbose: bool, json_to: str | None) -> Iterator[Terminal]:
     before = {number: signal.signal(number, _terminate) for number in _endings()}
     scratch = ExitStack()
     try:
-        scratch.enter_context(_torch_cache())
+        from edgekit.files import torch_cache
+
+        scratch.enter_context(torch_cache())
         _redirect(LOG if verbose else Path(os.devnull), 1, 2)
         if json_to not in (None, "-"):
             from edgekit.files import check_writable
@@ -744,28 +746,6 @@ def _endings() -> list[int]:
     """The signals that end a command: of a kill, and of a terminal that is closed, unless nohup has that ignored."""
     hangups = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []  # Windows has none
     return [signal.SIGTERM, *(number for number in hangups if signal.getsignal(number) != signal.SIG_IGN)]
-
-
-@contextmanager
-def _torch_cache() -> Iterator[None]:
-    """Gives torch's compiler, which makes a folder for its results on import, one that goes with the command."""
-    variable = "TORCHINDUCTOR_CACHE_DIR"
-    if variable in os.environ:
-        yield
-        return
-    from edgekit.files import make_temporary, remove
-
-    try:
-        folder = make_temporary()
-    except OSError:  # told by whatever needs the place
-        yield
-        return
-    os.environ[variable] = str(folder)
-    try:
-        yield
-    finally:
-        os.environ.pop(variable, None)
-        remove(folder)
 
 
 def mendable(error: Exception) -> EdgeKitError | None:

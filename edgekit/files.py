@@ -54,6 +54,26 @@ def remove(folder: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def torch_cache() -> Iterator[None]:
+    """Gives torch's compiler, which makes a folder for its results on import, one that goes with the block."""
+    variable = "TORCHINDUCTOR_CACHE_DIR"
+    if variable in os.environ:
+        yield
+        return
+    try:
+        folder = make_temporary()
+    except OSError:  # told by whatever needs the place
+        yield
+        return
+    os.environ[variable] = str(folder)
+    try:
+        yield
+    finally:
+        os.environ.pop(variable, None)
+        remove(folder)
+
+
 def _claim(parent: Path, start: str, end: str, file: bool = False) -> Path:
     """Makes a new folder (or file) of ours in `parent`, with a lock that lasts as long as this process and its copies.
 
@@ -115,6 +135,11 @@ def _sweep(parent: Path, start: str, end: str) -> None:
                     path.unlink()
             finally:
                 os.close(descriptor)
+
+
+def shown(path: Path) -> str:
+    """Returns what a message calls a file: its path, or its name alone in a folder of ours that goes again."""
+    return path.name if path.parent in _held else str(path)
 
 
 @contextmanager

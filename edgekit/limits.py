@@ -55,6 +55,7 @@ EXPRESSION_NODES = 300
 SYMBOL_BITS = 32
 EXPRESSION_BITS = 4096  # of any number that an expression of shapes can come to
 
+MORE_MEMORY = f"give smaller inputs; if you trust the file, allow it more: {MEMORY_VARIABLE}=16GB"
 UNTRUSTED = "only a file that was made to do harm, or is damaged, has this: export it again from its source"
 
 
@@ -111,19 +112,19 @@ def check_members(path: Path, members: Sequence[tuple[str, int]], growth: int = 
     """
     size = path.stat().st_size
     if len(members) > ARCHIVE_MEMBERS:
-        raise EdgeKitError(f"{path.name} holds {len(members):,} members", UNTRUSTED)
+        raise EdgeKitError(f"{path} holds {len(members):,} members", UNTRUSTED)
     if len({name.lower() for name, _ in members}) < len(members):
-        raise EdgeKitError(f"{path.name} holds two members of one name", "write the file again")
+        raise EdgeKitError(f"{path} holds two members of one name", "write the file again")
     unpacked = sum(length for _, length in members)
     if unpacked > growth * size + ARCHIVE_SLACK:
         raise EdgeKitError(
-            f"{path.name} has {size:,} bytes and unpacks to {unpacked:,}",
+            f"{path} has {size:,} bytes and unpacks to {unpacked:,}",
             "write it again without compression" if growth > ARCHIVE_GROWTH else UNTRUSTED,
         )
     for name, length in members:
         most = next((most for suffix, most in TEXTS.items() if name.lower().endswith(suffix)), length)
         if length > most:
-            raise EdgeKitError(f"{path.name} holds {length:,} bytes in {name}", UNTRUSTED)
+            raise EdgeKitError(f"{path} holds {length:,} bytes in {name}", UNTRUSTED)
 
 
 def check_extent(what: str, sizes: Iterable[int], strides: Iterable[int] | None, offset: int, room: int) -> None:

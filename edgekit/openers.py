@@ -26,7 +26,7 @@ class Opened:
     """What a source holds, before its inputs are bound.
 
     A file that knows its inputs gives `specs` (a dimension of 0 is not known); a `.pt2` gives `call` as well: how the
-    inputs make up its arguments. `example` has the file's own samples, one per spec.
+    inputs make up its arguments. `example` has the file's own samples, one per spec. `what` is what messages call it.
     """
 
     module: Any
@@ -37,6 +37,10 @@ class Opened:
     example: tuple[Any, ...] = ()
     call: tuple[Any, tuple[Any, ...]] | None = None  # pytree.TreeSpec of (args, kwargs), and its leaves with flat.SLOT
     onnx: Any = None
+    what: str = ""
+
+    def __post_init__(self) -> None:
+        self.what = self.what or self.name
 
 
 def open_source(source: str, code: str | None) -> Opened:
@@ -48,11 +52,12 @@ def open_source(source: str, code: str | None) -> Opened:
         if code is not None:
             raise EdgeKitError(f"{source} is code already, so --code has nothing to add", "give only one of the two")
         factory = import_code(source)
-        return Opened(build(factory), model_name(source), "factory")
+        return Opened(build(factory), model_name(source), "factory", what=source)
     path = Path(source)
     kind = sniff(path)
     user = import_code(code) if code is not None and kind in ("torch", "safetensors") else None
     opened = _OPENERS[kind](path, user)
+    opened.what = source
     if code is not None and user is None:
         opened.notes.append(f"--code is not needed for {kind} files, and was left aside")
     return opened
@@ -63,7 +68,7 @@ def rehearsed(source: str, work: Callable[[], object], input_bytes: int) -> None
     path = Path(source)
     for name in _NEEDED.get(sniff(path), ()):
         import_module(name)  # here, as the copy keeps what it imports to itself
-    rehearse(work, path.name, budget([path], input_bytes))
+    rehearse(work, str(path), budget([path], input_bytes))
 
 
 def runs_user_code(source: str, code: str | None) -> bool:
@@ -84,27 +89,27 @@ def sniff(path: Path) -> str:
     with path.open("rb") as file:
         head = file.read(512)
     if not head:
-        raise EdgeKitError(f"{path.name} is empty", "copy or download the file again")
+        raise EdgeKitError(f"{path} is empty", "copy or download the file again")
     if head.startswith(b"PK\x03\x04"):
         return _sniff_zip(path)
     if head.startswith(LEGACY_MAGIC):
         return "torch"
     if len(head) > 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] <= 100_000_000:
         if struct.unpack("<Q", head[:8])[0] + 8 > size:
-            raise EdgeKitError(f"{path.name} is cut short", "copy or download the file again")
+            raise EdgeKitError(f"{path} is cut short", "copy or download the file again")
         return "safetensors"
     if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
         raise _plain_pickle(path)
     for start, marker, what, help_ in _OTHER_FILES:
         if head[start : start + len(marker)].lower() == marker:
-            raise EdgeKitError(f"{path.name} is {what}", help_)
+            raise EdgeKitError(f"{path} is {what}", help_)
     if head[:1] == b"\x08":  # protobuf field 1, a number: the ir_version that every ONNX file begins with
         return "onnx"
     if not any(b < 9 for b in head):
         raise EdgeKitError(
-            f"{path.name} is text, not a model: it begins {head[:40].decode(errors='replace')!r}", _FORMS_HELP
+            f"{path} is text, not a model: it begins {head[:40].decode(errors='replace')!r}", _FORMS_HELP
         )
-    raise EdgeKitError(f"{path.name} is not a model file of a known form", _FORMS_HELP)
+    raise EdgeKitError(f"{path} is not a model file of a known form", _FORMS_HELP)
 
 
 _OTHER_FILES = (
@@ -125,37 +130,35 @@ def _sniff_zip(path: Path) -> str:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError) as error:
-        raise EdgeKitError(f"{path.name} is damaged or cut short", "copy or download the file again") from error
+        raise EdgeKitError(f"{path} is damaged or cut short", "copy or download the file again") from error
     inside = {n.partition("/")[2] for n in names}
     if "constants.pkl" in inside or any(n.startswith("code/") for n in inside):
         return "torchscript"
     if "archive_format" in inside or "archive_version" in inside or any(n.startswith("models/") for n in inside):
         return "pt2"
     if "serialized_exported_program.json" in names:
-        raise EdgeKitError(
-            f"{path.name} is an exported program of torch 2.7 or older", "export it again with a newer torch"
-        )
+        raise EdgeKitError(f"{path} is an exported program of torch 2.7 or older", "export it again with a newer torch")
     if "data.pkl" in inside:
         return "torch"
     if all(n.endswith(".npy") for n in names):
-        raise EdgeKitError(f"{path.name} is an .npz file of arrays, not a model", "give it as --data")
-    raise EdgeKitError(f"{path.name} is a zip archive without a model in it", _FORMS_HELP)
+        raise EdgeKitError(f"{path} is an .npz file of arrays, not a model", "give it as --data")
+    raise EdgeKitError(f"{path} is a zip archive without a model in it", _FORMS_HELP)
 
 
 def _plain_pickle(path: Path) -> EdgeKitError:
     asked = sorted(globals_of(path))
-    return refusal(f"{path.name} is a bare pickle, not written by torch.save, and", asked or ["(no names)"], None)
+    return refusal(f"{path} is a bare pickle, not written by torch.save, and", asked or ["(no names)"], None)
 
 
 def _open_torch(path: Path, code: UserCode | None) -> Opened:
     if code is not None:  # without it, the whole of what comes of the file is rehearsed
         rehearsed(str(path), lambda: read_pickle(path, code), 0)
     loaded, inert = read_pickle(path, code)
-    form, found, notes = find_weights(loaded, path.name)
+    form, found, notes = find_weights(loaded, str(path))
     if not isinstance(found, Checkpoint):
         if inert:
-            raise refusal(path.name, inert, code)
-        _check_whole(found, path.name)
+            raise refusal(str(path), inert, code)
+        _check_whole(found, str(path))
         return Opened(found, path.stem, form, notes)
     if inert:
         notes.append(f"ignored in the checkpoint: values of {', '.join(inert)}")
@@ -184,11 +187,9 @@ def _open_safetensors(path: Path, code: UserCode | None) -> Opened:
     try:
         weights = load_file(path, device="cpu")
     except (SafetensorError, ValueError, KeyError) as error:
-        raise EdgeKitError(
-            f"{path.name} is damaged or cut short: {error}", "copy or download the file again"
-        ) from error
+        raise EdgeKitError(f"{path} is damaged or cut short: {error}", "copy or download the file again") from error
     if not weights:
-        raise EdgeKitError(f"{path.name} holds no tensors", "save the model's state_dict")
+        raise EdgeKitError(f"{path} holds no tensors", "save the model's state_dict")
     return _filled(path, Checkpoint((Reading(weights),), weights), code, "safetensors", [], is_pruned(path))
 
 
@@ -200,11 +201,11 @@ def _filled(
         weights = held.readings[0].weights
         first = ", ".join(list(weights)[:4])
         raise EdgeKitError(
-            f"{path.name} holds weights only ({counted(len(weights), 'tensor')}: {first}, …), not the network they "
+            f"{path} holds weights only ({counted(len(weights), 'tensor')}: {first}, …), not the network they "
             "belong to",
             "name the file that defines its class: --code FILE.py, or FILE.py:factory",
         )
-    module, more = fit(code, held, path.name, pruned)
+    module, more = fit(code, held, str(path), pruned)
     return Opened(module, path.stem, form, notes + more)
 
 
@@ -242,14 +243,10 @@ def _open_pt2(path: Path, _code: UserCode | None) -> Opened:
     for node in program.graph.nodes:
         at = training.get(str(node.target))
         if at is not None and len(node.args) > at and node.args[at] is True:
-            raise EdgeKitError(
-                f"{path.name} was exported in training mode", "call model.eval() before torch.export.export"
-            )
+            raise EdgeKitError(f"{path} was exported in training mode", "call model.eval() before torch.export.export")
     wide = [k for k, v in program.state_dict.items() if v.is_floating_point() and v.dtype != torch.float32]
     if wide:
-        raise EdgeKitError(
-            f"{path.name} was exported in {program.state_dict[wide[0]].dtype}", "export the float32 model"
-        )
+        raise EdgeKitError(f"{path} was exported in {program.state_dict[wide[0]].dtype}", "export the float32 model")
     module: Any = program.module(check_guards=False)
     release_modes(module)
     return Opened(module, path.stem, "pt2", **_exported_call(program))
@@ -305,11 +302,11 @@ def _open_onnx(path: Path, _code: UserCode | None) -> Opened:
         raise
     except (DecodeError, onnx.checker.ValidationError, OSError, ValueError) as error:
         raise EdgeKitError(
-            f"{path.name} is not a valid ONNX model: {reason(error)}", "copy it again, or export it again"
+            f"{path} is not a valid ONNX model: {reason(error)}", "copy it again, or export it again"
         ) from error
     if not proto.graph.node:
-        raise EdgeKitError(f"{path.name} is not a valid ONNX model: it has no operators", _FORMS_HELP)
-    _check_finite_onnx(proto, path.name)
+        raise EdgeKitError(f"{path} is not a valid ONNX model: it has no operators", _FORMS_HELP)
+    _check_finite_onnx(proto, str(path))
     notes: list[str] = []
     specs = _onnx_specs(proto, notes)
     return Opened(OnnxReference(content), path.stem, "onnx", notes, specs=specs, onnx=proto)

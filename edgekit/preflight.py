@@ -237,9 +237,7 @@ def _check_file(path: Path, code: str | None, has_shapes: bool) -> str:
     if code is None and (kind == "safetensors" or (kind == "torch" and _is_weights(path))):
         shapes = "" if has_shapes else "; where its first layer does not tell the shape of its input, give that too: "
         more = "" if has_shapes else "--input 1x3x224x224, or samples by --data"
-        raise EdgeKitError(
-            f"{path.name} holds weights only, not the network they belong to", f"{CODE_HELP}{shapes}{more}"
-        )
+        raise EdgeKitError(f"{path} holds weights only, not the network they belong to", f"{CODE_HELP}{shapes}{more}")
     return kind
 
 

@@ -921,11 +921,11 @@ def _beside(path: Path, place: str) -> Path:
     """Returns the file `place` in the folder of `path`; EdgeKitError where it is elsewhere, or not there."""
     if Path(place).name != place:
         raise EdgeKitError(
-            f"weights of {path.name} lie in {place!r}, which EdgeKit does not follow",
+            f"weights of {path} lie in {place!r}, which EdgeKit does not follow",
             "save it with its weights in itself, or in a file beside it (onnx.save_model's location)",
         )
     if not path.with_name(place).is_file():
-        raise EdgeKitError(f"weights of {path.name} lie in {place}, which is missing", "put it beside the file")
+        raise EdgeKitError(f"weights of {path} lie in {place}, which is missing", "put it beside the file")
     return path.with_name(place)
 
 

@@ -50,7 +50,7 @@ def tapped(path: Path, format: str, into: Path) -> list[Tap]:
         raise
     except Exception as error:
         # Readers of damaged files raise whatever they stumble over.
-        raise EdgeKitError(f"the ops of {path.name} cannot be read: {error}") from error
+        raise EdgeKitError(f"the ops of {path} cannot be read: {error}") from error
 
 
 def first_difference(

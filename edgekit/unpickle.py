@@ -83,19 +83,19 @@ def read_pickle(path: Path, code: UserCode | None) -> tuple[Any, list[str]]:
         else:
             refused.append(name)
     if refused:
-        raise refusal(path.name, refused, code)
+        raise refusal(str(path), refused, code)
     with warnings.catch_warnings(), torch.serialization.safe_globals(allowed):
         warnings.simplefilter("ignore")
         try:
             return torch.load(path, map_location="cpu", weights_only=True), inert
         except pickle.UnpicklingError as error:
             raise EdgeKitError(
-                f"{path.name} cannot be loaded without running code from it: {_reason(error)}",
+                f"{path} cannot be loaded without running code from it: {_reason(error)}",
                 "load it where you trust it, and save model.state_dict() with torch.save",
             ) from error
         except Exception as error:
             raise EdgeKitError(
-                f"{path.name} is damaged or cut short: {_reason(error)}", "copy or download the file again"
+                f"{path} is damaged or cut short: {_reason(error)}", "copy or download the file again"
             ) from error
 
 
@@ -116,7 +116,7 @@ def read_tensors(path: Path, help: str) -> Any:
         except Exception as error:
             raise EdgeKitError(f"{path} is not a .pt file of plain tensors: {_reason(error)}", help) from None
 
-    rehearse(loaded, path.name, limits.budget([path]))
+    rehearse(loaded, str(path), limits.budget([path]))
     return loaded()
 
 
@@ -193,16 +193,16 @@ def globals_of(path: Path) -> set[str]:
             if zipfile.is_zipfile(path):
                 limits.check_archive(path)
                 with zipfile.ZipFile(path) as archive:
-                    return globals_in(archive, path.name)
+                    return globals_in(archive, str(path))
             # magic, protocol, system information, the object; raw storages follow.
             legacy = file.read(len(LEGACY_MAGIC)) == LEGACY_MAGIC
             file.seek(0)
-            return set().union(*(pickle_globals(file) for _ in range(4 if legacy else 1)))
+            return set().union(*(pickle_globals(file, str(path)) for _ in range(4 if legacy else 1)))
     except EdgeKitError:
         raise
     except Exception as error:
         raise EdgeKitError(
-            f"{path.name} is damaged or cut short: {_reason(error)}", "copy or download the file again"
+            f"{path} is damaged or cut short: {_reason(error)}", "copy or download the file again"
         ) from error
 
 
@@ -210,21 +210,26 @@ def globals_in(archive: zipfile.ZipFile, what: str) -> set[str]:
     """The names that the pickle of a torch.save archive asks for; its tensors are checked against their storages."""
     member = next(n for n in archive.namelist() if n.endswith("/data.pkl") or n == "data.pkl")
     content = archive.read(member)
-    names = pickle_globals(io.BytesIO(content))
+    names = pickle_globals(io.BytesIO(content), what)
     folder = f"{member.removesuffix('data.pkl')}data/"
     check_tensors(content, {i.filename.removeprefix(folder): i.file_size for i in archive.infolist()}, what)
     return names
 
 
-def pickle_globals(stream: IO[bytes]) -> set[str]:
-    """The names that the next pickle in `stream` looks up (GLOBAL, INST and STACK_GLOBAL), as `module.qualname`."""
+def pickle_globals(stream: IO[bytes], what: str) -> set[str]:
+    """The names that the next pickle in `stream` looks up (GLOBAL, INST and STACK_GLOBAL), as `module.qualname`.
+
+    Raises EdgeKitError, in which `what` names the file, for one of too many operations.
+    """
     names: set[str] = set()
     strings: list[str] = []
     memo: dict[int, str | None] = {}
     last: str | None = None
     for number, (opcode, arg, _) in enumerate(pickletools.genops(stream)):
         if number > limits.PICKLE_OPCODES:
-            raise EdgeKitError(f"a pickle of more than {limits.PICKLE_OPCODES:,} operations", limits.UNTRUSTED)
+            raise EdgeKitError(
+                f"{what} holds a pickle of more than {limits.PICKLE_OPCODES:,} operations", limits.UNTRUSTED
+            )
         if opcode.name in ("GLOBAL", "INST"):
             names.add(_python3(*str(arg).split(" ", 1)))
         elif opcode.name == "STACK_GLOBAL":

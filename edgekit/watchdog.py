@@ -28,7 +28,8 @@ T = TypeVar("T")
 
 SMALL_FILE = 4096  # bytes: tempfile tries a folder by writing into it
 MEMORY_RAN_OUT = (
-    "can't allocate memory", "bad_alloc", "Failed to allocate memory", "Unable to allocate", "bfc_arena"
+    "can't allocate memory", "bad_alloc", "Failed to allocate memory", "Unable to allocate", "bfc_arena",
+    "MemoryAllocationFailed",
 )  # fmt: skip
 _inside = False
 
@@ -195,5 +196,5 @@ def _stopped(what: str, budget: Budget) -> EdgeKitError:
 def _greedy(what: str, budget: Budget) -> EdgeKitError:
     return EdgeKitError(
         f"{what} was given up: it asks for more than {budget.memory / 1e9:.1f} GB of memory",
-        f"give smaller inputs; if you trust the file, allow it more: {limits.MEMORY_VARIABLE}=16GB",
+        limits.MORE_MEMORY,
     )

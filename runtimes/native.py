@@ -32,7 +32,8 @@ def files(here: Path, path: Path, job: Mapping[str, Any], feeds: Sequence[np.nda
         pushed[f"in_{i}.bin"] = here / f"in_{i}.bin"
         np.ascontiguousarray(feed, feed.dtype.newbyteorder("<")).tofile(pushed[f"in_{i}.bin"])
     timing = job["timing"]
-    words += ["count", job["count"], "trace", job["trace"], "stall", job["stall_s"]]
+    words += ["count", job["count"], "trace", job["trace"]]
+    words += ["memory", job["memory_bytes"], "stall", job["stall_s"]]
     words += ["timing", 0 if timing is None else 1]
     if timing is not None:
         words += [timing["warmup_runs"], timing["seconds"], timing["min_runs"], timing["max_runs"]]

@@ -16,6 +16,7 @@ from edgekit import files, limits, measure
 from edgekit.errors import EdgeKitError
 from edgekit.ragged import stack
 from edgekit.results import SUFFIXES, TensorSpec
+from edgekit.watchdog import ran_out_of_memory
 
 from . import native as native_job
 from .devices import open_device
@@ -124,7 +125,7 @@ def run_artifact(
     _check_feeds(feeds)
     for file in weight_files:
         if file.suffix.lower() in IMPORTED:  # it will lie beside the worker, which would import it
-            raise EdgeKitError(f"weights of {path.name} lie in {file.name}, a name of code", "give it another name")
+            raise EdgeKitError(f"weights of {path} lie in {file.name}, a name of code", "give it another name")
 
     opened = open_device(device) if isinstance(device, str) else device
     longest = timeout_s or max(TIMEOUT_S, 10 * opened.stall_s)
@@ -137,7 +138,7 @@ def run_artifact(
                 "module": RUNTIMES[name].module,
                 "package": RUNTIMES[name].package,
                 "artifact": f"model{SUFFIXES[kind]}",
-                "label": path.name,
+                "label": files.shown(path),
                 "sha256": files.sha256(path),
                 "threads": threads,
                 "inputs": [*inputs, *(name for name, _, _ in state if inputs)],
@@ -215,6 +216,10 @@ def _run_job(
         suffix = "bin" if native else "npy"
         names = [f"out_{i}.{suffix}" for i in range(len(result["outputs"]))]
         device.pull(there, [*names, TRACE] if job["trace"] else names, here)
+    except EdgeKitError as error:
+        if ran_out_of_memory(error):
+            error.help = f"it may take {job['memory_bytes'] / 1e9:.1f} GB there: {limits.MORE_MEMORY}"
+        raise
     finally:
         with suppress(EdgeKitError):  # a connection that was lost is told already
             device.remove(there)

@@ -2,9 +2,11 @@
 
     python tests/hostile_files.py --full              every file, and 2,000 mutated artifacts and manifests
     python tests/hostile_files.py --only onnx [--full]
+    python tests/hostile_files.py --full --only artifact --first 250 --mutations 500      # the latter half of them
 
-Each file goes through the command line in a process of its own. It has to end within 30 s of processor time and 2 GB
-of memory, with exit code 0, 1 or 3, without a traceback, and leave nothing behind. tests/test_hostile_files.py runs a part.
+Each file goes through the command line in a process of its own: mutated ones through inspect, profile and verify in turn.
+It has to end within 30 s of processor time and 2 GB of memory, with exit code 0, 1 or 3, without a traceback, name the file
+by its path where it is refused, and leave nothing behind. tests/test_hostile_files.py runs a part.
 """
 
 # ruff: noqa: E501 (a file to a line)
@@ -12,6 +14,7 @@ of memory, with exit code 0, 1 or 3, without a traceback, and leave nothing behi
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import json
 import os
@@ -40,6 +43,9 @@ SECONDS = 30.0
 BYTES = 2_000_000_000
 HUGE = 1 << 40
 ALLOWED_CODES = (0, 1, 3)
+FITS_NOT = "; its inputs: "  # a model that takes no such data
+COMMANDS = ("inspect", "profile", "verify")
+PLACE = "given"  # the folder that the files lie in: their paths are more than their names
 
 
 class Case(NamedTuple):
@@ -54,6 +60,7 @@ class Outcome(NamedTuple):
     """How one case ended."""
 
     case: Case
+    paths: tuple[str, ...]
     code: int
     seconds: float
     peak: int
@@ -75,13 +82,18 @@ class Outcome(NamedTuple):
             return f"left {self.left}"
         if self.code == 1 and "error:" not in self.said:
             return "said nothing"
+        words = "".join(self.said.split())  # as lines break anywhere
+        if self.code == 1 and FITS_NOT not in self.said and not any(path in words for path in self.paths):
+            return "does not name the file by its path"
         return "a control character" if "\x1b" in self.said else None
 
 
 def run(case: Case, folder: Path) -> Outcome:
     """Runs the command of a case in a copy of this process, which has imported all that it needs."""
-    folder.mkdir()
-    args = case.make(folder)
+    given = folder / PLACE
+    given.mkdir(parents=True)
+    args = tuple(f"{PLACE}/{arg}" if (given / arg.partition(":")[0]).exists() else arg for arg in case.make(given))
+    paths = tuple(arg for arg in args if arg.startswith(PLACE))
     before = set(folder.rglob("*"))
     said, started = folder.with_suffix(".said"), time.monotonic()
     pid = os.fork()
@@ -100,7 +112,7 @@ def run(case: Case, folder: Path) -> Outcome:
     shutil.rmtree(folder)
     said.unlink()
     seconds = min(usage.ru_utime + usage.ru_stime, time.monotonic() - started)
-    return Outcome(case, code, seconds, usage.ru_maxrss << 10, text, left)
+    return Outcome(case, paths, code, seconds, usage.ru_maxrss << 10, text, left)
 
 
 def _command(args: tuple[str, ...], folder: Path, said: Path) -> int:
@@ -900,29 +912,31 @@ def arrays() -> Iterator[Case]:
 # --- Artifacts and bundles
 
 
-def artifacts(bundle: Path, count: int) -> Iterator[Case]:
-    """`count` mutated files of each format, inspected and profiled, and as many manifests and golden files, verified."""
-    for suffix in (".onnx", ".tflite", ".pte"):
-        base = (bundle / f"model{suffix}").read_bytes()
-        for seed in range(count):
-            name = f"{suffix} {seed}"
+def artifacts(bundle: Path, count: int, first: int = 0) -> Iterator[Case]:
+    """Mutated files of each format, manifests and golden files, `count` of each less the `first`, by each command in turn.
 
-            def changed(folder: Path, seed: int = seed, base: bytes = base, suffix: str = suffix) -> tuple[str, ...]:
-                (folder / f"m{suffix}").write_bytes(mutated(base, seed))
-                return ("profile" if seed % 4 == 3 else "inspect", f"m{suffix}")
+    A mutated file lies in a bundle that says it is the right one, and beside it on its own.
+    """
+    for seed in range(first, count):
+        for suffix in (".onnx", ".tflite", ".pte"):
 
-            yield Case("artifact", name, changed)
-    for seed in range(count):
+            def changed(folder: Path, seed: int = seed, suffix: str = suffix) -> None:
+                content = _whole(bundle)
+                content["artifacts"] = [entry for entry in content["artifacts"] if entry["file"] == f"model{suffix}"]
+                data = mutated((bundle / f"model{suffix}").read_bytes(), seed)
+                content["artifacts"][0]["sha256"] = hashlib.sha256(data).hexdigest()
+                _fill(folder / "b", bundle, content, {f"model{suffix}": data})
+                (folder / f"m{suffix}").write_bytes(data)
 
-        def manifest(folder: Path, seed: int = seed) -> tuple[str, ...]:
-            shutil.copytree(bundle, folder / "b")
-            path = folder / "b" / "edgekit.json"
-            path.write_text(json.dumps(mutate_json(json.loads(path.read_text()), seed)))
-            return ("verify", "b")
+            command = COMMANDS[seed % 3]
+            named = "b" if command == "verify" or seed % 2 else f"m{suffix}"
+            yield Case("artifact", f"{suffix} {seed} {command}", _then(changed, (command, named)))
 
-        def golden(folder: Path, seed: int = seed) -> tuple[str, ...]:
-            shutil.copytree(bundle, folder / "b")
-            path, held = folder / "b" / "edgekit.json", dict(np.load(bundle / "golden.npz"))
+        def manifest(folder: Path, seed: int = seed) -> None:
+            _fill(folder / "b", bundle, mutate_json(_whole(bundle), seed), {})
+
+        def golden(folder: Path, seed: int = seed) -> None:
+            held = dict(np.load(bundle / "golden.npz"))
             name = random.Random(seed).choice(sorted(held))
             strange = (
                 np.array([{}], object), np.array("text"), np.float32(1), held[name][:1], held[name].astype("int8"),
@@ -931,16 +945,32 @@ def artifacts(bundle: Path, count: int) -> Iterator[Case]:
             held[name] = strange[seed % len(strange)]
             if held[name] is None:
                 del held[name]
-            np.savez(folder / "b" / "golden.npz", **held)
-            content = json.loads(path.read_text())
-            from edgekit.files import sha256
+            data, content = npz(**held), _whole(bundle)
+            content["golden"]["sha256"] = hashlib.sha256(data).hexdigest()
+            _fill(folder / "b", bundle, content, {"golden.npz": data})
 
-            content["golden"]["sha256"] = sha256(folder / "b" / "golden.npz")
-            path.write_text(json.dumps(content))
-            return ("verify", "b")
+        yield Case("manifest", str(seed), _then(manifest, (COMMANDS[seed % 3], "b")))
+        yield Case("golden", str(seed), _then(golden, (COMMANDS[1 + seed // 10 % 2], "b")))
 
-        yield Case("manifest", str(seed), manifest)
-        yield Case("golden", str(seed), golden)
+
+def _whole(bundle: Path) -> dict[str, Any]:
+    return json.loads((bundle / "edgekit.json").read_text())
+
+
+def _fill(folder: Path, bundle: Path, content: Any, changed: dict[str, bytes]) -> None:
+    """Makes a bundle like `bundle` with another manifest, and with other files where `changed` has them."""
+    shutil.copytree(bundle, folder)
+    for name, data in changed.items():
+        (folder / name).write_bytes(data)
+    (folder / "edgekit.json").write_text(json.dumps(content))
+
+
+def _then(make: Callable[[Path], None], args: tuple[str, ...]) -> Callable[[Path], tuple[str, ...]]:
+    def made(folder: Path) -> tuple[str, ...]:
+        make(folder)
+        return args
+
+    return made
 
 
 def cases() -> list[Case]:
@@ -970,7 +1000,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--full", action="store_true", help="every file, and mutated artifacts and manifests")
     parser.add_argument("--only", help="a part of the family's name")
-    parser.add_argument("--mutations", type=int, default=400, help="of each format, of manifests and of golden files")
+    parser.add_argument("--mutations", type=int, default=500, help="of each format, of manifests and of golden files")
+    parser.add_argument("--first", type=int, default=0, help="leave out so many of them")
     given = parser.parse_args()
     imported()
     with tempfile.TemporaryDirectory() as name:
@@ -978,7 +1009,7 @@ def main() -> None:
         chosen = cases() if given.full else cases()[::7]
         if given.full and given.mutations:
             exported = edgekit.export(network(), target="x86", precision="int8", data=samples(), out=place, name="net")
-            chosen += list(artifacts(exported.path, given.mutations))
+            chosen += list(artifacts(exported.path, given.mutations, given.first))
         chosen = [case for case in chosen if not given.only or given.only in case.family]
         outcomes = []
         for number, case in enumerate(chosen):
@@ -990,7 +1021,7 @@ def main() -> None:
         slowest = max(outcomes, key=lambda outcome: outcome.seconds)
         largest = max(outcomes, key=lambda outcome: outcome.peak)
         print(
-            f"{len(outcomes)} files, {bad} wrong; slowest {slowest.case.name}: {slowest.seconds:.1f} s; "
+            f"{len(outcomes)} runs, {bad} wrong; slowest {slowest.case.name}: {slowest.seconds:.1f} s; "
             f"largest {largest.case.name}: {largest.peak / 1e9:.2f} GB"
         )
     sys.exit(bool(bad))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import logging
+import os
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 from kit import SHAPE, network, quick, samples
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 import edgekit
 from edgekit import data as sources
-from edgekit.api import in_words, quiet
+from edgekit.api import in_python, in_words, quiet
 from edgekit.bundle import Bundle
 from edgekit.errors import EdgeKitError
 from edgekit.python_data import Batched, as_source
@@ -147,6 +150,15 @@ def test_libraries_are_quiet_and_get_their_voice_back(recwarn: pytest.WarningsRe
         warnings.warn("deprecated", DeprecationWarning, stacklevel=1)
         assert logger.level == logging.ERROR
     assert logger.level == before and not recwarn
+
+
+def test_torch_leaves_no_folder_in_that_for_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    used = Path(in_python(cache_dir)())
+    assert used.parent == tmp_path
+    assert list(tmp_path.iterdir()) == []
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
 
 
 def test_type_checkers_see_every_public_name() -> None:

@@ -1,6 +1,6 @@
 """Kills, full places and strange surroundings: what was left goes with the next command, and nothing traces back.
 
-`python tests/test_faults.py` kills an export, a comparison and a pruning at ten random moments each.
+`python tests/test_faults.py [export] [compare] [prune]` kills each of them, or those named, at ten random moments.
 """
 
 # ruff: noqa: E501 (a case to a line)
@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -199,6 +200,64 @@ def test_strange_surroundings(name: str, place: Path) -> None:
     assert tree(place / "tmp") == []
 
 
+def everything(place: Path, formats: str, user: dict[str, Any], *before: str, **env: str) -> None:
+    """Exports, compares and verifies in `place` as `user`, after the words `before`; nothing else may be left there."""
+    export = ("export", "net.py:make", "--target", "x86", "--precision", "fp32", "--data", "data.npz", "--out", "out")
+    (place / "net.py").write_text(NET)
+    np.savez(place / "data.npz", **samples(8))
+    told = {key: value for key, value in environment(**env).items() if "CACHE" not in key}
+    for args in (
+        (*export, "--format", formats),
+        ("compare", "net.py:make", "out/net-x86/model.onnx", "--data", "data.npz", "--rounds", "1"),
+        ("verify", "out/net-x86"),
+    ):
+        done = subprocess.run([*before, *command(*args)], cwd=place, env=told, capture_output=True, text=True, **user)
+        assert done.returncode == 0, (args, done.stderr)
+        assert "Traceback" not in done.stderr, done.stderr
+    left = [name for name in tree(place) if "__pycache__" not in name and not name.startswith("out/net-x86/")]
+    assert left == ["data.npz", "net.py", "out", "out/net-x86"]
+
+
+def test_a_user_without_rights_exports_compares_and_verifies() -> None:
+    """In a folder of theirs, with a home that they may not write to; root becomes nobody for it."""
+    with (
+        tempfile.TemporaryDirectory() as name,
+        tempfile.TemporaryDirectory() as home,
+        tempfile.TemporaryDirectory() as tmp,
+    ):
+        user: dict[str, Any] = {}
+        if not os.geteuid():
+            user = {"user": 65534, "group": 65534, "extra_groups": []}
+            for folder in (name, tmp):
+                os.chown(folder, 65534, 65534)
+        Path(home).chmod(0o555)
+        try:
+            subprocess.run(
+                [sys.executable, "-c", "import numpy, edgekit"],
+                env=environment(),
+                check=True,
+                capture_output=True,
+                **user,
+            )
+        except (PermissionError, subprocess.CalledProcessError):
+            pytest.skip("the user nobody may not read this Python")
+        everything(Path(name), "onnx", user, HOME=home, TMPDIR=tmp)
+        assert [entry for entry in tree(Path(tmp)) if not entry.startswith("edgekit-cache-")] == []
+        assert tree(Path(home)) == []
+
+
+def test_a_machine_without_shared_memory(place: Path) -> None:
+    namespace = ("unshare", "-m") if not os.geteuid() else ("unshare", "-Urm")
+    hide = (*namespace, "sh", "-c", 'mount -t tmpfs -o ro,size=4k none /dev/shm && exec "$@"', "sh")
+    if not shutil.which("unshare") or subprocess.run([*hide, "true"], capture_output=True).returncode:
+        pytest.skip("this user may not mount anything, even for processes of their own")
+    (place / "work").mkdir()
+    everything(
+        place / "work", "executorch,onnx", {}, *hide, TMPDIR=str(place / "tmp"), HOME=str(place / "tmp" / "home")
+    )
+    assert [entry for entry in tree(place / "tmp") if entry.partition("/")[0] != "home"] == []
+
+
 CHECKPOINTS = {
     "empty": b"",
     "text": b"not a checkpoint",
@@ -246,7 +305,9 @@ def main() -> None:
         }
         env = environment(TMPDIR=str(place / "tmp"), HOME=str(place))
         wrong = 0
-        for job, args in jobs.items():
+        subprocess.run(command(*export), cwd=place, env=env, check=True, capture_output=True)
+        for job in sys.argv[1:] or jobs:
+            args = jobs[job]
             started = time.monotonic()
             subprocess.run(command(*args), cwd=place, env=env, check=True, capture_output=True)
             longest = time.monotonic() - started

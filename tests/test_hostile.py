@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import nn
 
+from edgekit import limits
 from edgekit.errors import EdgeKitError
 from edgekit.model import load
 from edgekit.unpickle import LEGACY_MAGIC, pickle_globals, resolve
@@ -177,9 +178,15 @@ def test_names_that_pretend(module, name, with_code, container, marker: Path, co
     else:
         path.write_bytes(LEGACY_MAGIC + pickle.dumps(1001, 2) + pickle.dumps({"little_endian": True}, 2) + payload)
     shown = {"os": "posix"}.get(module, module).replace("__builtin__", "builtins")
-    asked = pickle_globals(io.BytesIO(payload))
+    asked = pickle_globals(io.BytesIO(payload), "model.pt")
     assert asked in ({f"{shown}.{name}"}, {f"{module}.{name}"})
     assert_refused(path, marker, *asked, code=code if with_code else None)
+
+
+def test_a_pickle_of_too_many_operations_is_told_with_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "PICKLE_OPCODES", 3)
+    with pytest.raises(EdgeKitError, match=r"^sub/model\.pt holds a pickle of more than 3 operations\n"):
+        pickle_globals(io.BytesIO(pickle.dumps([1, 2, 3])), "sub/model.pt")
 
 
 def test_user_code_lends_its_networks_and_nothing_else(marker: Path, code: str, tmp_path: Path) -> None:

@@ -274,7 +274,7 @@ def test_mutated_manifests_and_golden_values_are_told(replayed: Path, tmp_path: 
     told = Counter()
     for case in hostile_files.artifacts(replayed, 60):
         if case.family in ("manifest", "golden"):
-            folder = tmp_path / f"{case.family}{case.name}"
+            folder = tmp_path / f"{case.family} {case.name}"
             folder.mkdir()
             case.make(folder)
             try:

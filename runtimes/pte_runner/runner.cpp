@@ -8,6 +8,7 @@
 //   inputs K           followed, for each input, by: DTYPE RANK d1 … dRANK
 //   count N            how many runs to mark, by getppid before and after, for an emulator that counts instructions
 //   trace N            how many runs to record for trace.bin, an ETDump with the time of each op
+//   memory BYTES       how much more memory the file may take than this process has before it is loaded
 //   stall SECONDS      how long the job may go without progress: then SIGALRM ends it
 //   timing 0 | timing 1 WARMUP_RUNS SECONDS MIN_RUNS MAX_RUNS
 //
@@ -17,6 +18,7 @@
 
 #include <fcntl.h>
 #include <sched.h>
+#include <sys/resource.h>
 #include <sys/utsname.h>
 #include <unistd.h>
 
@@ -31,6 +33,7 @@
 #include <fstream>
 #include <iterator>
 #include <memory>
+#include <new>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -101,6 +104,7 @@ struct Job {
   std::vector<std::pair<std::string, std::vector<int32_t>>> inputs;
   int count = 0;
   int trace = 0;
+  rlim_t memory = 0;
   double stall_s = 0;
   bool timed = false;
   int64_t warmup_runs = 0, min_runs = 0, max_runs = 0;
@@ -183,6 +187,8 @@ Job read_job(const std::string& path) {
       job.count = word<int>(in);
     } else if (key == "trace") {
       job.trace = word<int>(in);
+    } else if (key == "memory") {
+      job.memory = word<rlim_t>(in);
     } else if (key == "stall") {
       job.stall_s = word<double>(in);
     } else if (key == "timing") {
@@ -197,7 +203,7 @@ Job read_job(const std::string& path) {
       throw Failure{"job", "job.txt has the unknown key " + key};
     }
   }
-  if (job.runs == 0 || job.stall_s <= 0) throw Failure{"job", "job.txt is not whole"};
+  if (job.runs == 0 || job.memory == 0 || job.stall_s <= 0) throw Failure{"job", "job.txt is not whole"};
   return job;
 }
 
@@ -228,12 +234,21 @@ std::vector<int> pin(const Job& job) {
   return sched_setaffinity(0, sizeof set, &set) == 0 ? chosen : std::vector<int>{};
 }
 
-long long peak_rss_bytes() {
+long long status_bytes(const std::string& key) {
   std::ifstream status("/proc/self/status");
   std::string line;
   while (std::getline(status, line))
-    if (line.rfind("VmHWM:", 0) == 0) return std::atoll(line.c_str() + 6) * 1024;
+    if (line.rfind(key, 0) == 0) return std::atoll(line.c_str() + key.size()) * 1024;
   return -1;
+}
+
+// Holds this process to so many bytes more than it has: a file of a few kB can ask for terabytes.
+void limit_memory(rlim_t more) {
+  const long long held = status_bytes("VmData:");
+  rlimit limit;
+  if (held < 0 || getrlimit(RLIMIT_DATA, &limit) != 0) return;
+  limit.rlim_cur = std::min(limit.rlim_max, static_cast<rlim_t>(held) + more);
+  setrlimit(RLIMIT_DATA, &limit);
 }
 
 const Dtype& dtype_of(ScalarType type) {
@@ -372,6 +387,7 @@ std::string run_job(const std::string& folder) {
   auto* pool = executorch::extension::threadpool::get_threadpool();
   if (pool != nullptr && pool->get_thread_count() != static_cast<size_t>(job.threads))
     pool->_unsafe_reset_threadpool(static_cast<uint32_t>(job.threads));
+  limit_memory(job.memory);
   auto start = Clock::now();
   Module module(folder + "/model.pte", Module::LoadMode::Mmap);
   check(module.load(Program::Verification::InternalConsistency), "load");
@@ -447,7 +463,7 @@ std::string run_job(const std::string& folder) {
   }
   utsname system;
   uname(&system);
-  const long long peak = peak_rss_bytes();
+  const long long peak = status_bytes("VmHWM:");
   return "{\"ok\":true,\"latency_ms\":" + numbers(latency_ms) + ",\"load_ms\":" + std::to_string(load_ms) +
          ",\"first_ms\":" + std::to_string(first_ms) +
          ",\"peak_rss_bytes\":" + (peak < 0 ? "null" : std::to_string(peak)) + ",\"cpus\":" + numbers(cpus) +
@@ -494,6 +510,9 @@ int main(int count, char** arguments) {
     result = "{\"ok\":false,\"kind\":" + quoted(failure.kind) + ",\"detail\":" + detail + "}\n";
     for (int i = 0; failure.kind == "write" && std::remove((folder + "/out_" + std::to_string(i) + ".bin").c_str()) == 0;)
       ++i;  // makes room for the result
+  } catch (const std::bad_alloc&) {
+    code = 1;
+    result = "{\"ok\":false,\"kind\":\"run\",\"detail\":\"std::bad_alloc\"}\n";
   }
   if (!write_file(folder + "/result.json", result)) {
     dprintf(console, "cannot write the result: %s\n", std::strerror(errno));

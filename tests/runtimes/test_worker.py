@@ -19,12 +19,14 @@ import flatbuffers
 import numpy as np
 import onnx
 import pytest
+import torch
 from ai_edge_litert import schema_py_generated as schema
 from conformance import INPUTS, OUTPUTS
+from executorch.exir import to_edge
 from jobs import SPOILED, Spoil, artifact, endless_onnx, stacked, wait_for
 from servers import skip
 
-from edgekit import measure, ops
+from edgekit import limits, measure, ops
 from edgekit.beside import beside
 from edgekit.errors import EdgeKitError
 from edgekit.runtimes import RUNTIMES, Timing, open_device, pte_runner, run_artifact, table, worker
@@ -236,11 +238,38 @@ def test_a_hang_ends_within_half_a_minute_by_default() -> None:
     assert device_module.STALL_S <= 20
 
 
-def test_the_runner_without_python_profiles_too(files: Path) -> None:
+def without_python() -> Device:
+    """This machine as a device on which the C++ runner runs .pte files."""
     device = open_device("local:")
     device.runner = platform.machine()
     if device.runner not in pte_runner.TARGETS or not shutil.which("g++"):
         skip("there is no runner for this machine, or no compiler to build it with: apt-get install g++")
+    return device
+
+
+class Greedy(torch.nn.Module):
+    """64 MB for activations, from inputs and weights of 16 kB."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sin(x.expand(4096, 4096) + 1).amax().reshape(1)
+
+
+def test_a_small_file_does_not_take_all_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = to_edge(torch.export.export(Greedy(), (torch.ones(1, 4096),))).to_executorch()
+    (tmp_path / "greedy.pte").write_bytes(program.buffer)
+    feeds = [np.ones((1, 1, 4096), np.float32)]
+    for device in (open_device("local:"), without_python()):
+        monkeypatch.delenv(limits.MEMORY_VARIABLE, raising=False)
+        total = run_artifact(tmp_path / "greedy.pte", feeds, device=device).outputs[0]
+        np.testing.assert_allclose(total, [[np.sin(2.0)]], rtol=1e-6)
+        monkeypatch.setenv(limits.MEMORY_VARIABLE, "32MB")
+        with pytest.raises(EdgeKitError, match=f"may take 0.0 GB there: .*{limits.MEMORY_VARIABLE}=16GB"):
+            run_artifact(tmp_path / "greedy.pte", feeds, device=device)
+        device.cleanup()
+
+
+def test_the_runner_without_python_profiles_too(files: Path) -> None:
+    device = without_python()
     feeds = stacked(files, "cnn", 2)
     there = run_artifact(files / "cnn.pte", feeds, device=device, trace_runs=12, timing=QUICK)
     device.cleanup()
