@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import multiprocessing
 import os
 import pickle
@@ -44,15 +45,23 @@ def deal(
 
 
 def share(
-    items: Iterable[Item], here: Callable[[Item], object], there: Callable[[Item], object], result: Callable[[], T]
+    items: Iterable[Item],
+    here: Callable[[Item], object],
+    there: Callable[[Item], object],
+    result: Callable[[], T],
+    meanwhile: Callable[[], object],
 ) -> T:
-    """Gives each item to both `here` and `there`, and does all else as `deal` does."""
+    """Gives each item to both `here` and `there`, and does all else as `deal` does.
+
+    After the last one `meanwhile` is done here, beside `result`.
+    """
     if not can_fork():
         for item in items:
             here(item)
             there(item)
+        meanwhile()
         return result()
-    return _feed(items, here, there, result, 1)
+    return _feed(items, here, there, result, 1, meanwhile)
 
 
 def _feed(
@@ -61,6 +70,7 @@ def _feed(
     there: Callable[[Item], object],
     result: Callable[[], T],
     sides: int,
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> T:
     """Gives each item to one of two sides in turn, or with one side to both `here` and the copy of this process."""
     theirs, ours = multiprocessing.get_context("fork").Pipe(duplex=False)
@@ -80,6 +90,7 @@ def _feed(
             if number % sides == 0:
                 here(item)
         ours.close()
+        meanwhile()
         return waiting()
 
 
@@ -167,6 +178,7 @@ def _run(work: Callable[[], object], channel: Connection) -> None:
     """Sends (True, result, "") or (False, error, traceback), and ends without the clean-up of the process it copies."""
     global _is_copy
     _is_copy = True
+    gc.freeze()  # else its first collection would copy the pages of all objects
     for number in ENDING:
         signal.signal(number, _unwind)
     die_with_parent(signal.SIGTERM)  # one that is killed says nothing

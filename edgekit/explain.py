@@ -198,7 +198,7 @@ def _culprit(
             with stages.emitting(original, program, [artifact.format], half, progress, layouts, source) as exports:
                 exported = dict(exports)
             twin = Path(folder, f"twin{artifact.path.suffix}")
-            files.write(twin, exported[artifact.format].data)
+            files.write_pieces(twin, exported[artifact.format].pieces)
             pair: list[Any] = []
             for path in (artifact.path, twin):
                 into = Path(folder, f"tapped-{len(pair)}{path.suffix}")

@@ -105,7 +105,7 @@ def write(
     with stages.emitting(model, compressed.program, wanted.formats, half, Silent(), layouts, source) as exports:
         for format, exported in exports:
             path = folder / bundles.file_name(format)
-            files.write(path, exported.data)
+            files.write_pieces(path, exported.pieces)
             artifacts[format] = Artifact(path, format, wanted.precision, model.inputs, model.outputs)
             found[format] = exported
     return artifacts, found, compressed.program

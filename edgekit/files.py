@@ -11,7 +11,7 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -299,15 +299,21 @@ def _is_special(path: Path) -> bool:
 
 def write(path: Path, data: bytes) -> None:
     """Writes `data` to `path` under a temporary name first; raises EdgeKitError where that fails."""
+    write_pieces(path, (data,))
+
+
+def write_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
+    """Does what `write` does with `pieces`, one behind the other."""
     path = _followed(path)
     with writing(path):
         if _is_special(path):
-            path.write_bytes(data)
+            with path.open("wb") as file:
+                file.writelines(pieces)
             return
         temporary = _claim(path.parent, f".{path.name}-", ".partial", file=True)
         try:
             with open(_held[temporary], "wb", closefd=False) as file:
-                file.write(data)
+                file.writelines(pieces)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)

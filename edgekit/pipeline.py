@@ -256,7 +256,7 @@ def _write(
             return artifact_of(original, path, format, exported.precision or precision, layouts[format])
 
         def write(format: str, exported: stages.Exported) -> None:
-            files.write(building_of(format, exported).path, exported.data)
+            files.write_pieces(building_of(format, exported).path, exported.pieces)
 
         def try_out(format: str, exported: stages.Exported) -> Any:
             return stages.try_out(building_of(format, exported), feeds, exported)
@@ -634,7 +634,7 @@ def fp32_references(
         exports = stack.enter_context(stages.emitting(original, program, missing, False, progress, layouts))
         for format, exported in exports:
             path = folder / bundles.file_name(format)
-            files.write(path, exported.data)
+            files.write_pieces(path, exported.pieces)
             references[format] = artifact_of(original, path, format, "fp32", layouts[format])
     return references, notes
 

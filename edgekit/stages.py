@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
@@ -38,15 +38,20 @@ if TYPE_CHECKING:
 
 HOLDS_RAGGED = ("onnx",)  # formats whose outputs may have a size that the input's values decide
 LARGE = 128 << 20  # bytes of weights from which a model is lowered to one format after the other
+MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of mallopt(3)
+MAPPED = 1 << 20  # bytes of a block from which memory of its own is mapped for it
 ONNX_IS_FP32 = "fp32, because an ONNX file is not quantized: give the PyTorch model for int8"
 MOST_LINEAR = 0.5  # of the weights: where int8-dynamic reaches so many, it makes the smaller and faster file
 
 
 @dataclass(frozen=True)
 class Exported:
-    """One format's bytes, what there is to say about them, and what a check of them returned."""
+    """One format's file, what there is to say about it, and what a check of it returned.
 
-    data: bytes
+    `pieces` are its bytes, one behind the other, to be read once: a large model's are made as they are read.
+    """
+
+    pieces: Iterable[bytes | memoryview]
     facts: dict[str, Any]
     notes: tuple[str, ...]
     checked: Any = None
@@ -237,6 +242,8 @@ def compress(
             return recipe.apply(original.module, original.example, (), keep_float)
     assert source is not None
     with progress.step(f"Calibrating {precision}"), quickest_threads(original):
+        if is_large(original.module):
+            map_weights()
         return recipe.apply(original.module, original.example, calibration_of(original, source), keep_float)
 
 
@@ -336,14 +343,15 @@ def emitting(
     pte = len(others) < len(formats)
     weights_alone = pte and _quantizes_weights_alone(program)
 
-    state = original.module.state_dict().values()  # a module's extra state may be anything
-    large = sum(getattr(value, "nbytes", 0) for value in state) > LARGE
+    large = is_large(original.module)
+    if large:
+        map_weights()
 
     def written(format: str, exported: Exported) -> Exported:
         if write is None:
             return exported
         write(format, exported)
-        return replace(exported, data=b"")
+        return replace(exported, pieces=())
 
     def checked(format: str, exported: Exported) -> Exported:
         return exported if check is None else replace(exported, checked=check(format, exported))
@@ -356,7 +364,7 @@ def emitting(
                 error.help = error.help.replace("--format onnx or executorch", "--format onnx")
             if not tolerant:
                 raise
-            return Exported(b"", {}, (), error=error)
+            return Exported((), {}, (), error=error)
 
     @cache
     def proto() -> onnx.ModelProto:
@@ -406,7 +414,7 @@ def emitting(
 
     def lower() -> Exported:
         exported = _executorch(original, program, half_weights)
-        if weights_alone and not _holds_int8(exported.data):
+        if weights_alone and not _holds_int8(b"".join(exported.pieces)):
             note = _no_gain("executorch", "int8 weights beside float inputs")
             plain = compress(original, None, "fp32", Silent())
             assert plain is not None  # an ONNX file has no .pte
@@ -419,6 +427,24 @@ def emitting(
 
     with beside(lower, useful=pte and bool(others) and not large) as lowered:
         yield files()
+
+
+def is_large(module: torch.nn.Module) -> bool:
+    """Whether a module has so many weights that their copies are what matters for memory."""
+    state = module.state_dict().values()  # a module's extra state may be anything
+    return sum(getattr(value, "nbytes", 0) for value in state) > LARGE
+
+
+def map_weights() -> None:
+    """Has each larger block of memory go back to the system as soon as nothing uses it, from now on.
+
+    glibc learns from the first ones to keep them for later, between others: an export then holds weights twice.
+    """
+    import ctypes
+
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
+    if set_option is not None:
+        set_option(MMAP_THRESHOLD, MAPPED)
 
 
 def release_memory() -> None:
@@ -465,10 +491,14 @@ def _no_gain(format: str, what: str) -> str:
 
 def _onnx_file(proto: Callable[[], onnx.ModelProto], ours: bool) -> Exported:
     """Makes the file from what gives the ONNX model, which is let go of as soon as it was read."""
-    from edgekit.exporters.onnx_codes import for_onnxruntime
+    from edgekit.exporters.onnx_bytes import file_pieces
+    from edgekit.exporters.onnx_codes import fastest
 
-    final = for_onnxruntime(proto()) if ours else proto()
-    return Exported(final.SerializeToString(), {"opset": final.opset_import[0].version}, ())
+    if ours:
+        model = fastest(proto())
+        return Exported(file_pieces(model), {"opset": model.opset_imports[""]}, ())
+    final = proto()
+    return Exported((final.SerializeToString(),), {"opset": final.opset_import[0].version}, ())
 
 
 def _tflite(
@@ -486,7 +516,7 @@ def _tflite(
             feeds = {spec.name: tensor.numpy() for spec, tensor in pairs}
             notes += check_int8(proto, converted, feeds, layout=layout)
     facts = {"min_runtime": converted.min_runtime}
-    return Exported(converted.data, facts, tuple(f"TFLite: {note}" for note in notes))
+    return Exported(converted.pieces, facts, tuple(f"TFLite: {note}" for note in notes))
 
 
 def _about(original: Model, source: sources.Data | None) -> Description:
@@ -539,7 +569,7 @@ def _executorch(original: Model, program: ExportedProgram, half_weights: bool) -
         "kernels": list(lowered.kernels),
         "kernel_libraries": list(lowered.libraries),
     }
-    return Exported(lowered.data, facts, tuple(notes))
+    return Exported(lowered.pieces, facts, tuple(notes))
 
 
 def keeps_state(program: ExportedProgram, original: Model) -> ExportedProgram:

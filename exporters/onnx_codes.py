@@ -20,6 +20,13 @@ def for_onnxruntime(proto: onnx.ModelProto) -> onnx.ModelProto:
 
     Files for other readers, TFLite's lowering among them, start from `proto` itself.
     """
+    result = ir.to_proto(fastest(proto))
+    check(result)
+    return result
+
+
+def fastest(proto: onnx.ModelProto) -> ir.Model:
+    """Does what `for_onnxruntime` does, unchecked, on the weights of `proto`, which are not copied."""
     model = ir.from_proto(proto)
     fold_constant_codes(model)
     integer_layers(model)
@@ -33,9 +40,7 @@ def for_onnxruntime(proto: onnx.ModelProto) -> onnx.ModelProto:
     guard_float_layers(model)
     separate_weights(model)
     strip_conversions(model)
-    result = ir.to_proto(model)
-    check(result)
-    return result
+    return model
 
 
 def fold_constant_codes(model: ir.Model) -> None:

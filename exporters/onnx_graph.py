@@ -23,11 +23,16 @@ def check(proto: onnx.ModelProto) -> None:
     graph.output.extend(proto.graph.output)
     graph.value_info.extend(proto.graph.value_info)
     for tensor in proto.graph.initializer:
-        if len(tensor.raw_data) <= LIGHT:
+        if is_light(ir.TensorProtoTensor(tensor)):
             graph.initializer.add().CopyFrom(tensor)
         else:
             graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
     onnx.checker.check_model(light, full_check=True)
+
+
+def is_light(tensor: ir.TensorProtocol) -> bool:
+    """Whether a constant is small enough for the checker to copy it."""
+    return tensor.dtype == ir.DataType.STRING or tensor.nbytes <= LIGHT
 
 
 def producer(node: ir.Node, op_type: str) -> ir.Node | None:

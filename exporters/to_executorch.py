@@ -43,6 +43,7 @@ from executorch.exir import (
     ExecutorchBackendConfig,
     to_edge_transform_and_lower,
 )
+from executorch.exir.backend.utils import is_same_node
 from executorch.exir.dialects._ops import ops as exir_ops
 from executorch.exir.error import ExportError, InternalError
 from executorch.exir.pass_base import ExportPass, NodeMetadata, ProxyValue
@@ -54,6 +55,7 @@ from executorch.exir.passes.remove_mixed_type_operators import RemoveMixedTypeOp
 from executorch.exir.passes.replace_broken_ops_with_function_ops_pass import ReplaceBrokenOpsWithFunctionalOpsPass
 from executorch.exir.passes.scalar_to_tensor_pass import ScalarToTensorPass
 from executorch.exir.passes.sym_to_tensor_pass import SymToTensorPass
+from torch._subclasses import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature
 from torch.fx import GraphModule, Node
@@ -329,8 +331,8 @@ NEEDS: dict[type, Callable[[Node], bool]] = {
 def lean() -> Iterator[None]:
     """Spares the lowering that runs in it most of its time.
 
-    What `edgekit.lean` spares, and two things of ExecuTorch's: passes for ops that the network does not have (NEEDS),
-    and XNNPACK's, which cost time around them too.
+    What `edgekit.lean` spares, and three things of ExecuTorch's: passes for ops that the network does not have (NEEDS),
+    XNNPACK's, which cost time around them too, and copies of the weights with each copy of a program.
     """
     whole_pass, whole_transform = PassBase.__call__, XNNPACKPassManager.transform
 
@@ -345,6 +347,7 @@ def lean() -> Iterator[None]:
     with (
         unread_notes(),
         needed_decompositions(),
+        replaced(ExportedProgram, "__deepcopy__", lambda program, memo: copied(program)),
         replaced(PassBase, "__call__", run_pass),
         replaced(XNNPACKPassManager, "transform", transform),
     ):
@@ -356,18 +359,31 @@ def _is_needed(row: type, module: GraphModule) -> bool:
     return row not in NEEDS or any(map(NEEDS[row], all_nodes(module)))
 
 
+class _Pieces(list[bytes]):
+    """What ExecuTorch writes, as it is: its weights are in memory once."""
+
+    def write(self, piece: bytes) -> None:
+        """Stands for a file's."""
+        self.append(piece)
+
+
 @dataclass(frozen=True)
 class Lowered:
-    """A .pte file's bytes, how many delegates it calls, the ops that stayed outside them (name → count), and notes.
+    """A .pte file's bytes in pieces, how many delegates it calls, the ops outside them (name → count), and notes.
 
     `kernels` are the runtime's names of the operators that it calls, such as "aten::where.self_out".
     """
 
-    data: bytes
+    pieces: tuple[bytes, ...]
     delegates: int
     undelegated: dict[str, int]
     notes: tuple[str, ...]
     kernels: tuple[str, ...] = ()
+
+    @property
+    def data(self) -> bytes:
+        """The file's bytes, which are copies of the pieces."""
+        return b"".join(self.pieces)
 
     @property
     def libraries(self) -> tuple[str, ...]:
@@ -409,7 +425,11 @@ def to_executorch(program: ExportedProgram) -> Lowered:
     plans = lowered.executorch_program.execution_plan
     kernels = {f"{op.name}.{op.overload}".removesuffix(".") for plan in plans for op in plan.operators}
     delegates = names.count("executorch_call_delegate")
-    return Lowered(lowered.buffer, delegates, dict(outside), notes, tuple(sorted(kernels)))
+    pieces = _Pieces()
+    lowered.write_to_file(pieces)
+    for kept in (FakeTensorMode, is_same_node):  # delegates, with all weights, as long as this process lives
+        kept.cache_clear()
+    return Lowered(tuple(pieces), delegates, dict(outside), notes, tuple(sorted(kernels)))
 
 
 def _lower(program: ExportedProgram) -> EdgeProgramManager:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import GraphModule, Node
 
+from edgekit.quant.fx import drop_unread
 from edgekit.quant.passes import add_attribute, argument, aten, attribute, is_layer, is_zero_pad
 from edgekit.quant.watch import watch
 
@@ -70,6 +71,7 @@ def equalize(
     for group, s in chosen:
         apply(model, group, s)
     model.graph.eliminate_dead_code()
+    drop_unread(model)
     model.recompile()
     if not chosen:
         return ()

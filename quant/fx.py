@@ -47,6 +47,15 @@ def add_attribute(model: GraphModule, name: str, value: torch.Tensor) -> Node:
     return node
 
 
+def drop_unread(model: GraphModule) -> None:
+    """Removes the parameters and buffers that no node reads any more: the module would hold them, and its exports."""
+    read = tuple(f"{node.target}." for node in model.graph.nodes if node.op in ("get_attr", "call_module"))
+    held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name in [name for name, _ in held if not f"{name}.".startswith(read)]:
+        owner, _, attribute_name = name.rpartition(".")
+        delattr(model.get_submodule(owner), attribute_name)
+
+
 def calls(model: GraphModule) -> list[Node]:
     """Returns the nodes that compute."""
     return [n for n in model.graph.nodes if n.op == "call_function"]

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.ao.quantization.fx.utils as fx_utils
 import torch.utils._pytree as pytree
+import torchao.utils as torchao_utils
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.fx.node import map_aggregate
@@ -21,6 +23,7 @@ from edgekit.errors import EdgeKitError
 from edgekit.quant.batches import Batches, processes_help
 from edgekit.quant.dynamic import RECURRENT, StaticQuantizer, WeightQuantizer, counted
 from edgekit.quant.equalize import equalize
+from edgekit.quant.fx import drop_unread
 from edgekit.quant.mixed import head_notes, uneven_heads
 from edgekit.quant.observers import MSEObserver
 from edgekit.quant.passes import capture, drop_implied_clips, export
@@ -140,8 +143,17 @@ def observe(prepared: GraphModule, batches: Iterable[Batch]) -> None:
 
 def convert(calibrated: Calibrated) -> Compressed:
     """Converts a calibrated network to int8; `calibrated.prepared` is used up."""
-    converted = drop_implied_clips(convert_pt2e(calibrated.prepared))
+    converted = drop_implied_clips(_converted(calibrated.prepared))
     return Compressed(export(converted, calibrated.example), calibrated.notes)
+
+
+def _converted(prepared: GraphModule) -> GraphModule:
+    """Returns what torchao makes of an observed network, which is used up, without the float weights."""
+    converted = convert_pt2e(prepared)
+    drop_unread(converted)
+    for kept in (torchao_utils._assert_and_get_unique_device, fx_utils.assert_and_get_unique_device):
+        kept.cache_clear()  # the networks that were asked for, as long as this process lives
+    return converted
 
 
 def int8_dynamic(
@@ -176,7 +188,7 @@ def int8_dynamic(
     recurrent = Counter({name: count for name, count in quantizer.quantized.items() if name in RECURRENT.values()})
     if recurrent:
         notes.append(f"int8-dynamic computes {counted(recurrent)} in float, from int8 weights")
-    return Compressed(export(convert_pt2e(prepared), example), tuple(notes))
+    return Compressed(export(_converted(prepared), example), tuple(notes))
 
 
 def int8_weight_only(
@@ -194,7 +206,7 @@ def int8_weight_only(
             "int8-weight-only stores the weights of layers as int8, and this model has none", "use --precision fp16"
         )
     notes = ("int8-weight-only makes files smaller, not faster: the arithmetic is that of fp32",)
-    return Compressed(export(convert_pt2e(prepared), example), notes)
+    return Compressed(export(_converted(prepared), example), notes)
 
 
 def half_compute(module: torch.nn.Module, example: Batch) -> ExportedProgram:

@@ -9,22 +9,23 @@ bias (Nagel et al., "Data-Free Quantization", 2019, §4.2, with measured instead
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Interpreter, Node
 
-from edgekit.beside import beside, share
+from edgekit.beside import share
 from edgekit.errors import EdgeKitError
 from edgekit.quant.batches import Batches, processes_help
-from edgekit.quant.passes import CONV_DEFAULTS, CONVOLUTIONS, add_attribute, aten, attribute, is_attribute, spread
+from edgekit.quant.fx import add_attribute, attribute, drop_unread, is_attribute
+from edgekit.quant.passes import CONV_DEFAULTS, CONVOLUTIONS, aten, spread
 
 BATCHES = 64  # calibration batches that are looked at
 POSITIONS = 32  # image positions taken of each, at least; wide layers get a quarter of their columns
 MOST_COLUMNS = 4608  # a 3×3 convolution of 512 channels; the cost grows with the cube
+MOST_BYTES = 320 << 20  # of the moments that are gathered in one run through the data
 DAMPING = 0.01
 BLOCK = 64
 SMALLEST = 2**-10  # of a layer's largest scale: what weights below it add is invisible behind int8 activations
@@ -46,7 +47,7 @@ class Moments:
         self.count += columns.shape[1]
 
 
-class _Collector(Interpreter):
+class Collector(Interpreter):
     """Runs the float graph and gathers the moments of what enters each layer of `own`, some of `layers`."""
 
     def __init__(self, model: GraphModule, layers: Sequence[Node], own: Collection[Node]) -> None:
@@ -63,6 +64,7 @@ class _Collector(Interpreter):
         self.run(*batch)
 
     def run_node(self, n: Node) -> object:
+        """Takes in what enters the layers, and runs the node."""
         if n in self.picked:
             columns = self._columns(n, self.env[n.args[0]])
             if n.name not in self.moments:
@@ -121,25 +123,6 @@ def geometry(conv: Node) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, .
     return kernel, stride, padding, dilation, args[6]
 
 
-def collect(
-    model: GraphModule, batches: Iterable[tuple[torch.Tensor, ...]], keep_float: frozenset[str] = frozenset()
-) -> dict[Node, Moments]:
-    """Runs up to BATCHES calibration batches through the float graph; returns the moments of each roundable layer.
-
-    Layers whose nodes are named in `keep_float` are left out.
-    """
-    layers = [node for node in model.graph.nodes if roundable(node) and node.name not in keep_float]
-    sides = 2 if processes_help() else 1
-    here, there = (_Collector(model, layers, layers[side::sides]) for side in (0, 1))
-    with torch.inference_mode():
-        if sides == 1:
-            for batch in Batches(batches, BATCHES):
-                here.see(batch)
-        else:
-            here.moments |= share(Batches(batches, BATCHES), here.see, there.see, lambda: there.moments)
-    return {node: here.moments[node.name] for node in layers if node.name in here.moments}
-
-
 def roundable(node: Node) -> bool:
     """Whether `node` is a linear, conv1d or conv2d layer with a weight of its own and not too many columns."""
     bias = node.args[2] if len(node.args) > 2 else None
@@ -147,11 +130,11 @@ def roundable(node: Node) -> bool:
         return False
     if node.target in CONVOLUTIONS and node.meta["val"].ndim != CONVOLUTIONS[node.target] + 2:  # an image of its own
         return False
-    return node.args[1].meta["val"][0].numel() <= MOST_COLUMNS
+    return _columns(node) <= MOST_COLUMNS
 
 
 def gptq(weight: torch.Tensor, scale: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Rounds `weight` (groups, rows, n) to multiples of `scale` (groups, rows, 1) within ±127 steps; see the module.
+    """Returns the codes (int8, ±127) of which `scale` (groups, rows, 1) makes `weight` (groups, rows, n); see above.
 
     `second` is H, (groups, n, n), unscaled. Columns whose input is always 0 are rounded to the nearest. Errors reach
     the columns of the same block at once and those beyond it block by block, which is the same in fewer passes. What is
@@ -160,48 +143,56 @@ def gptq(weight: torch.Tensor, scale: torch.Tensor, second: torch.Tensor) -> tor
     work = weight.float().clone()
     pruned = weight == 0
     upper = _inverse_factor(second)
-    rounded = torch.empty_like(work)
+    codes = torch.empty_like(work, dtype=torch.int8)
     count = work.shape[2]
     for start in range(0, count, BLOCK):
         stop = min(start + BLOCK, count)
         errors = torch.empty_like(work[:, :, start:stop])
         for column in range(start, stop):
             values = work[:, :, column : column + 1]
-            codes = torch.clamp(torch.round(values / scale), -127, 127) * scale
-            codes.masked_fill_(pruned[:, :, column : column + 1], 0.0)
-            rounded[:, :, column : column + 1] = codes
-            error = (values - codes) / upper[:, column : column + 1, column : column + 1]
+            steps = torch.clamp(torch.round(values / scale), -127, 127)
+            steps.masked_fill_(pruned[:, :, column : column + 1], 0.0)
+            codes[:, :, column : column + 1] = steps
+            error = (values - steps * scale) / upper[:, column : column + 1, column : column + 1]
             work[:, :, column:stop] -= error @ upper[:, column : column + 1, column:stop]
             errors[:, :, column - start : column - start + 1] = error
         work[:, :, stop:] -= errors @ upper[:, start:stop, stop:]
-    return rounded.to(weight.dtype)
+    return codes
 
 
 def _inverse_factor(second: torch.Tensor) -> torch.Tensor:
     """Returns the upper Cholesky factor of the inverse of the damped H, (groups, n, n)."""
     damping = DAMPING
     while True:
-        h = second.float().clone()
-        diagonal = torch.diagonal(h, dim1=1, dim2=2)
-        diagonal[diagonal <= 0] = 1.0  # an input that never changes: rounding may leave less than nothing of it
-        diagonal += damping * diagonal.mean(dim=1, keepdim=True)
-        lower, failed = torch.linalg.cholesky_ex(h)
-        upper, failed_too = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        h, failed = torch.linalg.cholesky_ex(_damped(second, damping))  # matrices of wide layers are large: one lives
+        h = torch.cholesky_inverse(h)
+        upper, failed_too = torch.linalg.cholesky_ex(h, upper=True)
         if not (failed.any() or failed_too.any() or upper.isnan().any()):
             return upper
         damping *= 10  # float32 could not factor it: a rounder H still beats rounding to the nearest
 
 
+def _damped(second: torch.Tensor, damping: float) -> torch.Tensor:
+    h = second.float().clone()
+    diagonal = torch.diagonal(h, dim1=1, dim2=2)
+    diagonal[diagonal <= 0] = 1.0  # an input that never changes: rounding may leave less than nothing of it
+    diagonal += damping * diagonal.mean(dim=1, keepdim=True)
+    return h
+
+
 def round_layer(
     weight: torch.Tensor, scale: torch.Tensor, groups: int, moments: Moments
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the rounded weight (same shape) and the correction to add to the bias (output channels)."""
-    shaped = weight.reshape(groups, weight.shape[0] // groups, -1)
+    """Returns the weight's codes (int8, same shape) and the correction to add to the bias (output channels).
+
+    `moments` are used up.
+    """
+    shaped, steps = weight.reshape(groups, weight.shape[0] // groups, -1), scale.reshape(groups, -1, 1)
     mean = (moments.first / moments.count).unsqueeze(2)
-    covariance = moments.second / moments.count - mean @ mean.transpose(1, 2)
-    rounded = gptq(shaped, scale.reshape(groups, -1, 1), covariance)
-    correction = ((shaped - rounded) @ mean).reshape(-1)
-    return rounded.reshape(weight.shape), correction
+    covariance = moments.second.div_(moments.count).sub_(mean @ mean.transpose(1, 2))
+    codes = gptq(shaped, steps, covariance)
+    correction = ((shaped - codes * steps) @ mean).reshape(-1)
+    return codes.reshape(weight.shape), correction
 
 
 def round_weights(
@@ -209,43 +200,88 @@ def round_weights(
 ) -> dict[str, torch.Tensor]:
     """Replaces, in place, the weight of each roundable layer by multiples of its scale, and corrects its bias.
 
-    Layers whose nodes are named in `keep_float` stay as they are. Returns each layer's scales (one per output
-    channel) by node name: the quantizer must use these very ones.
+    Looks at up to BATCHES batches. Layers whose nodes are named in `keep_float` stay as they are. Returns each layer's
+    scales (one per output channel) by node name: the quantizer must use these very ones. Raises EdgeKitError for
+    inputs of a layer that are not finite.
     """
-    found = collect(model, batches, keep_float)
-    for node, moments in found.items():
-        if not torch.isfinite(moments.second).all():
-            raise EdgeKitError(
-                f"the inputs of layer '{node.name}' are not finite on the calibration data",
-                "look for NaN or infinite values in --data",
-            )
-    scales = {node.name: channel_scales(attribute(model, node.args[1])) for node in found}
-    for node, (rounded, correction) in zip(found, _round_layers(model, found, scales), strict=True):
+    layers = [node for node in model.graph.nodes if roundable(node) and node.name not in keep_float]
+    scales = {node.name: channel_scales(attribute(model, node.args[1])) for node in layers}
+    rounded: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for part in _parts(layers):
+        rounded |= _rounded(model, layers, part, scales, Batches(batches, BATCHES))
+    for node in layers:
+        if node.name not in rounded:  # no batch came
+            del scales[node.name]
+            continue
+        codes, correction = rounded.pop(node.name)
+        weight = attribute(model, node.args[1])
+        steps = scales[node.name].reshape(-1, *[1] * (weight.ndim - 1))
         bias = node.args[2] if len(node.args) > 2 else None
         with model.graph.inserting_before(node):
-            new_weight = add_attribute(model, f"{node.name}_rounded_weight", rounded)
+            new_weight = add_attribute(model, f"{node.name}_rounded_weight", (codes * steps).to(weight.dtype))
             old = 0 if bias is None else attribute(model, bias)
             new_bias = add_attribute(model, f"{node.name}_corrected_bias", correction + old)
         node.args = (node.args[0], new_weight, new_bias, *node.args[3:])
     model.graph.eliminate_dead_code()
+    drop_unread(model)
     model.recompile()
     return scales
 
 
-def _round_layers(
-    model: GraphModule, found: dict[Node, Moments], scales: dict[str, torch.Tensor]
-) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
-    """Returns rounded weight and bias correction of each layer; half of them is computed beside this process."""
+def _parts(layers: Sequence[Node]) -> list[list[Node]]:
+    """Cuts layers, the widest last, into parts whose moments take at most MOST_BYTES together, or one layer."""
+    parts: list[list[Node]] = []
+    size = MOST_BYTES
+    for node in sorted(layers, key=_columns):
+        more = 4 * _groups(node) * _columns(node) ** 2
+        if size + more > MOST_BYTES:
+            parts.append([])
+            size = 0
+        parts[-1].append(node)
+        size += more
+    return parts
 
-    def rounded(first: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        return [
-            round_layer(attribute(model, node.args[1]), scales[node.name], _groups(node), moments)
-            for node, moments in islice(found.items(), first, None, 2)
-        ]
 
-    with beside(lambda: rounded(1), processes_help()) as others:
-        halves = rounded(0), others()
-    return [halves[index % 2][index // 2] for index in range(len(found))]
+def _columns(node: Node) -> int:
+    return node.args[1].meta["val"][0].numel()
+
+
+def _rounded(
+    model: GraphModule,
+    layers: Sequence[Node],
+    part: Sequence[Node],
+    scales: Mapping[str, torch.Tensor],
+    batches: Iterable[tuple[torch.Tensor, ...]],
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Returns the weight's codes and the bias correction of each layer of `part`, by node name.
+
+    Half of them are a copy's of this process, where their moments, of wide layers larger than all weights, stay.
+    """
+
+    def finish(seen: Collector) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        return {node.name: _round(model, node, scales, seen) for node in part if node.name in seen.moments}
+
+    sides = 2 if processes_help() else 1
+    here, there = (Collector(model, layers, part[side::sides]) for side in (0, 1))
+    with torch.inference_mode():
+        if sides == 1:
+            for batch in batches:
+                here.see(batch)
+            return finish(here)
+        own: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        return share(batches, here.see, there.see, lambda: finish(there), lambda: own.update(finish(here))) | own
+
+
+def _round(
+    model: GraphModule, node: Node, scales: Mapping[str, torch.Tensor], seen: Collector
+) -> tuple[torch.Tensor, torch.Tensor]:
+    moments = seen.moments.pop(node.name)
+    if not torch.isfinite(moments.second).all():
+        raise EdgeKitError(
+            f"the inputs of layer '{node.name}' are not finite on the calibration data",
+            "look for NaN or infinite values in --data",
+        )
+    return round_layer(attribute(model, node.args[1]), scales[node.name], _groups(node), moments)
 
 
 def _groups(node: Node) -> int:

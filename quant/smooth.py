@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
+from edgekit.quant.fx import drop_unread
 from edgekit.quant.observers import MSEObserver
 from edgekit.quant.passes import add_attribute, argument, aten, attribute, is_attribute
 from edgekit.quant.rounding import channel_scales
@@ -63,6 +64,7 @@ def smooth(
     for group, factor in chosen:
         apply(model, group, factor)
     model.graph.eliminate_dead_code()
+    drop_unread(model)
     model.recompile()
     if not chosen:
         return ()

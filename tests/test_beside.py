@@ -194,9 +194,12 @@ def test_items_are_shared(forked: bool, monkeypatch: pytest.MonkeyPatch) -> None
     if not forked:
         monkeypatch.setattr("edgekit.beside.can_fork", lambda: False)
     kept = Kept(5)
-    there, where = share(kept, kept.here.append, kept.there.append, lambda: (kept.there, os.getpid()))
+    then: list[int] = []
+    result, meanwhile = (lambda: (kept.there, os.getpid())), (lambda: then.extend(kept.here))
+    there, where = share(kept, kept.here.append, kept.there.append, result, meanwhile)
     assert (kept.here, there, kept.reads) == ([*range(5)], [*range(5)], 1)
     assert (where != os.getpid()) == forked
+    assert then == [*range(5)]  # all that was done before
 
 
 @forks

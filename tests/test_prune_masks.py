@@ -186,8 +186,8 @@ def test_a_linear_layer_in_gptq_keeps_its_zeros() -> None:
     torch.manual_seed(0)
     weight = torch.randn(8, 40) * (torch.rand(8, 40) > 0.8)
     columns = torch.randn(200, 40) @ torch.randn(40, 40)
-    rounded = gptq(weight[None], channel_scales(weight).reshape(1, -1, 1), (columns.T @ columns)[None])[0]
+    scale = channel_scales(weight)[:, None]
+    rounded = gptq(weight[None], scale[None], (columns.T @ columns)[None])[0] * scale
     assert not rounded[weight == 0].any()
     error = (columns @ (weight - rounded).T).square().mean()
-    scale = channel_scales(weight)[:, None]
     assert error < (columns @ (weight - torch.round(weight / scale) * scale).T).square().mean()

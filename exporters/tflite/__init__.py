@@ -16,7 +16,7 @@ from edgekit.exporters.tflite.builder import Builder
 from edgekit.exporters.tflite.forced import Place, judged, places, steps
 from edgekit.exporters.tflite.fuse import fuse, fuse_activations
 from edgekit.exporters.tflite.ir import QParams
-from edgekit.exporters.tflite.metadata import NAME, Description, labeled_output, metadata, with_labels
+from edgekit.exporters.tflite.metadata import NAME, Description, labeled_output, labels_behind, metadata
 from edgekit.exporters.tflite.normalize import normalize, rejection
 from edgekit.exporters.tflite.notes import float_islands
 from edgekit.exporters.tflite.quantized import read_quantization
@@ -35,17 +35,22 @@ __all__ = ["Converted", "Description", "Place", "QParams", "check_int8", "conver
 
 @dataclass(frozen=True)
 class Converted:
-    """A TFLite file in memory, what is worth saying about it, and its int8 tensors' parameters by tensor name.
+    """A TFLite file's bytes in pieces, what is worth saying about it, and its int8 tensors' parameters by tensor name.
 
     `min_runtime` is the oldest release of the TFLite runtime that has its operators, `2.9.0` say. `places` says where
     the file holds the int8 tensors of the ONNX model, by their names there.
     """
 
-    data: bytes
+    pieces: tuple[bytes | memoryview, ...]
     notes: tuple[str, ...]
     qparams: dict[str, QParams]
     min_runtime: str
     places: dict[str, Place]
+
+    @property
+    def data(self) -> bytes:
+        """The file's bytes, which are copies of the pieces."""
+        return b"".join(self.pieces)
 
 
 Shapes = Mapping[str, Sequence[int]]
@@ -146,11 +151,11 @@ def _written(builder: Builder, lowered: Lowered, about: Description | None) -> C
     where = places(builder, ops)
     islands = float_islands(ops)
     builder.release()
-    data = write(ops, inputs, outputs, names, buffers)
+    pieces: tuple[bytes | memoryview, ...] = (write(ops, inputs, outputs, names, buffers),)
     if about is not None and about.labels:
         if labeled_output(about, outputs) is not None:
-            data = with_labels(data, about.labels)
+            pieces = (*pieces, labels_behind(len(pieces[0]), about.labels))
         else:
             builder.note(f"the {len(about.labels)} labels are not in the file: no output has a value for each")
     notes = dict.fromkeys((*builder.notes, *islands, *too_new(ops)))
-    return Converted(data, tuple(notes), qparams, runtime, where)
+    return Converted(pieces, tuple(notes), qparams, runtime, where)

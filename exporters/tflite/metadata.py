@@ -103,14 +103,27 @@ def labeled_output(about: Description, outputs: Sequence[Tensor]) -> Tensor | No
     return next(fits, None)
 
 
-def with_labels(data: bytes, labels: Sequence[str]) -> bytes:
-    """Returns a .tflite file with labels.txt, one label a line, behind it as an uncompressed zip archive."""
-    whole = io.BytesIO()
-    whole.write(data)
-    with zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as archive:
+class _Behind(io.BytesIO):
+    """What stands behind the first `start` bytes of a file, with places counted from the file's beginning."""
+
+    def __init__(self, start: int) -> None:
+        super().__init__()
+        self.start = start
+
+    def tell(self) -> int:
+        return self.start + super().tell()
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self.start + super().seek(offset - self.start if whence == io.SEEK_SET else offset, whence)
+
+
+def labels_behind(size: int, labels: Sequence[str]) -> bytes:
+    """Returns labels.txt, one label a line, as an uncompressed zip archive to stand behind a .tflite file of `size`."""
+    behind = _Behind(size)
+    with zipfile.ZipFile(behind, "w", zipfile.ZIP_STORED) as archive:
         # A fixed date: the same model gives the same bytes.
         archive.writestr(zipfile.ZipInfo(LABELS), "".join(f"{' '.join(label.split())}\n" for label in labels))
-    return whole.getvalue()
+    return behind.getvalue()
 
 
 def _tensor(name: str, facts: dict[int, Any]) -> _Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 from collections.abc import Mapping
 from typing import Any
 
@@ -87,11 +88,14 @@ class _Buffer(schema.BufferT):
 class _Shared(flatbuffers.Builder):
     """A builder that writes equal vectors once: tables may point at one.
 
-    Every int8 weight and bias has a zero point of eight bytes for each channel, which are all 0.
+    Every int8 weight and bias has a zero point of eight bytes for each channel, which are all 0. Its memory is taken as
+    it is written to, from the end, while constants are let go of.
     """
 
     def __init__(self, size: int) -> None:
-        super().__init__(size)
+        super().__init__(0)
+        self.Bytes = mmap.mmap(-1, size)
+        self.head = size
         self.vectors: dict[tuple[str, bytes], int] = {}
 
     def CreateNumpyVector(self, x: np.ndarray) -> int:
@@ -107,7 +111,7 @@ def write(
     outputs: list[Tensor],
     names: tuple[list[str], list[str]],
     metadata: Mapping[str, bytes],
-) -> bytes:
+) -> memoryview:
     """Write a model of one subgraph and those of its loops.
 
     `names` are the input and output names of signature `serving_default`. `metadata` goes into
@@ -141,7 +145,7 @@ class _Writer:
         outputs: list[Tensor],
         names: tuple[list[str], list[str]],
         metadata: Mapping[str, bytes],
-    ) -> bytes:
+    ) -> memoryview:
         self.numbers = {subgraph: number for number, subgraph in enumerate(subgraphs(ops), start=1)}
         main = self.subgraph(Subgraph("main", ops, inputs, outputs))
         places = self.index
@@ -163,7 +167,7 @@ class _Writer:
         scales = sum(len(tensor.quantization.scale) for tensor in written if tensor.quantization is not None)
         builder = _Shared(size + 65536 + 512 * (len(written) + len(all_ops(ops))) + 16 * scales)
         builder.Finish(model.Pack(builder), b"TFL3")
-        return memoryview(builder.Bytes)[builder.Head() :].tobytes()
+        return memoryview(builder.Bytes)[builder.Head() :]
 
     def subgraph(self, subgraph: Subgraph) -> schema.SubGraphT:
         self.tensors, self.index = [], {}

@@ -58,7 +58,7 @@ def test_inputs_that_never_change_are_rounded_too() -> None:
     """Their variance is rounding noise, of either sign."""
     weight, noise = torch.randn(1, 4, 3), -1e-9 * torch.ones(1, 3, 3)
     scale = channel_scales(weight[0]).reshape(1, 4, 1)
-    rounded = gptq(weight, scale, noise)
+    rounded = gptq(weight, scale, noise) * scale
     assert ((rounded - weight).abs() < 2 * scale).all()
 
 
@@ -135,7 +135,12 @@ def test_moments_are_those_of_unfolded_inputs(name: str) -> None:
     torch.manual_seed(0)
     case = CASES[name]
     layer, batches = case.make().eval(), correlated(case.shape, 0, 3)
-    (moments,) = rounding.collect(capture(layer, batches[0]), batches).values()
+    graph = capture(layer, batches[0])
+    layers = [node for node in graph.graph.nodes if roundable(node)]
+    seen = rounding.Collector(graph, layers, layers)
+    for batch in batches:
+        seen.see(batch)
+    (moments,) = seen.moments.values()
     rank = layer.weight.ndim - 2
     options = {key: getattr(layer, key) for key in ("dilation", "padding", "stride")}
     if rank == 1:
@@ -166,6 +171,21 @@ def test_dead_channels_and_dead_inputs(name: str) -> None:
         assert torch.isfinite(attribute(graph, node.args[2])).all()
         assert (scale > 0).all()
     torch.testing.assert_close(weight, nearest(layer.weight), rtol=1e-6, atol=1e-7)
+
+
+@torch.no_grad()
+def test_parts_are_rounded_as_the_whole_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moments that do not fit in memory together are gathered in several runs through the data, with equal results."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(6, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(160, 4)).eval()
+    batches = correlated(IMAGE, 0)
+    whole, parts = (capture(copy.deepcopy(model), batches[0]) for _ in range(2))
+    round_weights(whole, batches)
+    monkeypatch.setattr(rounding, "MOST_BYTES", 4 * 100 * 100)
+    round_weights(parts, batches)
+    assert whole.state_dict().keys() == parts.state_dict().keys()
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, parts.state_dict()[name]), name
 
 
 @torch.no_grad()
