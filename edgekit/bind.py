@@ -216,10 +216,14 @@ def bind(
     if unscaled and samples is not None:
         samples = _of_kinds(samples, specs or opened.specs)
     if specs:
-        given = _made(specs, samples, signature, "--input")
+        given = _made(specs, samples, signature, "--input", opened.what)
     elif samples is not None:
         fixed = _has_fixed_batch(opened.specs)
-        given = _made(opened.specs, samples, signature, "the file") if fixed else _unstacked(samples, opened.specs)
+        given = (
+            _made(opened.specs, samples, signature, "the file", opened.what)
+            if fixed
+            else _unstacked(samples, opened.specs)
+        )
     else:
         given = _from_file(opened, signature)
     made_up = samples is None and not (opened.example and not specs)
@@ -528,7 +532,7 @@ def _from_file(opened: Opened, signature: Signature) -> Named:
     if opened.example:
         return [(s.name, t.clone()) for s, t in zip(opened.specs, opened.example, strict=True)]
     if opened.specs and not any(0 in s.shape for s in opened.specs):
-        return _made(opened.specs, None, signature, "the file")
+        return _made(opened.specs, None, signature, "the file", opened.what)
     inferred = Inferred((), "")
     if not opened.specs:
         with _unmoved(opened.module):
@@ -539,7 +543,7 @@ def _from_file(opened: Opened, signature: Signature) -> Named:
         hint = f"{inferred.told}, or give --data with samples" if inferred.told else _SHAPES_HELP
         raise EdgeKitError(f"the shapes of the inputs of {opened.what} are not known; its inputs: {signature}", hint)
     opened.notes.append(inferred.told)
-    return _made(inferred.specs, None, signature, "its layers")
+    return _made(inferred.specs, None, signature, "its layers", opened.what)
 
 
 def _open_shapes(opened: Opened) -> EdgeKitError:
@@ -556,7 +560,7 @@ def _open_shapes(opened: Opened) -> EdgeKitError:
     )
 
 
-def _made(specs: Sequence[TensorSpec], samples: Named | None, signature: Signature, said: str) -> Named:
+def _made(specs: Sequence[TensorSpec], samples: Named | None, signature: Signature, said: str, what: str) -> Named:
     """One tensor per spec: the sample that belongs to it, else normal random numbers, or zeros for integers."""
     generator = torch.Generator().manual_seed(0)
     by_name = {name: t for name, t in samples or [] if name}
@@ -566,7 +570,7 @@ def _made(specs: Sequence[TensorSpec], samples: Named | None, signature: Signatu
         dtype = getattr(torch, spec.dtype, None)
         if not isinstance(dtype, torch.dtype):
             raise EdgeKitError(
-                f"input {spec.name} is of type {spec.dtype}, which torch has no tensors of", _NUMBERS_HELP
+                f"input {spec.name} of {what} is of type {spec.dtype}, which torch has no tensors of", _NUMBERS_HELP
             )
         name = spec.name or (signature.names[i] if i < len(signature.names) else "")
         sample = by_name.get(name, in_order[i] if i < len(in_order) else None)
