@@ -241,10 +241,14 @@ def compress(
         with progress.step("Capturing the graph"):
             return recipe.apply(original.module, original.example, (), keep_float)
     assert source is not None
+    large = is_large(original.module)
     with progress.step(f"Calibrating {precision}"), quickest_threads(original):
-        if is_large(original.module):
+        if large:
             map_weights()
-        return recipe.apply(original.module, original.example, calibration_of(original, source), keep_float)
+        made = recipe.apply(original.module, original.example, calibration_of(original, source), keep_float)
+    if large:
+        release_memory()
+    return made
 
 
 @contextmanager
