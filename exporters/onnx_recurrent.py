@@ -1,8 +1,9 @@
 """ONNX: recurrent layers that torch's exporter has no translation for, RNNs and LSTMs with projections.
 
 RNNs become RNN ops. ONNX's LSTM has no projection: its state h is o · tanh(c), where torch's is W·o · tanh(c). But
-of h only R·h is read, so that an LSTM whose recurrent weights are R·W computes the same from the second step on (R·W
-takes more room than the two). The first step, whose h comes from outside, is spelled out.
+of h only R·h is read, so that an LSTM whose recurrent weights are R·W computes the same from the second step on. R·W
+takes more room than the two, so the file holds these, and the product is made as it is loaded. The first step, whose h
+comes from outside, is spelled out.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from onnxscript import opset18 as op
 from onnxscript.function_libs.torch_lib.ops.core import aten_lstm
@@ -116,21 +118,22 @@ def _lstm(
 def _projected(x: Any, steps: int, h: Any, c: Any, params: Given, hidden: int, backward: bool) -> tuple[Any, Any, Any]:
     """One direction [steps, batch, features] → all outputs, the last h and the last c."""
     w, r, *biases, projection = params
+    w, r, *biases = (_ordered(each, hidden) for each in (w, r, *biases))
     start = steps - 1 if backward else 0
     z = op.Add(op.MatMul(_row(x, start), _turned(w)), op.MatMul(h, _turned(r)))
     for bias in biases:
         z = op.Add(z, bias)
-    i, f, g, o = op.Split(z, axis=-1, num_outputs=4)
+    i, o, f, g = op.Split(z, axis=-1, num_outputs=4)
     c = op.Add(op.Mul(op.Sigmoid(f), c), op.Mul(op.Sigmoid(i), op.Tanh(g)))
     inside = op.Mul(op.Sigmoid(o), op.Tanh(c))
     all_steps, last = _first_axis(inside), inside
     if steps > 1:
         rest = _rows(x, 0, steps - 1) if backward else _rows(x, 1, steps)
-        bias = _first_axis(op.Concat(*[_ordered(each, hidden) for each in biases], axis=0)) if biases else None
+        bias = _first_axis(op.Concat(*biases, axis=0)) if biases else None
         y, last, c = op.LSTM(
             rest,
-            _first_axis(_ordered(w, hidden)),
-            _first_axis(_ordered(op.MatMul(r, projection), hidden)),
+            _first_axis(w),
+            _first_axis(op.MatMul(r, projection)),
             bias,
             None,
             _first_axis(inside),
@@ -150,6 +153,25 @@ def _turned(x: Any) -> Any:
 def _ordered(x: Any, hidden: int) -> Any:
     """Gates i, f, g, o as ONNX has them: i, o, f, g."""
     return op.Concat(*[_rows(x, gate * hidden, (gate + 1) * hidden) for gate in (0, 3, 1, 2)], axis=0)
+
+
+def keeps_factors(fold: Callable[[ir.Node], bool]) -> Callable[[ir.Node], bool]:
+    """Returns what tells torch's exporter which nodes it must not fold, `fold`, with the products R·W among them."""
+
+    def keeps(node: ir.Node) -> bool:
+        return fold(node) or is_factored(node)
+
+    return keeps
+
+
+def is_factored(node: ir.Node) -> bool:
+    """Whether a node makes the recurrent weights of an LSTM with projection out of their factors."""
+    return node.op_type == "MatMul" and any(
+        use.node.op_type == "LSTM" and use.idx == 2
+        for unsqueezed in node.outputs[0].uses()
+        if unsqueezed.node.op_type == "Unsqueeze"
+        for use in unsqueezed.node.outputs[0].uses()
+    )
 
 
 TRANSLATIONS: dict[Callable, Callable] = {

@@ -18,6 +18,7 @@ from onnxscript import opset18 as op
 
 from edgekit.errors import EdgeKitError
 from edgekit.exporters.onnx_graph import constant, initializer, producer, sweep
+from edgekit.exporters.onnx_recurrent import is_factored
 
 q = torch.ops.quantized_decomposed
 
@@ -89,20 +90,38 @@ def join_recurrent_weights(model: ir.Model) -> None:
     DequantizeLinear(codes (directions, gates, n), scales (gates,), axis=1).
     """
     for node in [n for n in model.graph if n.op_type in RECURRENT]:
-        for index in (1, 2):
-            moved = _moved(node.inputs[index])
-            if moved is None or not (moved[1] == moved[1][:1, :, :1]).all():
-                continue
-            codes, scales = moved[0].astype(np.int8), moved[1][0, :, 0].astype(np.float32)
-            name = node.inputs[index].name
-            stored = initializer(model, f"{name}_codes", codes)
-            scale = initializer(model, f"{name}_scale", scales)
-            zero_point = initializer(model, f"{name}_zero_point", np.zeros(scales.shape, np.int8))
-            dequantize = ir.node("DequantizeLinear", [stored, scale, zero_point], attributes={"axis": 1})
-            _describe(dequantize.outputs[0], codes.shape)
-            model.graph.insert_before(node, dequantize)
-            node.replace_input_with(index, dequantize.outputs[0])
+        for value in node.inputs[1:3]:
+            made = value.producer() if value is not None else None
+            # What a projected layer's first step reads too lies before the axis of directions.
+            source = made.inputs[0] if made is not None and made.op_type == "Unsqueeze" else value
+            product = source.producer() if source is not None else None
+            if product is not None and is_factored(product):
+                for factor in product.inputs:
+                    _store_moved(model, factor)
+            elif source is not None and source is not value and len(source.uses()) > 1:
+                _store_moved(model, source)
+            else:
+                _store_moved(model, value)
     sweep(model)
+
+
+def _store_moved(model: ir.Model, value: ir.Value | None) -> None:
+    """Stores a constant that is dequantized, and then moved, as it is in the end; others are left as they are."""
+    moved = _moved(value)
+    if value is None or moved is None or value.producer().op_type == "DequantizeLinear":
+        return
+    axis = moved[0].ndim - 2
+    of_one_row = moved[1][:1] if axis else moved[1][..., :1]
+    if not (moved[1] == (of_one_row[..., :1] if axis else of_one_row)).all():
+        return
+    codes, scales = moved[0].astype(np.int8), of_one_row[0, :, 0] if axis else of_one_row[:, 0]
+    stored = initializer(model, f"{value.name}_codes", codes)
+    scale = initializer(model, f"{value.name}_scale", scales.astype(np.float32))
+    zero_point = initializer(model, f"{value.name}_zero_point", np.zeros(scales.shape, np.int8))
+    dequantize = ir.node("DequantizeLinear", [stored, scale, zero_point], attributes={"axis": axis})
+    _describe(dequantize.outputs[0], codes.shape)
+    model.graph.insert_after(value.producer(), dequantize)
+    value.replace_all_uses_with(dequantize.outputs[0])
 
 
 def _moved(value: ir.Value | None) -> tuple[np.ndarray, np.ndarray] | None:

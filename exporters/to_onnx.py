@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
+from onnxscript.optimizer import _constant_folding
 from onnxscript.rewriter._pattern_ir import Constant as PatternConstant
 from onnxscript.rewriter.rules.common import _no_op
 from torch.export import ExportedProgram
@@ -39,7 +40,9 @@ def to_onnx(
     as float16 behind a Cast. Raises EdgeKitError for an operator that ONNX cannot express.
     """
     try:
-        with unread_notes(), needed_decompositions(), exact_constants():
+        unfolded = onnx_recurrent.keeps_factors(_constant_folding._is_non_deterministic_op)
+        keeping = replaced(_constant_folding, "_is_non_deterministic_op", unfolded)
+        with unread_notes(), needed_decompositions(), exact_constants(), keeping:
             exported = torch.onnx.export(
                 copied(program),
                 (),

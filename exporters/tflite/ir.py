@@ -112,7 +112,8 @@ class Graph:
     `constants` holds arrays as stored: a float32 value may be stored as int8 or int32 (with an entry in `held`) or as
     float16. `held` maps a float value to the parameters with which it is held as int8, and `stored` the name of an int8
     tensor of the model to the float value that it is. `wide` holds the inputs and outputs that are float64 in the
-    model, and `narrowed` says that some value is: all of them are float32 here.
+    model, and `narrowed` says that some value is: all of them are float32 here. `factors` names the two matrices that a
+    constant is the product of, where that takes more room than they do.
     """
 
     nodes: list[Node]
@@ -124,6 +125,7 @@ class Graph:
     stored: dict[str, str] = field(default_factory=dict)
     wide: set[str] = field(default_factory=set)
     narrowed: bool = False
+    factors: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def readers(self) -> dict[str, list[Node]]:
         """Nodes by the value that they read; a node that reads a value twice is listed twice."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from operator import gt
 from typing import Any
 
@@ -34,6 +34,7 @@ RUNTIME_TYPES = {
 }
 QUANTIZATION = {"QuantizeLinear", "DequantizeLinear"}
 DYNAMIC = "DynamicQuantizeLinear"
+CUTS = {"Slice", "Concat"}
 MOVES = {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten"}
 
 
@@ -57,6 +58,17 @@ def normalize(model: onnx.ModelProto) -> Graph:
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
     return _Reader(real_products(model)).read()
+
+
+def _moved_axis(op: str, axis: int, attrs: dict[str, Any], before: Sequence[int], after: Sequence[int]) -> int | None:
+    """Where the axis of a constant's scales lies after a move; None where the move cuts or joins it."""
+    if op == "Transpose":
+        perm: list[int] = attrs.get("perm", list(range(len(before)))[::-1])
+        return perm.index(axis)
+    if op in ("Squeeze", "Unsqueeze") and math.prod(before[:axis]) == 1:
+        moved = axis + len(after) - len(before)
+        return moved if 0 <= moved < len(after) and after[moved] == before[axis] else None
+    return None
 
 
 class _Reader:
@@ -125,6 +137,7 @@ class _Reader:
             if outputs is not None:
                 for name, array in zip(filter(None, proto.output), outputs, strict=True):
                     self.constant(name, np.asarray(array))
+                self.factored(proto)
                 return
         standard = rewritten(proto, attributes(proto), self.count)
         if standard is not None:
@@ -137,6 +150,16 @@ class _Reader:
             return
         else:
             self.infer(proto)
+
+    def factored(self, proto: onnx.NodeProto) -> None:
+        """Note of which two matrices a constant is the product, with axes of one before it or without."""
+        graph, out = self.graph, proto.output[0]
+        if proto.op_type == "Unsqueeze" and proto.input[0] in graph.factors:
+            graph.factors[out] = graph.factors[proto.input[0]]
+        elif proto.op_type == "MatMul" and graph.constants[out].ndim == 2:
+            first, second = (graph.constants[name] for name in proto.input)
+            if first.ndim == second.ndim == 2 and graph.constants[out].size > first.size + second.size:
+                graph.factors[out] = proto.input[0], proto.input[1]
 
     def known(self, proto: onnx.NodeProto) -> bool:
         """Whether all inputs of a node are constant."""
@@ -222,16 +245,19 @@ class _Reader:
         if proto.op_type == "Cast" and stored.dtype == np.float16 and attrs["to"] == onnx.TensorProto.FLOAT:
             self.constant(out, stored, dtype=np.float32)
             return True
-        widened = stored.dtype == np.float16 and graph.info[source].dtype == np.float32
-        if proto.op_type in MOVES and (held or widened):
+        joined = proto.input if proto.op_type == "Concat" else [source]
+        widened = all(
+            graph.constants[name].dtype == np.float16 and graph.info[name].dtype == np.float32 for name in joined
+        )
+        if (proto.op_type in MOVES and held) or (proto.op_type in MOVES | CUTS and widened):
             opsets = {entry.domain: entry.version for entry in self.imports}
             feeds = {name: graph.constants[name] for name in proto.input if name}
             (moved,) = ReferenceEvaluator(proto, opsets).run(None, feeds)
             if held and held.axis is not None:
-                if proto.op_type != "Transpose":
+                axis = _moved_axis(proto.op_type, held.axis, attrs, stored.shape, moved.shape)
+                if axis is None:
                     return False
-                perm = attrs.get("perm", list(range(stored.ndim))[::-1])
-                held = held.moved(perm.index(held.axis))
+                held = held.moved(axis)
             self.constant(out, moved, held=held, dtype=np.float32)
             return True
         return False

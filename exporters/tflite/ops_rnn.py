@@ -48,7 +48,8 @@ class Matrix:
 class Cell:
     """One direction's constants ([gates · hidden, features] and so on), its initial states and activations.
 
-    `dynamic` asks for int8 products of the inputs as well, quantized at run time.
+    With a `projection` the recurrent weights are r · projection. `dynamic` asks for int8 products of the inputs as
+    well, quantized at run time.
     """
 
     w: Matrix
@@ -60,6 +61,12 @@ class Cell:
     c: Tensor | None
     functions: tuple[str, ...]
     dynamic: bool
+    projection: Matrix | None = None
+
+    @property
+    def recurrent_bytes(self) -> int:
+        """How much the weights take that every step reads."""
+        return self.r.stored.nbytes + (self.projection.stored.nbytes if self.projection else 0)
 
 
 States = list[Tensor]
@@ -105,6 +112,16 @@ def _matrices(b: Builder, node: Node, index: int) -> list[Matrix]:
     return [Matrix(each, q if q is None or q.axis is None else q.moved(0)) for each in stored]
 
 
+def _matrix(b: Builder, name: str) -> Matrix:
+    """A constant [outputs, features] as it is stored, with float scales where they are those of its features."""
+    stored, q = b.graph.constants[name], b.graph.held.get(name)
+    if q is not None and (not q.symmetric or q.axis not in (None, 0)):
+        array = b.array(name)
+        assert array is not None
+        return Matrix(array, None)
+    return Matrix(stored, q)
+
+
 def _recurrent(
     b: Builder,
     node: Node,
@@ -127,7 +144,10 @@ def _recurrent(
             raise unsupported(node, "sequences shorter than the input")
     if any(name not in ACTIVATIONS for name in names):
         raise unsupported(node, f"activations {names}")
-    w, r = _matrices(b, node, 1), _matrices(b, node, 2)
+    w, r, projection = _matrices(b, node, 1), _matrices(b, node, 2), None
+    if kind is LSTM and node.inputs[2] in b.graph.factors:
+        first, projection = (_matrix(b, name) for name in b.graph.factors[node.inputs[2]])
+        r = [first]
     bias = _constant(b, node, 3, (directions, 2 * gates * hidden))
     peephole = _constant(b, node, 7, ()) if _input(node, 7) else None
     wanted = (directions, gates * hidden)
@@ -148,6 +168,7 @@ def _recurrent(
             _state(b, node, 6, index, layout, (batch, hidden)),
             tuple(ACTIVATIONS[name] for name in names[index * per : (index + 1) * per]),
             node.dynamic,
+            projection,
         )
         backward = direction == "reverse" or index == 1
         y, states = _direction(b, kind, cell, x, backward)
@@ -169,7 +190,7 @@ def _direction(b: Builder, kind: Kind, cell: Cell, x: Tensor, backward: bool) ->
     states: States | None = None
     if cell.h is not None or cell.c is not None:
         states = [each or _zeros(b, batch, hidden) for each in (cell.h, cell.c)[: kind.states]]
-    if b.fixed_batch and (time >= LONG or time * cell.r.stored.nbytes > COPIES):
+    if b.fixed_batch and (time >= LONG or time * cell.recurrent_bytes > COPIES):
 
         def make_step() -> Step:
             step = kind.make_step(b, cell, 1)
@@ -181,7 +202,7 @@ def _direction(b: Builder, kind: Kind, cell: Cell, x: Tensor, backward: bool) ->
             return results
 
         first = states or [_zeros(b, batch, hidden)] * kind.states
-        lasts, ys = loop(b, projected, first, make_step, weights=cell.r.stored.nbytes, backward=backward)
+        lasts, ys = loop(b, projected, first, make_step, weights=cell.recurrent_bytes, backward=backward)
         return ys[0], lasts
     step, steps = kind.make_step(b, cell, time), []
     for number in range(time)[::-1] if backward else range(time):
@@ -292,13 +313,16 @@ def lstm(
 
 
 def _lstm_step(b: Builder, cell: Cell, steps: int) -> StepOf:
-    recur = _dense(b, cell, cell.r, steps=steps)
+    recur, project = _dense(b, cell, cell.r, steps=steps), None
+    if cell.projection is not None:
+        project = _dense(b, cell, cell.projection, steps=steps)
     gate, candidate, squash = cell.functions
     peep_i, peep_o, peep_f = (None,) * 3 if cell.peephole is None else np.split(cell.peephole, 3)
 
     def step(parts: Sequence[Tensor], states: States | None) -> States:
         (z,) = parts
         h, c = states or (None, None)
+        h = project(h) if project is not None and h is not None else h
         i, o, f, g = _parts(b, add(b, z, recur(h)) if h is not None else z, 4)
         inside = mul(b, _apply(b, gate, _peeped(b, i, c, peep_i)), _apply(b, candidate, g))
         if c is not None:

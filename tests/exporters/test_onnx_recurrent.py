@@ -68,6 +68,32 @@ def test_layers(name: str) -> None:
             np.testing.assert_allclose(actual[name], value, rtol=1e-4, atol=1e-5)
 
 
+# precision → the bytes that a weight takes there
+BYTES = {"fp32": 4, "fp16": 2, "int8-dynamic": 1, "int8-weight-only": 1, "int8": 1}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("width", [64, 256], ids=["folded by torch", "not folded by torch"])
+@pytest.mark.parametrize("precision", BYTES)
+def test_a_projection_is_stored_as_a_factor(precision: str, width: int) -> None:
+    """Its product with the recurrent weights takes up to four times their room."""
+    torch.manual_seed(0)
+    module = Layer(nn.LSTM(width // 4, width, proj_size=width // 8)).eval()
+    x, recipe = torch.randn(20, 1, width // 4), RECIPES[precision]
+    expected, program = module(x), recipe.apply(module, (x,), [(x,)]).program
+    made = to_onnx(program, ["x"], ["y", "h", "c"], half_weights=recipe.half_weights)
+    written = convert(made)
+    matrices = sum(p.numel() for p in module.parameters() if p.ndim > 1) * BYTES[precision]
+    vectors = 4 * sum(p.numel() for p in module.parameters() if p.ndim == 1)
+    per_row = 2 * vectors if precision.startswith("int8") else 0  # scales
+    for size in (made.ByteSize(), len(written)):
+        assert size < 1.3 * (matrices + vectors) + per_row + 20_000
+    least = {"fp32": 100, "fp16": 50}.get(precision, 25)
+    for actual in (run_onnx(made, {"x": x.numpy()}), run_tflite(written, {"x": x.numpy()})):
+        for name, value in zip("yhc", expected, strict=True):
+            assert sqnr(value, torch.from_numpy(actual[name])) > least
+
+
 class Tagger(nn.Module):
     """A recurrent network whose cell is called step by step."""
 
