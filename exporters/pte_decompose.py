@@ -173,8 +173,8 @@ def conv3d(
 ) -> Node | None:
     """A convolution of images: one for each depth of the result, its channels those of all depths that it reads."""
     (step, *stride), (edge, *padding), (gap, *dilation) = (spread(value, 3) for value in (stride, padding, dilation))
-    *lead, channels, depth, height, width = x.meta["val"].shape
-    batch, after = math.prod(lead), node.meta["val"].shape[-3]
+    batch, channels, depth, height, width = x.meta["val"].shape
+    after = node.meta["val"].shape[2]
     outputs, _, kernel, *window = weight.meta["val"].shape
     length = after + (kernel - 1) * gap // step  # in steps: XNNPACK has no slices with one
     y = emit(aten.view.default, x, [batch, channels, depth, height * width])
@@ -214,8 +214,8 @@ def conv_transpose3d(
     (step, *stride), (edge, *padding), (extra, *output_padding), (gap, *dilation) = (
         spread(value, 3) for value in (stride, padding, output_padding, dilation)
     )
-    *lead, channels, depth, height, width = x.meta["val"].shape
-    batch, outputs = math.prod(lead), node.meta["val"].shape[-4]
+    batch, channels, depth, height, width = x.meta["val"].shape
+    outputs = node.meta["val"].shape[1]
     _, _, kernel, *window = weight.meta["val"].shape
     y = emit(aten.view.default, x, [batch, channels, depth, height * width])
     y = _view(emit, emit(aten.permute.default, y, [0, 2, 1, 3]), [batch * depth, channels, height, width])

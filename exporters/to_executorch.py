@@ -27,7 +27,6 @@ from executorch.backends.xnnpack.partition.config import (
     AddmmConfig,
     BatchNormConfig,
     ConstantPadConfig,
-    ConvolutionConfig,
     GeluConfig,
     LinearConfig,
     MaxDimConfig,
@@ -66,7 +65,7 @@ from edgekit.exporters.pte_decompose import decompose
 from edgekit.exporters.pte_recurrent import insert_steps, spell_recurrences, steps_of, unroll_recurrences
 from edgekit.exporters.pte_weights import prepare_weights
 from edgekit.lean import all_nodes, copied, needed_decompositions, replaced, unread_notes
-from edgekit.quant.passes import CONVOLUTIONS, convolution_arguments, spread
+from edgekit.quant.passes import CONVOLUTIONS, convolution_arguments
 
 aten = torch.ops.aten
 
@@ -160,16 +159,6 @@ class OneReaderPerDequantize(ExportPass):
         return PassResult(graph_module, True)
 
 
-class ShortOutputPaddingConfig(ConvolutionConfig):
-    """Leaves out transposed convolutions whose output padding reaches their stride, which fail as the file runs."""
-
-    def check_constraints(self, node: Node, ep: ExportedProgram) -> bool:
-        """Whether XNNPACK runs this node."""
-        stride, transposed, extra = node.args[3], node.args[6], node.args[7]
-        reaches = transposed and any(e >= s for e, s in zip(spread(extra, 3), spread(stride, 3), strict=False))
-        return not reaches and super().check_constraints(node, ep)
-
-
 class PlainAddmmConfig(AddmmConfig):
     """Leaves out factors other than 1, and a bias for each row, which the serializer drops."""
 
@@ -232,7 +221,6 @@ OWN_CONFIGS = {
     AddmmConfig: PlainAddmmConfig,
     BatchNormConfig: ImageBatchNormConfig,
     ConstantPadConfig: QuantizedPadConfig,
-    ConvolutionConfig: ShortOutputPaddingConfig,
     GeluConfig: ExactGeluConfig,
     LinearConfig: WeightOnlyLinearConfig,
     MaxDimConfig: ImageMaxDimConfig,
@@ -455,7 +443,7 @@ def spell_as_core(program: ExportedProgram) -> None:
     for node in program.graph.nodes:
         if node.kwargs:
             continue
-        if node.target in CONVOLUTIONS and node.args[0].meta["val"].ndim == CONVOLUTIONS[node.target] + 2:
+        if node.target in CONVOLUTIONS:
             source, weight, bias, stride, padding, dilation, groups = convolution_arguments(node)
             no_output_padding = [0] * len(stride)
             node.args = (source, weight, bias, stride, padding, dilation, False, no_output_padding, groups)

@@ -336,6 +336,32 @@ def crop(
     return emit(aten.pad.default, x, positive, mode, value) if any(positive) and mode == "constant" else x
 
 
+def late_outputs(rank: int) -> Callable[..., Node | None]:
+    """Spells output padding that reaches the stride, which delegates refuse, as zeros behind the input."""
+
+    def rule(
+        emit: Emit,
+        constant: Any,
+        node: Node,
+        x: Node,
+        weight: Node,
+        bias: Node | None,
+        stride: Any,
+        padding: Any,
+        extra: Any,
+        groups: int,
+        dilation: Any,
+    ) -> Node | None:
+        stride, extra = _wide(stride, rank), _wide(extra, rank)
+        whole, rest = zip(*(divmod(e, s) for e, s in zip(extra, stride, strict=True)), strict=True)
+        if not any(whole):
+            return None
+        padded = emit(aten.pad.default, x, [amount for steps in reversed(whole) for amount in (0, steps)])
+        return emit(node.target, padded, weight, bias, stride, padding, [*rest], groups, dilation)
+
+    return rule
+
+
 def antialiased(target: Any) -> Callable[..., Node | None]:
     """Spells a resize that averages what it leaves out as a product for each axis: by what it makes of unit vectors."""
 
@@ -430,6 +456,9 @@ RULES: dict[Any, Callable[..., Node | None]] = {
     aten.amax.default: amax,
     aten.col2im.default: fold,
     aten.pad.default: crop,
+    aten.conv_transpose1d.default: late_outputs(1),
+    aten.conv_transpose2d.input: late_outputs(2),
+    aten.conv_transpose3d.input: late_outputs(3),
     aten.bilinear.default: bilinear,
     aten.rrelu.default: rrelu,
     aten.rrelu_with_noise_functional.default: rrelu_with_noise,

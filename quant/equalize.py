@@ -123,7 +123,7 @@ def _is_depthwise(layer: Node) -> bool:
 
 
 def _reads_channels(layer: Node) -> bool:
-    """Whether each channel of a layer's input has weights of its own: no groups, or one group a channel."""
+    """Whether each channel (axis 1) of a layer's input has weights of its own: no groups, or one group a channel."""
     if layer.target == aten.linear.default:
         return layer.args[0].meta["val"].ndim == 2
     return argument(layer, 6, "groups", 1) == 1 or _is_depthwise(layer)
@@ -131,9 +131,7 @@ def _reads_channels(layer: Node) -> bool:
 
 def _writes_channels(layer: Node) -> bool:
     """Whether axis 1 of a layer's result are the rows of its weight: not of a linear layer on sequences."""
-    if layer.target == aten.linear.default:
-        return layer.meta["val"].ndim == 2
-    return layer.meta["val"].ndim == layer.args[1].meta["val"].ndim
+    return layer.target != aten.linear.default or layer.meta["val"].ndim == 2
 
 
 def _passes_channels(node: Node) -> bool:

@@ -220,15 +220,17 @@ def transposed_sequences_to_images(model: GraphModule) -> None:
             stride, padding, extra, dilation = steps
             arguments = (image, wide, args[2], stride, padding, extra, args[6], dilation)
             result = insert(model, aten.conv_transpose2d.input, *arguments)
-        users = list(node.users)
-        follows = (
-            users[0] if len(users) == 1 and users[0].target in (aten.relu.default, aten.hardtanh.default) else None
-        )
-        last = node if follows is None else follows
-        if follows is not None:
-            with model.graph.inserting_before(follows):
-                result = insert(model, follows.target, result, *follows.args[1:])
+        last, result = _with_activation(model, node, result)
         _respell(last, aten.squeeze.dim, result, -2)
+
+
+def _with_activation(model: GraphModule, node: Node, result: Node) -> tuple[Node, Node]:
+    """Returns `node` and what stands for it, or its activation and that of what stands for it, where it has one."""
+    users = list(node.users)
+    if len(users) != 1 or users[0].target not in (aten.relu.default, aten.hardtanh.default):
+        return node, result
+    with model.graph.inserting_before(users[0]):
+        return users[0], insert(model, users[0].target, result, *users[0].args[1:])
 
 
 def global_pools_to_mean(model: GraphModule) -> None:
@@ -456,6 +458,24 @@ def _image_stride(node: object) -> tuple[int, int] | None:
     return (step, 1) if dim == 2 else (1, step)
 
 
+def lone_images_to_batches(model: GraphModule) -> None:
+    """Spells a convolution of an image without a batch as one of a batch of one: delegates take no other.
+
+    An activation behind it stays behind it.
+    """
+    for node in calls(model):
+        rank = {**CONVOLUTIONS, **TRANSPOSED}.get(node.target)
+        if rank is None or node.meta["val"].ndim == rank + 2:
+            continue
+        source = node.args[0]
+        with model.graph.inserting_before(node):
+            is_batch = source.target == aten.squeeze.dim and source.args[1] == 0
+            batch = source.args[0] if is_batch else insert(model, aten.unsqueeze.default, source, 0)
+            result = insert(model, node.target, batch, *node.args[1:], **node.kwargs)
+        last, result = _with_activation(model, node, result)
+        _respell(last, aten.squeeze.dim, result, 0)
+
+
 def drop_implied_clips(model: GraphModule) -> GraphModule:
     """Removes each relu/hardtanh whose every reader quantizes to a range inside its bounds.
 
@@ -534,4 +554,5 @@ PASSES = (
     hard_sigmoids_to_clips,
     fold_pads,
     strided_slices_to_convolutions,
+    lone_images_to_batches,
 )

@@ -128,8 +128,6 @@ def roundable(node: Node) -> bool:
     bias = node.args[2] if len(node.args) > 2 else None
     if node.target not in ROUNDABLE or not is_attribute(node.args[1]) or not (bias is None or is_attribute(bias)):
         return False
-    if node.target in CONVOLUTIONS and node.meta["val"].ndim != CONVOLUTIONS[node.target] + 2:  # an image of its own
-        return False
     return _columns(node) <= MOST_COLUMNS
 
 

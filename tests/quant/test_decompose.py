@@ -14,6 +14,7 @@ from edgekit.quant.passes import capture
 
 IMAGE, LINE, VOLUME = (2, 3, 8, 6), (2, 3, 10), (2, 3, 8, 6, 5)
 WEIGHT = torch.randn(4, 6, 6, generator=torch.Generator().manual_seed(1))
+KERNELS = {rank: WEIGHT.flatten()[: 12 * 2**rank].view(3, 4, *(2,) * rank) for rank in (1, 2, 3)}
 aten = torch.ops.aten
 
 
@@ -89,6 +90,15 @@ OTHERS: list[tuple[str, Callable[..., Any], tuple[Any, ...], tuple[int, ...]]] =
         (f"distances {p}", lambda x, p: torch.cdist(x, x[..., 1:3, :].flip(1), p), (p,), (2, 3, 20, 6))
         for p in (1.0, 2.0, math.inf)
     ),
+    *(
+        (
+            f"late outputs {rank}d",
+            lambda x, f, w, e: f(x, w, torch.arange(4.0), 2, 1, e, 1, 4),
+            (getattr(F, f"conv_transpose{rank}d"), KERNELS[rank], extra),
+            shape,
+        )
+        for rank, shape, extra in ((1, LINE, 3), (2, IMAGE, (2, 1)), (3, VOLUME, (0, 1, 3)))
+    ),
     ("bilinear of weights", lambda x: F.bilinear(x, x[..., :5], x[0, :3, :6, :5], None), (), (2, 3, 7, 6)),
     *(
         (
@@ -147,6 +157,8 @@ def test_plain_ops_compute_the_same(
     for node in calls:
         if node.target is aten.pad.default:
             assert min(node.args[1]) >= 0
+        if node.target is aten.conv_transpose2d.input:
+            assert all(extra < stride for extra, stride in zip(node.args[5], node.args[3], strict=True))
         if node.target is aten.avg_pool2d.default:
             assert len(node.args) < 7 or node.args[6] is None
 

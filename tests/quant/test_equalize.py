@@ -32,6 +32,7 @@ GROUPS = {
     ),
     "concat": (lambda: Net(lambda n, x: n.c(torch.cat([n.a(x), n.b(x)], 1)), a=conv(), b=conv(), c=conv(16)), []),
     "linear on sequences": (lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU(), conv()), []),
+    "an image of its own": (lambda: nn.Sequential(conv(3, 3), nn.ReLU(), nn.Conv3d(1, 4, 3)), []),
     "output": (lambda: Net(lambda n, x: (y := n.a(x), n.b(y)), a=conv(), b=conv(8)), []),
 }
 

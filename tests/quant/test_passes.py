@@ -181,7 +181,10 @@ CASES: dict[str, Case] = {
         shape=(2, 4, 9),
     ),
     "transposed_1d_unbatched": seq(
-        "unsqueeze conv_transpose2d hardtanh squeeze", lambda: nn.ConvTranspose1d(4, 6, 3), nn.ReLU6, shape=(4, 9)
+        "unsqueeze unsqueeze conv_transpose2d hardtanh squeeze squeeze",
+        lambda: nn.ConvTranspose1d(4, 6, 3),
+        nn.ReLU6,
+        shape=(4, 9),
     ),
     "transposed_1d_of_weights": fn(
         lambda m, x: F.conv_transpose1d(x, x[:, :, :3].transpose(0, 1)),
@@ -244,6 +247,10 @@ CASES: dict[str, Case] = {
     "strided_end": fn(lambda m, x: x[:, :, :4:2], "slice"),
     "strided_channels": fn(lambda m, x: x[:, ::2], "slice"),
     "strided_integers": fn(lambda m, x: x.argsort(1)[:, :, ::2], "argsort slice"),
+    # images without a batch
+    "lone": seq("unsqueeze conv2d relu conv2d squeeze", conv(), nn.ReLU, conv(inputs=5), shape=(4, 9, 9)),
+    "lone_pool": seq("unsqueeze conv2d squeeze view max_pool2d view", conv(), lambda: nn.MaxPool2d(2), shape=(4, 9, 9)),
+    "lone_same": seq("unsqueeze conv3d squeeze", conv(rank=3, padding="same"), shape=(4, 5, 5, 5)),
     # others
     "flatten": seq("conv2d view linear", conv(), nn.Flatten, lambda: nn.Linear(80, 3)),
     "output_is_input": fn(lambda m, x: (x, F.relu(x)), "relu"),
@@ -366,6 +373,7 @@ def test_every_pass_has_a_case_that_it_changes(monkeypatch: pytest.MonkeyPatch) 
         "bn_after_relu",
         "cell",
         "pad_negative",
+        "lone",
     ):
         case = CASES[name]
         with monkeypatch.context() as patch:
