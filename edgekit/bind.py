@@ -556,7 +556,7 @@ def _open_shapes(opened: Opened) -> EdgeKitError:
     ]
     return EdgeKitError(
         f"the shapes of the inputs of {opened.what} are open: {', '.join(inputs)}",
-        f"give numbers for the question marks, --input {' --input '.join(options)}, or --data with samples",
+        f"give each with --input and numbers for the question marks, as {', '.join(options)}, or --data with samples",
     )
 
 

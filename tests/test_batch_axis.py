@@ -126,7 +126,7 @@ def test_an_onnx_file_with_a_state_of_open_batch(tmp_path: Path) -> None:
     onnx.save(
         helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "net.onnx"
     )
-    with pytest.raises(EdgeKitError, match=r"net are open: x:float32\[1,4\], h:float32\[2,\?,4\]") as caught:
+    with pytest.raises(EdgeKitError, match=r"net\.onnx are open: x:float32\[1,4\], h:float32\[2,\?,4\]") as caught:
         edgekit.export(tmp_path / "net.onnx", target="x86", out=tmp_path)
     assert "h:2x?x4" in caught.value.help
     given = {"x": STEP[:, :4], "h": HIDDEN[:, :, None]}

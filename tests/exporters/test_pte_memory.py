@@ -18,7 +18,11 @@ def held(least: int) -> int:
     parts = {
         id(part): part for each in objects for part in gc.get_referents(each) if type(part) in (bytes, torch.Tensor)
     }
-    return sum((part.nbytes if isinstance(part, torch.Tensor) else len(part)) >= least for part in parts.values())
+    return sum(size(part) >= least for part in parts.values())
+
+
+def size(part: bytes | torch.Tensor) -> int:
+    return part.numel() * part.element_size() if isinstance(part, torch.Tensor) else len(part)
 
 
 def test_a_lowering_leaves_no_weights_behind() -> None:
@@ -31,4 +35,4 @@ def test_a_lowering_leaves_no_weights_behind() -> None:
         lowered = to_executorch(program)
         assert len(lowered.data) > width * width
         del lowered, program, network
-        assert held(width * width) == before, precision
+        assert held(width * width) <= before, precision

@@ -38,7 +38,7 @@ def spoiled(converted: Converted, tensor: str, add: int) -> Converted:
 
     builder = flatbuffers.Builder(1 << 20)
     builder.Finish(model.Pack(builder), b"TFL3")
-    return dataclasses.replace(converted, data=bytes(builder.Output()))
+    return dataclasses.replace(converted, pieces=(bytes(builder.Output()),))
 
 
 def test_op_that_is_wrong_is_named_and_those_after_it_are_not_blamed() -> None:

@@ -158,16 +158,16 @@ def test_attention_is_one_delegate(tmp_path: Path) -> None:
 
 
 class Unsupported(torch.nn.Module):
-    """Sorts, which no kernel of ExecuTorch does, beside what one does outside the delegate."""
+    """Sorts stably, which no kernel of ExecuTorch does, beside what one does outside the delegate."""
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return x.sort(1).values, torch.erf(x)
+        return x.sort(dim=1, stable=True).values, torch.erf(x)
 
 
 def test_kernels_that_a_file_needs() -> None:
     lowered = to_executorch(float32(Unsupported().eval(), (torch.randn(2, 3),)).program)
-    assert lowered.kernels == ("aten::erf.out", "aten::sort.values")
-    assert missing_kernels(lowered.kernels) == ["aten::sort.values"]
+    assert lowered.kernels == ("aten::erf.out", "aten::sort.values_stable")
+    assert missing_kernels(lowered.kernels) == ["aten::sort.values_stable"]
     assert lowered.libraries == ("portable_kernels",)
     embedded = to_executorch(quantized("two_inputs").program)
     assert "quantized_decomposed::embedding_byte.out" in embedded.kernels
