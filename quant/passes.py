@@ -52,7 +52,7 @@ def capture(module: torch.nn.Module, example: tuple[torch.Tensor, ...]) -> Graph
     capture.
     """
     with told(), unread_notes():
-        program = torch.export.export(module, example, strict=False).run_decompositions({})
+        program = torch.export.export(module, in_torch_order(example), strict=False).run_decompositions({})
     forget_input_mutations(program)
     return canonicalize(program.module(check_guards=False))
 
@@ -60,7 +60,15 @@ def capture(module: torch.nn.Module, example: tuple[torch.Tensor, ...]) -> Graph
 def export(graph: GraphModule, example: tuple[torch.Tensor, ...]) -> ExportedProgram:
     """Returns a captured `graph` as a program, as it is."""
     with told(), unread_notes():
-        return torch.export.export(graph, example, strict=False)
+        return torch.export.export(graph, in_torch_order(example), strict=False)
+
+
+def in_torch_order(example: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Returns the tensors as they lie in memory when they are made: ExecuTorch writes their strides into the file.
+
+    `contiguous` would leave strides of dimensions of size 1 as they are, from which ExecuTorch reads another order.
+    """
+    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device).copy_(t.detach()) for t in example)
 
 
 def forget_input_mutations(program: ExportedProgram) -> None:

@@ -157,6 +157,28 @@ def test_attention_is_one_delegate(tmp_path: Path) -> None:
     torch.testing.assert_close(run(lowered.data, (x,), tmp_path)[0], module(x), rtol=1e-5, atol=1e-5)
 
 
+class TwoStates(torch.nn.Module):
+    """A convolution of images and a layer of a state (2, batch, features)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.linear = torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        first, last = state[0], state[1]
+        return self.convolution(x), torch.stack([self.linear(first).sigmoid() * last, first])
+
+
+def test_examples_may_lie_otherwise_in_memory(tmp_path: Path) -> None:
+    x, state = torch.randn(1, 3, 8, 8), torch.randn(2, 1, 4)
+    module = TwoStates().eval()
+    example = (x.to(memory_format=torch.channels_last), state.as_strided((2, 1, 4), (4, 8, 1)))
+    assert example[1].stride() != state.stride()
+    lowered = to_executorch(float32(module, example).program)
+    for found, expected in zip(run(lowered.data, (x, state), tmp_path), module(x, state), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 class Unsupported(torch.nn.Module):
     """Sorts stably, which no kernel of ExecuTorch does, beside what one does outside the delegate."""
 
