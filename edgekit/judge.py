@@ -24,6 +24,7 @@ FP16_MIN_SQNR_DB = 30.0
 INT8_SQNR_SLACK_DB = 6.0  # an error at most twice that of the quantized graph in torch
 INT8_SQNR_ENOUGH_DB = 60.0  # asked of no int8 file, however near its graph comes
 POOR_SQNR_DB = 10.0  # below, the error has a third of the outputs' size
+DOUBTFUL_SQNR_DB = 15.0  # below, a sixth: an export says what would be nearer
 ONNX_STEPS_ELSEWHERE = 3  # EfficientNet-Lite0, 50 layers deep, moves by 2 between x86-64 and ARM64, ResNet-20 by 1
 MIN_SPEEDUP = 0.97  # below, int8 is slower than fp32 by more than its smaller file is worth
 MOST_APART = 3.0  # times: bounds of a speed-up that are further apart say that rounds were disturbed
@@ -276,7 +277,7 @@ def silent(reference: Sequence[np.ndarray], floors: Sequence[float]) -> tuple[st
 
 def loss(precision: str, graph_to_original: Parity) -> tuple[str, ...]:
     """Returns a note where quantizing alone, whatever the format, moved the outputs far from the original's."""
-    if graph_to_original.sqnr_db >= POOR_SQNR_DB or graph_to_original.max_rel <= FP32_MAX_REL:
+    if graph_to_original.sqnr_db >= DOUBTFUL_SQNR_DB or graph_to_original.max_rel <= FP32_MAX_REL:
         return ()
     return (
         f"{precision} is far from the original: its SQNR is {graph_to_original.sqnr_db:.1f} dB; "

@@ -349,7 +349,9 @@ def test_the_median_of_medians_ignores_one_disturbed_process(tmp_path: Path) -> 
 )
 def test_a_loss_names_what_is_nearer(precision: str, nearer: str) -> None:
     original = np.sin(np.arange(20, dtype=np.float32))[None]
-    far, near = (judge.parity([original], [original + error * np.cos(original)]) for error in (0.5, 0.0))
-    (note,) = judge.loss(precision, far)
-    assert f"{precision} is far from the original" in note and nearer in note
+    far, fair, near = (judge.parity([original], [original + e * np.cos(original)]) for e in (0.5, 0.25, 0.0))
+    assert 10 < fair.sqnr_db < 15
+    for parity in (far, fair):
+        (note,) = judge.loss(precision, parity)
+        assert f"{precision} is far from the original" in note and nearer in note
     assert judge.loss(precision, near) == ()
