@@ -523,7 +523,7 @@ def inspect(
             from edgekit import stages
 
             loaded, _ = stages.load(model, data=data, inputs=tuple(input or ()), code=code, mean=(), std=())
-            result = summary.inspect_model(loaded)
+            result = summary.inspect_model(loaded, model)
         ui.show(summary.render(result), result.to_dict())
 
 

@@ -174,16 +174,19 @@ def inspect_bundle(bundle: Bundle) -> BundleSummary:
     return BundleSummary(bundle.path, bundle.manifest, found)
 
 
-def inspect_model(model: Model) -> ModelSummary:
+def inspect_model(model: Model, what: str | None = None) -> ModelSummary:
     """Runs `model` once on its example and returns its layers.
 
     MACs are half of the FLOPs that torch's own counter finds in convolutions, matrix products and attention, whether
-    a module or a function asks for them. Raises EdgeKitError for an ONNX model, which has no layers to look at.
+    a module or a function asks for them. Raises EdgeKitError, which calls the model `what`, for an ONNX model, which
+    has no layers to look at.
     """
     from edgekit.flat import Flat
 
     if model.onnx is not None:
-        raise EdgeKitError(f"{model.name} is an ONNX graph, not a PyTorch model", "inspect the .onnx file itself")
+        raise EdgeKitError(
+            f"{what or model.name} is an ONNX graph, not a PyTorch model", "inspect the .onnx file itself"
+        )
     root = model.module.inner if isinstance(model.module, Flat) else model.module
     seen, total, memory = _trace(model, root)
     unseen = tuple(path for path, module in root.named_modules() if _hides_calls(module))
