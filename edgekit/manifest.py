@@ -37,8 +37,8 @@ GRID = {"scale": NUMBER, "zero_point?": COUNT}
 # A name that ends in `?` may be missing. A list holds the rule of each entry, and `*` that of each value of a map.
 MANIFEST: dict[str, Any] = {
     "schema": COUNT,
-    "model": {"name?": TEXT, "form?": TEXT, "pruned?": {"fingerprint?": MAYBE_TEXT}},
-    "target?": TEXT,
+    "model": {"name": TEXT, "form?": TEXT, "pruned?": {"fingerprint?": MAYBE_TEXT}},
+    "target": TEXT,
     "precision": TEXT,
     "recipe?": {"name?": TEXT, "summary?": TEXT, "sensitivity?": [LAYER], "float_layers?": [LAYER]},
     "made_on?": TEXT,

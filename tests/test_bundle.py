@@ -15,7 +15,7 @@ from kit import SHAPE, network, samples, tree
 
 import edgekit
 from edgekit import bundle as bundling
-from edgekit import files
+from edgekit import files, summary
 from edgekit.bundle import Bundle
 from edgekit.errors import EdgeKitError
 from edgekit.results import TensorSpec
@@ -73,6 +73,26 @@ def test_the_processor_decides_how_far_outputs_may_move(bundles: dict[str, Bundl
     del manifest["made_on"]  # an older bundle
     (folder / "edgekit.json").write_text(json.dumps(manifest))
     assert bundling.read(folder).made_here
+
+
+def test_a_manifest_without_a_key_is_refused_or_shown(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    whole = bundles["int8"].manifest
+    folder = tmp_path / "net"
+    shutil.copytree(bundles["int8"].path, folder)
+    refused = set()
+    for where in [(key,) for key in whole] + [("model", key) for key in whole["model"]]:
+        manifest = json.loads(json.dumps(whole))
+        inside = manifest["model"] if where[1:] else manifest
+        del inside[where[-1]]
+        (folder / "edgekit.json").write_text(json.dumps(manifest))
+        try:
+            opened = bundling.read(folder)
+        except EdgeKitError as error:
+            assert where[-1] in error.what
+            refused.add(where)
+        else:
+            assert repr(opened) and summary.render(summary.inspect_bundle(opened))
+    assert {("target",), ("precision",), ("model",), ("model", "name"), ("notes",)} <= refused
 
 
 def test_golden_outputs_of_the_original_are_those_of_eager(bundles: dict[str, Bundle]) -> None:
