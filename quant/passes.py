@@ -125,7 +125,7 @@ def clamps_to_activations(model: GraphModule) -> None:
             low, high = argument(node, 1, "min"), None
         else:
             continue
-        if not node.meta["val"].is_floating_point():
+        if not node.args[0].meta["val"].is_floating_point():  # of integers, clamp makes floats where its bounds are
             continue
         if low == 0 and high in (None, math.inf):
             _respell(node, aten.relu.default, node.args[0])

@@ -95,6 +95,7 @@ CASES: dict[str, Case] = {
     "hardtanh": seq("hardtanh", nn.Hardtanh),
     "clamp": fn(lambda m, x: x.clamp(-0.5, 0.25), "hardtanh"),
     "clamp_names": fn(lambda m, x: torch.clamp(x, max=1, min=0), "hardtanh"),
+    "clamp_of_integers": fn(lambda m, x: x.argmax(1).clamp(-1, 0.25), "argmax clamp"),
     "clamp_min_zero": fn(lambda m, x: torch.clamp_min(x, 0), "relu"),
     "clamp_only_min": fn(lambda m, x: x.clamp(min=0.0), "relu"),
     "clamp_to_infinity": fn(lambda m, x: x.clamp(0, math.inf), "relu"),
