@@ -19,7 +19,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
 from edgekit.exporters.pte_recurrent import drop_unused
-from edgekit.quant.fx import insert
+from edgekit.quant.fx import filled_arguments, insert
 from edgekit.quant.passes import spread
 
 aten = torch.ops.aten
@@ -43,7 +43,7 @@ def decompose(program: ExportedProgram) -> None:
         if node.target not in RULES or not _is_float(node.args[0]):
             continue
         with graph.inserting_before(node):
-            result = RULES[node.target](partial(insert, program), program, node, *_arguments(node))
+            result = RULES[node.target](partial(insert, program), program, node, *filled_arguments(node))
         if result is not None:
             node.replace_all_uses_with(result)
             graph.erase_node(node)
@@ -60,14 +60,6 @@ def _as_float(node: Node) -> None:
 def _is_float(node: Any) -> bool:
     value = node.meta.get("val") if isinstance(node, Node) else None
     return isinstance(value, torch.Tensor) and value.dtype in (torch.float32, torch.float16)
-
-
-def _arguments(node: Node) -> list[Any]:
-    """Returns the arguments of a node in the order of its schema, defaults filled in."""
-    given = [*node.args]
-    for argument in node.target._schema.arguments[len(given) :]:
-        given.append(node.kwargs.get(argument.name, argument.default_value))
-    return given
 
 
 def _log1p_exp(emit: Emit, x: Node) -> Node:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from edgekit.quant.fx import add_attribute, attribute, calls, insert, is_attribute
+from edgekit.quant.fx import add_attribute, attribute, calls, filled_arguments, insert, is_attribute
 
 aten = torch.ops.aten
 
@@ -43,7 +43,7 @@ def rare_ops_to_plain(model: GraphModule) -> None:
     emit, constant = partial(insert, model), partial(add_attribute, model)
     for node in [n for n in calls(model) if n.target in RULES]:
         with model.graph.inserting_before(node):
-            result = RULES[node.target](emit, constant, node, *_arguments(node))
+            result = RULES[node.target](emit, constant, node, *filled_arguments(node))
             if result is None:
                 continue
             if _is_viewed(node):
@@ -54,14 +54,6 @@ def rare_ops_to_plain(model: GraphModule) -> None:
             if value is not node:
                 model.graph.erase_node(value)
         model.graph.erase_node(node)
-
-
-def _arguments(node: Node) -> list[Any]:
-    """Returns the arguments of a node in the order of its schema, defaults filled in."""
-    given = [*node.args]
-    for argument in node.target._schema.arguments[len(given) :]:
-        given.append(node.kwargs.get(argument.name, argument.default_value))
-    return given
 
 
 def _shape(node: Node) -> list[int]:

@@ -15,6 +15,14 @@ def argument(node: Node, index: int, name: str, default: Any = None) -> Any:
     return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
 
 
+def filled_arguments(node: Node) -> list[Any]:
+    """Returns the arguments of a node in the order of its schema, defaults filled in."""
+    given = [*node.args]
+    for each in node.target._schema.arguments[len(given) :]:
+        given.append(node.kwargs.get(each.name, each.default_value))
+    return given
+
+
 def is_attribute(node: object) -> bool:
     """Whether `node` reads a parameter or buffer."""
     return isinstance(node, Node) and node.op == "get_attr"
