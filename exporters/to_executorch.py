@@ -44,7 +44,6 @@ from executorch.exir import (
 )
 from executorch.exir.backend.utils import is_same_node
 from executorch.exir.dialects._ops import ops as exir_ops
-from executorch.exir.error import ExportError, InternalError
 from executorch.exir.pass_base import ExportPass, NodeMetadata, ProxyValue
 from executorch.exir.passes.init_mutable_pass import InitializedMutableBufferPass
 from executorch.exir.passes.legalize_portable_dim_order_pass import LegalizePortableDimOrderPass
@@ -60,7 +59,7 @@ from torch.export.graph_signature import ExportGraphSignature
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from edgekit.errors import EdgeKitError
+from edgekit.errors import EdgeKitError, reason
 from edgekit.exporters.pte_decompose import decompose
 from edgekit.exporters.pte_recurrent import insert_steps, spell_recurrences, steps_of, unroll_recurrences
 from edgekit.exporters.pte_weights import prepare_weights
@@ -250,11 +249,23 @@ ROW_OPS = {exir_ops.edge.aten._softmax.default, aten.scaled_dot_product_attentio
 
 
 @contextmanager
-def rows_in_order() -> Iterator[None]:
-    """Lets XNNPACK's layout pass bring the images that ROW_OPS read back into torch's layout."""
-    ours = ChannelsLastTaggedReshapePass.memory_sensitive_ops_nchw | ROW_OPS
-    with replaced(ChannelsLastTaggedReshapePass, "memory_sensitive_ops_nchw", ours):
+def mended_layouts() -> Iterator[None]:
+    """Mends XNNPACK's layout pass: images that ROW_OPS read get torch's layout, and numbers may be quantized.
+
+    The pass takes the first element of a quantized value that comes from outside the delegate, and a number has none.
+    """
+    layouts = ChannelsLastTaggedReshapePass
+    is_nhwc, is_nchw = layouts.is_nhwc_node, layouts.is_nchw_node
+    with (
+        replaced(layouts, "memory_sensitive_ops_nchw", layouts.memory_sensitive_ops_nchw | ROW_OPS),
+        replaced(layouts, "is_nhwc_node", staticmethod(lambda node: not _is_quantized_number(node) and is_nhwc(node))),
+        replaced(layouts, "is_nchw_node", staticmethod(lambda node: _is_quantized_number(node) or is_nchw(node))),
+    ):
         yield
+
+
+def _is_quantized_number(node: Node) -> bool:
+    return is_dequant(node) and node.meta["val"].ndim == 0
 
 
 def named(*parts: str) -> Callable[[Node], bool]:
@@ -395,7 +406,7 @@ def to_executorch(program: ExportedProgram) -> Lowered:
             node.meta.pop(note, None)
     program = spell_recurrences(program)
     try:
-        with lean(), rows_in_order():
+        with lean(), mended_layouts():
             steps = steps_of(program, lambda step: _lower(prepare_weights(step)[0]))
             program, notes = prepare_weights(unroll_recurrences(program))
             edge = _lower(program)
@@ -404,9 +415,12 @@ def to_executorch(program: ExportedProgram) -> Lowered:
             state = [n for n, target in signature.inputs_to_buffers.items() if target in _mutated(signature)]
             config = ExecutorchBackendConfig(passes=[InitializedMutableBufferPass(state)], segment_alignment=ALIGNMENT)
             lowered = edge.to_executorch(config)
-    except (RuntimeError, NotImplementedError, ExportError, InternalError) as error:
+    except EdgeKitError:
+        raise
+    except Exception as error:  # its passes raise whatever they run into, and wrap it in a plain Exception
         raise EdgeKitError(
-            f"ExecuTorch cannot lower this model: {error}", "leave it out with --format onnx,tflite"
+            f"ExecuTorch cannot lower this model: {reason(error.__cause__ or error)}",
+            "leave it out with --format onnx,tflite",
         ) from error
     names = [_name(n) for n in all_nodes(edge.exported_program().graph_module) if n.op == "call_function"]
     outside = Counter(name for name in names if name not in BOOKKEEPING)

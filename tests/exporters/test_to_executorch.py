@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from executorch.backends.xnnpack._passes.decompose_cat import DecomposeConcatenate
 from int8_nets import CASES, Batches, build, flat, quantized, sqnr
 from torch.fx.traceback import NodeSource
 
 from edgekit.contents import ITEM_BITS
+from edgekit.errors import EdgeKitError
 from edgekit.exporters.to_executorch import to_executorch
 from edgekit.quant.recipes import float32, half_compute
 from edgekit.read_pte import DTYPES
@@ -195,6 +197,15 @@ def test_kernels_that_a_file_needs() -> None:
     assert "quantized_decomposed::embedding_byte.out" in embedded.kernels
     assert not missing_kernels(embedded.kernels)
     assert embedded.libraries == ("xnnpack_backend", "quantized_kernels")
+
+
+def test_an_error_of_a_pass_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(row: DecomposeConcatenate, module: torch.fx.GraphModule) -> None:
+        raise IndexError("no such index\nand more")
+
+    monkeypatch.setattr(DecomposeConcatenate, "call", fail)
+    with pytest.raises(EdgeKitError, match=r"^ExecuTorch cannot lower this model: no such index\n  help"):
+        to_executorch(quantized("concat").program)
 
 
 class Spectrum(torch.nn.Module):
