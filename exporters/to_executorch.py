@@ -90,9 +90,15 @@ class QuantizedPadConfig(ConstantPadConfig):
         return [ConfigPrecisionType.FP32, ConfigPrecisionType.STATIC_QUANT]
 
     def check_constraints(self, node: Node, ep: ExportedProgram) -> bool:
-        """Leaves out a pad of int8 codes that is read as floats: ExecuTorch would give the file an int8 pad for it."""
-        becomes_float = is_dequant(node.args[0]) and not any(is_quant(user) for user in node.users)
-        return not becomes_float and super().check_constraints(node, ep)
+        """Leaves out a pad of int8 codes that is read as floats, for which ExecuTorch would write an int8 pad.
+
+        So is one whose value widens the range: XNNPACK pads at one scale and zero point.
+        """
+        source = node.args[0]
+        same = not is_dequant(source) or any(
+            is_quant(user) and user.args[1:3] == source.args[1:3] for user in node.users
+        )
+        return same and super().check_constraints(node, ep)
 
 
 class WeightOnlyLinearConfig(LinearConfig):

@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 from torch.fx import GraphModule, Node
 
-from edgekit.lean import unread_notes
+from edgekit.lean import all_nodes, unread_notes
 from edgekit.quant.branches import drop_zero_branches
 from edgekit.quant.captured import told
 from edgekit.quant.constants import fold_constants
@@ -39,6 +39,7 @@ TRANSPOSED = {  # target → spatial rank
     aten.conv_transpose3d.input: 3,
 }
 CHANNEL_LAYERS = {3: aten.conv1d.default, 4: aten.conv2d.default}  # rank of what is normed → convolution
+MEMORY_FORMATS = (torch.channels_last, torch.channels_last_3d)
 HIDDEN = -1e9  # a score that no softmax sees, and that is finite
 TRANSPOSED_DEFAULTS = (None, 1, 0, 0, 1, 1)  # bias, stride, padding, output padding, groups, dilation
 CONV_DEFAULTS = (None, 1, 0, 1, 1)  # bias, stride, padding, dilation, groups
@@ -52,7 +53,9 @@ def capture(module: torch.nn.Module, example: tuple[torch.Tensor, ...]) -> Graph
     capture.
     """
     with told(), unread_notes():
-        program = torch.export.export(module, in_torch_order(example), strict=False).run_decompositions({})
+        program = torch.export.export(module, in_torch_order(example), strict=False)
+        forget_memory_formats(program)
+        program = program.run_decompositions({})
     forget_input_mutations(program)
     return canonicalize(program.module(check_guards=False))
 
@@ -69,6 +72,21 @@ def in_torch_order(example: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...
     `contiguous` would leave strides of dimensions of size 1 as they are, from which ExecuTorch reads another order.
     """
     return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device).copy_(t.detach()) for t in example)
+
+
+def forget_memory_formats(program: ExportedProgram) -> None:
+    """Leaves torch's order to every value: each runtime chooses its own, and ExecuTorch mixes a given one with it.
+
+    A view of a value that had another order may have been possible in that order alone: it becomes a reshape.
+    """
+    nodes = [node for node in all_nodes(program.graph_module) if node.op == "call_function"]
+    given = [node for node in nodes if any(value in MEMORY_FORMATS for value in (*node.args, *node.kwargs.values()))]
+    for node in given:
+        node.args = tuple(None if value in MEMORY_FORMATS else value for value in node.args)
+        node.kwargs = {name: value for name, value in node.kwargs.items() if value not in MEMORY_FORMATS}
+    for node in nodes if given else ():
+        if node.target == aten.view.default:
+            node.target = aten.reshape.default
 
 
 def forget_input_mutations(program: ExportedProgram) -> None:

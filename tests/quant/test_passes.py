@@ -388,6 +388,29 @@ def test_every_pass_has_a_case_that_it_changes(monkeypatch: pytest.MonkeyPatch) 
     assert not idle
 
 
+class ChannelsLast(nn.Module):
+    """Asks for the order of memory that its last views rely on, in each way that torch has."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        spelled = (
+            x.to(memory_format=torch.channels_last),
+            x.clone(memory_format=torch.channels_last),
+            x.contiguous(memory_format=torch.channels_last) * torch.ones_like(x, memory_format=torch.channels_last),
+            x.half().to(torch.float32, memory_format=torch.channels_last),
+            y.to(memory_format=torch.channels_last_3d).flatten(0, 1),
+        )
+        return tuple(z.permute(0, 2, 3, 1).view(len(z), -1, z.shape[1]) for z in spelled)
+
+
+def test_values_have_the_order_of_memory_that_torch_gives_them() -> None:
+    example = (torch.randn(2, 3, 4, 5), torch.randn(2, 1, 3, 4, 5))
+    captured = capture(ChannelsLast().eval(), example)
+    nodes = [node for node in captured.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
+    assert not any("channels_last" in str((*node.args, node.kwargs)) for node in nodes)
+    for ours, theirs in zip(captured(*example), ChannelsLast()(*example), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_folding_keeps_the_dtype(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
