@@ -5,7 +5,7 @@
 NETWORK is a name of benchmarks/networks.py or `example`, the network of examples/fashion_mnist; each is exported to
 every format at fp32 and int8. Overhead: in a process pinned to one core, EdgeKit's timed loop and a plain loop on the
 runtime's own calls take turns, each on a session of its own; both hand a new input over and take the outputs. The
-p50 of the undisturbed runs (see `edgekit.steady`) of BLOCKS x PROCESSES turns may differ by 3 % or 5 µs.
+p50 of the undisturbed runs (see `edgekit.measuring.outliers`) of BLOCKS x PROCESSES turns may differ by 3 % or 5 µs.
 Repeatability: `edgekit profile` twice in a row, REPEATS times; two p50 of more than 0.2 ms have to be within 5 %.
 """
 
@@ -24,10 +24,14 @@ from typing import Any
 
 import numpy as np
 
-from edgekit import measure, pipeline, stages, steady
-from edgekit.bundle import Bundle
-from edgekit.results import Latency
-from edgekit.runtimes import RUNTIMES, table
+from edgekit.artifacts import bare as artifacts_bare
+from edgekit.artifacts.bundles import Bundle
+from edgekit.commands import export as pipeline
+from edgekit.commands import profile
+from edgekit.measuring import outliers as steady
+from edgekit.measuring.feeds import random_feeds
+from edgekit.measuring.latency import Latency
+from edgekit.runtimes import RUNTIMES, stopwatch, table
 
 ROOT = Path(__file__).parents[1]
 PROCESSES, BLOCKS, BLOCK_S = 4, 30, 0.1
@@ -97,7 +101,7 @@ def bare_runs(calls: list[Call], seconds: float) -> list[float]:
 def edgekit_runs(sessions: list[Call], seconds: float) -> list[float]:
     """Milliseconds of each run as the worker times it."""
     cycle = itertools.cycle(sessions)
-    return measure.time_runs(lambda: next(cycle)(), warmup_runs=0, seconds=seconds, min_runs=20, max_runs=1_000_000)
+    return stopwatch.time_runs(lambda: next(cycle)(), warmup_runs=0, seconds=seconds, min_runs=20, max_runs=1_000_000)
 
 
 def take_turns(path: Path) -> list[list[list[float]]]:
@@ -106,10 +110,10 @@ def take_turns(path: Path) -> list[list[list[float]]]:
 
     format = table.format_of(path)
     runtime = importlib.import_module(f"edgekit.runtimes.{RUNTIMES[table.runtime_for(path)].module}")
-    measure.pin(1)
+    stopwatch.pin(1)
     session = runtime.load(str(path), threads=1)
     [info] = session.inputs
-    feeds = list(stages.random_feeds(stages.bare(path).inputs)[0])
+    feeds = list(random_feeds(artifacts_bare.bare(path).inputs)[0])
     ours = [session.prepared({info.name: feed}) for feed in feeds]
     bare = list(BARE[format](str(path), feeds))
     turns: list[list[list[float]]] = [[], []]
@@ -137,7 +141,7 @@ def repeated(path: Path) -> list[tuple[float, float]]:
     """The p50 in ms of two profiles in a row, REPEATS times."""
     pairs = []
     for _ in range(REPEATS):
-        first, second = (pipeline.profile(path).latency for _ in range(2))
+        first, second = (profile.profile(path).latency for _ in range(2))
         pairs.append((first.p50, second.p50))
     return pairs
 

@@ -36,17 +36,26 @@ import torch
 from racing import race
 from rich.console import Console
 
-from edgekit import data as sources
-from edgekit import judge, metrics, pipeline, report, stages
-from edgekit.evaluation import Chunk, whole
-from edgekit.model import Model
-from edgekit.results import SUFFIXES, Artifact, Latency
+from edgekit.artifacts.artifact import Artifact
+from edgekit.commands import export
+from edgekit.commands import profile as commands_profile
+from edgekit.data import sources
+from edgekit.loading import with_data
+from edgekit.loading.model import Model
+from edgekit.measuring import running
+from edgekit.measuring.evaluation import Chunk, whole
+from edgekit.measuring.latency import Latency
+from edgekit.metrics import parity
+from edgekit.metrics.accuracy import accuracy_of
+from edgekit.metrics.table import METRICS
+from edgekit.reports import tables
 from edgekit.runtimes import Timing
+from edgekit.types import SUFFIXES
 
 ROUNDS = 10
 TIMING = Timing(warmup_runs=50, seconds=1.0, min_runs=20, max_runs=5000)
 CALIBRATION = 100  # samples
-TOP1 = metrics.METRICS["top1"]
+TOP1 = METRICS["top1"]
 
 
 @dataclass(frozen=True)
@@ -60,10 +69,10 @@ class Row:
     def run(self, feeds: Sequence[np.ndarray], **options: Any) -> Any:
         """Runs the file on float feeds to float outputs."""
         if not self.codes:
-            return stages.run(self.artifact, feeds, **options)
+            return running.run(self.artifact, feeds, **options)
         (step, zero), (output_step, output_zero) = self.codes
         quantized = [np.clip(np.rint(feed / step) + zero, -128, 127).astype(np.int8) for feed in feeds]
-        result = stages.run(self.artifact, quantized, **options)
+        result = running.run(self.artifact, quantized, **options)
         outputs = tuple((output.astype(np.float32) - output_zero) * output_step for output in result.outputs)
         return replace(result, outputs=outputs)
 
@@ -149,10 +158,10 @@ def benchmark(name: str, options: argparse.Namespace, console: Console) -> None:
         folder = Path(temporary)
         given: dict[str, Any] = {"target": "x86", "formats": options.format, "data": options.data, "name": title}
         start = time.perf_counter()
-        bundles = {"int8": pipeline.export(module, precision="int8", out=folder / "int8", **given)}
+        bundles = {"int8": export.export(module, precision="int8", out=folder / "int8", **given)}
         took = time.perf_counter() - start
-        bundles["fp32"] = pipeline.export(module, precision="fp32", out=folder / "fp32", **given)
-        original, source = stages.load(module, data=options.data, inputs=(), code=None, mean=(), std=())
+        bundles["fp32"] = export.export(module, precision="fp32", out=folder / "fp32", **given)
+        original, source = with_data.load(module, data=options.data, inputs=(), code=None, mean=(), std=())
         rows = [Row(f"EdgeKit {p}", file) for p in ("fp32", "int8") for file in bundles[p].artifacts]
         calibration = [row[None] for row in images]
         if "onnx" in options.format:
@@ -163,7 +172,7 @@ def benchmark(name: str, options: argparse.Namespace, console: Console) -> None:
         if "tflite" in options.format and options.litert_python:
             rows += litert_torch(options.litert_python, name, folder, images, original)
         evaluation = whole(source, original)
-        reference = evaluation.cut(stages.run_module(original.module, evaluation.feeds))
+        reference = evaluation.cut(running.run_module(original.module, evaluation.feeds))
         latencies = race([row.run for row in rows], evaluation.feeds, ROUNDS, TIMING)
         console.print(_table(title, rows, evaluation, reference, latencies, trained))
         if options.ops:
@@ -176,10 +185,10 @@ def _ops_table(format: str, bundles: Sequence[Path]) -> Any:
     """The time of each kind of op at fp32 and at int8, in µs, those of most time first."""
     columns = []
     for bundle in bundles:
-        profile = pipeline.profile(bundle / f"model{SUFFIXES[format]}", ops=True)
+        profile = commands_profile.profile(bundle / f"model{SUFFIXES[format]}", ops=True)
         assert profile.ops is not None
         columns.append({op: us for op, (_, us) in profile.ops.by_op().items()})
-    rows = report.table("op", "fp32 µs", "int8 µs", title=f"{format} by op")
+    rows = tables.table("op", "fp32 µs", "int8 µs", title=f"{format} by op")
     for op in sorted(set().union(*columns), key=lambda op: -max(column.get(op, 0.0) for column in columns)):
         rows.add_row(op, *(f"{column[op]:.0f}" if op in column else "–" for column in columns))
     return rows
@@ -193,7 +202,7 @@ def _table(
     latencies: list[Latency],
     trained: bool,
 ) -> Any:
-    table = report.table(
+    table = tables.table(
         "file", "format", "top-1", "drop", "SQNR", "agreement", "p50 ms", "vs fp32", "size", title=name
     )
     fp32 = {
@@ -205,10 +214,10 @@ def _table(
     right = TOP1.score(reference, evaluation.target) if labeled else None
     for row, latency in zip(rows, latencies, strict=True):
         outputs = evaluation.cut(row.run(evaluation.feeds).outputs)
-        near = judge.parity(reference, outputs)
+        near = parity.parity(reference, outputs)
         accuracy = ("–", "–")
         if right is not None:
-            result = judge.accuracy(TOP1, right, TOP1.score(outputs, evaluation.target))
+            result = accuracy_of(TOP1, right, TOP1.score(outputs, evaluation.target))
             accuracy = (f"{100 * result.value:.2f} %", f"{result.drop:.2f}")
         base_latency, base = fp32[row.artifact.format]
         table.add_row(
@@ -217,7 +226,7 @@ def _table(
             *accuracy,
             f"{near.sqnr_db:.1f} dB",
             "–" if near.agreement is None else f"{100 * near.agreement:.1f} %",
-            report.milliseconds(latency.p50),
+            tables.milliseconds(latency.p50),
             f"{base_latency.p50 / latency.p50:.2f}x",
             f"{row.artifact.size_bytes / base.size_bytes:.3f}",
         )

@@ -21,7 +21,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import losses
 from rich.console import Console
 
-from edgekit import report
+from edgekit.reports import tables
 
 LOST = (0.005, 0.01, 0.03, 0.1)
 SAMPLES = (20, 50, 400)
@@ -38,7 +38,7 @@ def main() -> int:
     given = parser.parse_args()
     console = Console()
     figures = [f"{what} {n}" for n in SAMPLES for what in ("held", "ship")]
-    rows = report.table("metric", "noise", "lost", "true drop", *figures, "")
+    rows = tables.table("metric", "noise", "lost", "true drop", *figures, "")
     failed = False
     for name in given.metrics:
         size, sets = (3000, max(given.sets // 10, 10)) if name == SLOW else (20_000, given.sets)

@@ -24,16 +24,22 @@ import torch
 from racing import race
 from rich.console import Console
 
-from edgekit import data as sources
-from edgekit import judge, metrics, pipeline, prune_report, pruning, report, stages
-from edgekit.evaluation import Chunk, whole
-from edgekit.progress import Terminal
-from edgekit.results import Artifact
+from edgekit.artifacts.artifact import Artifact
+from edgekit.commands import export, prune
+from edgekit.data import sources
+from edgekit.loading import with_data
+from edgekit.measuring import running
+from edgekit.measuring.evaluation import Chunk, whole
+from edgekit.metrics import accuracy
+from edgekit.metrics.table import METRICS
+from edgekit.reports import tables
+from edgekit.reports.pruned import pruning_report
 from edgekit.runtimes import Timing
+from edgekit.util.progress import Terminal
 
 ROUNDS = 10
 TIMING = Timing(warmup_runs=50, seconds=1.0, min_runs=20, max_runs=5000)
-TOP1 = metrics.METRICS["top1"]
+TOP1 = METRICS["top1"]
 KINDS = ("fp32", "pruned", "int8", "pruned int8")
 
 
@@ -46,7 +52,7 @@ def measure(options: argparse.Namespace, folder: Path, console: Console) -> Any:
     pruned: Any = options.pruned
     if pruned is None:
         start = time.perf_counter()
-        result = pruning.prune(
+        result = prune.prune(
             network,
             code=code,
             ratio=options.ratio,
@@ -57,13 +63,13 @@ def measure(options: argparse.Namespace, folder: Path, console: Console) -> Any:
             name="network",
             progress=Terminal(console),
         )
-        console.print(prune_report.pruning_report(result), f"pruned in {(time.perf_counter() - start) / 60:.1f} min")
+        console.print(pruning_report(result), f"pruned in {(time.perf_counter() - start) / 60:.1f} min")
         pruned = result.path / "model.pt2"
     files: dict[str, tuple[Artifact, ...]] = {}
     for kind in KINDS:
         given, needs = (pruned, None) if kind.startswith("pruned") else (network, code)
         precision = "int8" if kind.endswith("int8") else "fp32"
-        bundle = pipeline.export(
+        bundle = export.export(
             given,
             code=needs,
             target="x86",
@@ -74,31 +80,31 @@ def measure(options: argparse.Namespace, folder: Path, console: Console) -> Any:
             name="network",
         )
         files[kind] = bundle.artifacts
-    original, source = stages.load(network, data=options.data, inputs=(), code=code, mean=(), std=())
+    original, source = with_data.load(network, data=options.data, inputs=(), code=code, mean=(), std=())
     assert source is not None
     return _table(files, whole(source, original), original)
 
 
 def _table(files: dict[str, tuple[Artifact, ...]], evaluation: Chunk, original: Any) -> Any:
-    table = report.table("network", "format", "top-1", "drop", "p50 ms", "vs fp32", "size", "vs fp32")
+    table = tables.table("network", "format", "top-1", "drop", "p50 ms", "vs fp32", "size", "vs fp32")
     assert evaluation.target is not None
-    reference = evaluation.cut(stages.run_module(original.module, evaluation.feeds))
+    reference = evaluation.cut(running.run_module(original.module, evaluation.feeds))
     right = TOP1.score(reference, evaluation.target)
     for position, base in enumerate(files["fp32"]):
-        calls = [functools.partial(stages.run, files[kind][position]) for kind in KINDS]
+        calls = [functools.partial(running.run, files[kind][position]) for kind in KINDS]
         latencies = race(calls, evaluation.feeds, ROUNDS, TIMING)
         for kind, latency in zip(KINDS, latencies, strict=True):
             artifact = files[kind][position]
-            got = evaluation.cut(stages.run(artifact, evaluation.feeds).outputs)[0]
-            found = judge.accuracy(TOP1, right, TOP1.score([got], evaluation.target))
+            got = evaluation.cut(running.run(artifact, evaluation.feeds).outputs)[0]
+            found = accuracy.accuracy_of(TOP1, right, TOP1.score([got], evaluation.target))
             table.add_row(
                 kind,
                 artifact.format,
                 f"{100 * found.value:.2f} %",
                 f"{found.drop:.2f}",
-                report.milliseconds(latency.p50),
+                tables.milliseconds(latency.p50),
                 f"{latencies[0].p50 / latency.p50:.2f}x",
-                report.size(artifact.size_bytes),
+                tables.size(artifact.size_bytes),
                 f"{artifact.size_bytes / base.size_bytes:.2f}",
             )
     return table

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from edgekit import steady
-from edgekit.results import Latency
+from edgekit.measuring import outliers
+from edgekit.measuring.latency import Latency
 from edgekit.runtimes import RunResult, Timing
 
 SAMPLES = 8  # that a timed process runs over and over
@@ -16,13 +16,13 @@ SAMPLES = 8  # that a timed process runs over and over
 def race(
     files: Sequence[Callable[..., RunResult]], feeds: Sequence[np.ndarray], rounds: int, timing: Timing
 ) -> list[Latency]:
-    """Times each of `files` once a round on (runs, *shape) feeds; a file is called as `edgekit.stages.run`.
+    """Times each of `files` once a round on (runs, *shape) feeds; a file is called as `edgekit.measuring.running.run`.
 
-    The p50 of each is that of its undisturbed runs (see `edgekit.steady`).
+    The p50 of each is that of its undisturbed runs (see `edgekit.measuring.outliers`).
     """
     first = [feed[:SAMPLES] for feed in feeds]
     samples: list[list[tuple[float, ...]]] = [[] for _ in files]
     for _ in range(rounds):
         for kept, file in zip(samples, files, strict=True):
             kept.append(file(first, timing=timing).latency_ms)
-    return [steady.undisturbed(Latency(tuple(kept), 1)) for kept in samples]
+    return [outliers.undisturbed(Latency(tuple(kept), 1)) for kept in samples]

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from edgekit.exporters.executorch.lower import to_executorch
+from edgekit.exporters.onnx.export import to_onnx
 from edgekit.exporters.tflite import convert
-from edgekit.exporters.to_executorch import to_executorch
-from edgekit.exporters.to_onnx import to_onnx
-from edgekit.quant.recipes import RECIPES
+from edgekit.quant.ptq.recipes import RECIPES
 from edgekit.runtimes import litert, ort, pte
 from edgekit.runtimes.session import Session
 

@@ -26,8 +26,10 @@ from racing import race
 from rich.console import Console
 from torch import Tensor, nn
 
-from edgekit import pipeline, report, stages
-from edgekit.results import Artifact
+from edgekit.artifacts.artifact import Artifact
+from edgekit.commands import export
+from edgekit.measuring import running
+from edgekit.reports import tables
 from edgekit.runtimes import Timing
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -160,7 +162,7 @@ def tokens() -> list[tuple[Tensor, Tensor, Tensor]]:
 
 def embeddings(artifact: Artifact, feeds: list[np.ndarray]) -> np.ndarray:
     """Runs all sentences; (N, width)."""
-    return stages.run(artifact, feeds).outputs[0][:, 0]
+    return running.run(artifact, feeds).outputs[0][:, 0]
 
 
 def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -179,17 +181,17 @@ def benchmark(formats: str) -> Any:
     with TemporaryDirectory() as temporary:
         artifacts = []
         for precision in PRECISIONS:
-            bundle = pipeline.export(
+            bundle = export.export(
                 module, target="x86", formats=formats, precision=precision, data=data,
                 out=Path(temporary) / precision, name="minilm",
             )  # fmt: skip
             artifacts += bundle.artifacts
         artifacts.sort(key=lambda artifact: artifact.format)
-        latencies = race([partial(stages.run, artifact) for artifact in artifacts], feeds, ROUNDS, TIMING)
+        latencies = race([partial(running.run, artifact) for artifact in artifacts], feeds, ROUNDS, TIMING)
         fp32 = {
             a.format: (x.p50, a.size_bytes) for a, x in zip(artifacts, latencies, strict=True) if a.precision == "fp32"
         }
-        table = report.table("format", "precision", "cosine", "worst", "p50 ms", "vs fp32", "size", title="MiniLM")
+        table = tables.table("format", "precision", "cosine", "worst", "p50 ms", "vs fp32", "size", title="MiniLM")
         for artifact, latency in zip(artifacts, latencies, strict=True):
             near = cosines(embeddings(artifact, feeds), reference)
             p50, size = fp32[artifact.format]
@@ -198,7 +200,7 @@ def benchmark(formats: str) -> Any:
                 artifact.precision,
                 f"{near.mean():.4f}",
                 f"{near.min():.4f}",
-                report.milliseconds(latency.p50),
+                tables.milliseconds(latency.p50),
                 f"{p50 / latency.p50:.2f}x",
                 f"{artifact.size_bytes / size:.3f}",
             )

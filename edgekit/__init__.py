@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what __getattr__ finds, for type checkers
     from edgekit.api import compare, export, profile, prune, verify
+    from edgekit.compression.qat_training import Qat
     from edgekit.errors import EdgeKitError
-    from edgekit.qat import Qat
 
 # ONNX Runtime tells its makers of each session, and keeps a name for this machine, unless this is set before it starts.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -26,7 +26,7 @@ _PUBLIC = {
     "profile": "api",
     "verify": "api",
     "prune": "api",
-    "Qat": "qat",
+    "Qat": "compression.qat_training",
     "EdgeKitError": "errors",
 }
 __all__ = ["EdgeKitError", "Qat", "compare", "export", "profile", "prune", "verify"]

@@ -7,6 +7,6 @@ from pathlib import Path
 if not sys.flags.safe_path and sys.path and Path(sys.path[0] or ".").resolve() == Path.cwd():
     del sys.path[0]
 
-from edgekit.cli import main
+from edgekit.cli.app import main
 
 main()

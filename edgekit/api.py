@@ -15,11 +15,15 @@ from pathlib import Path
 from types import NoneType
 from typing import ParamSpec, TypeVar
 
-from edgekit import pipeline, pruning
-from edgekit.data import HELP
+from edgekit.commands import compare as commands_compare
+from edgekit.commands import export as pipeline
+from edgekit.commands import profile as commands_profile
+from edgekit.commands import prune as pruning
+from edgekit.commands import verify as commands_verify
+from edgekit.data.python_samples import FORMS, as_source
+from edgekit.data.sources import HELP
 from edgekit.errors import EdgeKitError, single_errors
-from edgekit.files import torch_cache
-from edgekit.python_data import FORMS, as_source
+from edgekit.util.atomic_files import torch_cache
 
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
@@ -111,7 +115,7 @@ def in_words(text: str) -> str:
 
 
 export = in_python(pipeline.export)
-compare = in_python(pipeline.compare)
-profile = in_python(pipeline.profile)
-verify = in_python(pipeline.verify)
+compare = in_python(commands_compare.compare)
+profile = in_python(commands_profile.profile)
+verify = in_python(commands_verify.verify)
 prune = in_python(pruning.prune)

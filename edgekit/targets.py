@@ -1,4 +1,4 @@
-"""TARGETS: what a deployment target takes. A target is a row; no code knows one by name."""
+"""Targets: what a deployment target takes. A target is a row; no code knows one by name."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from edgekit.errors import UsageError
-from edgekit.results import SUFFIXES
+from edgekit.types import SUFFIXES
 
 
 @dataclass(frozen=True)

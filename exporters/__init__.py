@@ -1,1 +1,1 @@
-"""EXPORT: one module per file format."""
+"""Exporters: one module per file format."""

@@ -1,1 +1,1 @@
-"""COMPRESS: recipes, the quantizer, graph passes."""
+"""Compression: recipes, the quantizer, graph passes."""

@@ -24,10 +24,10 @@ from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
 from torchao.quantization.pt2e.quantizer import QuantizationSpec, QuantizationSpecBase
 
 from edgekit.errors import EdgeKitError
-from edgekit.quant.observers import KnownScale
-from edgekit.quant.passes import aten, capture, is_attribute, q
-from edgekit.quant.quantizer import WEIGHTED, EdgeQuantizer
-from edgekit.quant.recipes import Batch, Calibrated, evened, observe
+from edgekit.quant.graph.passes import aten, capture, is_attribute, q
+from edgekit.quant.ptq.observers import KnownScale
+from edgekit.quant.ptq.quantizer import WEIGHTED, EdgeQuantizer
+from edgekit.quant.ptq.recipes import Batch, Calibrated, evened, observe
 
 RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 SAME = 1e-3  # of the largest output: what two ways to compute the same float network may differ by

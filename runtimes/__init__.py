@@ -1,4 +1,4 @@
-"""RUN: one module per runtime, one per device transport, and the worker that runs them."""
+"""Runtimes: one module per runtime, one per device transport, and the worker that runs them."""
 
 from .devices import DEVICES, open_device
 from .run import RunResult, Timing, run_artifact

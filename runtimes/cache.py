@@ -1,4 +1,4 @@
-"""Where what EdgeKit puts together for devices is kept: one folder for each content, made whole or not at all."""
+"""Cache of what EdgeKit builds for devices: one folder for each content, made whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from edgekit import files
 from edgekit.errors import EdgeKitError
+from edgekit.util import atomic_files
 
 STEP_TIMEOUT_S = 900.0
 LINES = 3
@@ -39,7 +39,7 @@ def cached(name: str, make: Callable[[Path], None]) -> Path:
         return done
     try:
         top.mkdir(parents=True, exist_ok=True)
-        making = files.make_temporary(top, f".{name}-")
+        making = atomic_files.make_temporary(top, f".{name}-")
     except OSError as error:
         raise EdgeKitError(
             f"cannot use the cache {top}: {error.strerror}", "set XDG_CACHE_HOME to a folder that can be written"
@@ -55,7 +55,7 @@ def cached(name: str, make: Callable[[Path], None]) -> Path:
     except OSError as error:
         raise EdgeKitError(f"cannot use the cache {top}: {error.strerror}", "free some space there") from error
     finally:
-        files.remove(making)
+        atomic_files.remove(making)
     return done
 
 
@@ -65,7 +65,7 @@ def wheels(pinned: Sequence[tuple[str, str, str]], python: str, what: str) -> It
 
     pip checks the hashes. Raises EdgeKitError(`what`) where it cannot download them.
     """
-    with files.temporary_folder() as folder:
+    with atomic_files.temporary_folder() as folder:
         wanted = Path(folder, "requirements.txt")
         wanted.write_text("".join(f"{requirement} --hash=sha256:{digest}\n" for requirement, _, digest in pinned))
         platforms = [word for tag in dict.fromkeys(tag for _, tag, _ in pinned) for word in ("--platform", tag)]

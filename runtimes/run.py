@@ -12,11 +12,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from edgekit import files, limits, measure
 from edgekit.errors import EdgeKitError
-from edgekit.ragged import stack
-from edgekit.results import SUFFIXES, TensorSpec
-from edgekit.watchdog import ran_out_of_memory
+from edgekit.screening import limits
+from edgekit.screening.watchdog import ran_out_of_memory
+from edgekit.types import SUFFIXES, TensorSpec
+from edgekit.util import atomic_files
+from edgekit.util.ragged_arrays import stack
 
 from . import native as native_job
 from .devices import open_device
@@ -43,7 +44,7 @@ HERE_TOO = ("local:", "python:")  # devices whose paths and commands are those o
 
 @dataclass(frozen=True)
 class Timing:
-    """How long to measure: see `measure.time_runs`."""
+    """How long to measure: see `stopwatch.time_runs`."""
 
     warmup_runs: int = 50
     seconds: float = 1.0
@@ -60,8 +61,8 @@ class RunResult:
     that of the process, runtime included, or None where the system does not tell. `cpus` are the cores it was pinned
     to. Where `timing` is "emulated", all these figures are None and `latency_ms` is empty: those of an emulator say
     nothing. `instructions` of one run are counted there instead, when timing was asked for. `trace` is what the
-    runtime's own profiler recorded, in its own form (see `edgekit.ops`), when that was asked for. `settings` are the
-    options of the runtime that its processor needs to compute right.
+    runtime's own profiler recorded, in its own form (see `measuring.op_times`), when that was asked for. `settings` are
+    the options of the runtime that its processor needs to compute right.
     """
 
     outputs: tuple[np.ndarray, ...]
@@ -131,15 +132,15 @@ def run_artifact(
     longest = timeout_s or max(TIMEOUT_S, 10 * opened.stall_s)
     emulated = opened.timing == "emulated"
     try:
-        with files.temporary_folder() as folder:
+        with atomic_files.temporary_folder() as folder:
             here = Path(folder)
             job = {
                 "runtime": name,
                 "module": RUNTIMES[name].module,
                 "package": RUNTIMES[name].package,
                 "artifact": f"model{SUFFIXES[kind]}",
-                "label": files.shown(path),
-                "sha256": files.sha256(path),
+                "label": atomic_files.shown(path),
+                "sha256": atomic_files.sha256(path),
                 "threads": threads,
                 "inputs": [*inputs, *(name for name, _, _ in state if inputs)],
                 "outputs": [*outputs, *(name for _, name, _ in state if outputs)],
@@ -252,7 +253,7 @@ def _files(
         "job.json": here / "job.json",
         job["artifact"]: model[0],
         "worker.py": HERE / "worker.py",
-        "measure.py": Path(measure.__file__),
+        "stopwatch.py": HERE / "stopwatch.py",
         **{f"{module}.py": HERE / f"{module}.py" for module in (runtime.module, *runtime.helpers)},
     }
     arrays = {f"in_{i}.npy": feed for i, feed in enumerate(feeds)}

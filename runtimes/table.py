@@ -1,4 +1,4 @@
-"""RUNTIMES: which runtimes there are, and which of them runs a file."""
+"""Runtimes: which runtimes there are, and which of them runs a file."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Runs one artifact in a process of its own: `python worker.py JOBDIR`.
 
 JOBDIR holds job.json, the artifact, in_<i>.npy of shape (runs, *input shape), state_<i>.npy with the first value of an
-input that later runs take from an output, and beside them the modules that the worker loads (session.py, measure.py,
+input that later runs take from an output, and beside them the modules that the worker loads (session.py, stopwatch.py,
 and those of the runtime). It leaves out_<i>.npy of shape (runs, *output shape), or with the arrays of all runs one
 behind the other where the file declares no fixed shape, log.txt with what the runtime printed, and last of all
 result.json. Meanwhile it prints how long it may take until the next such line or the end: `edgekit allows 20.0 s`.
@@ -90,8 +90,8 @@ def run_job(folder: Path, job: dict[str, Any], watch: _Watch) -> dict[str, Any]:
     _stage("import")
     _make_package(folder)
     numpy = _import("numpy", "numpy", "numpy")
-    measure = importlib.import_module(f"{PACKAGE}.measure")
-    cpus = measure.pin(job["threads"])
+    stopwatch = importlib.import_module(f"{PACKAGE}.stopwatch")
+    cpus = stopwatch.pin(job["threads"])
     start = time.perf_counter()
     runtime = _import(f"{PACKAGE}.{job['module']}", job["runtime"], job["package"])
     imported = time.perf_counter()
@@ -137,14 +137,14 @@ def run_job(folder: Path, job: dict[str, Any], watch: _Watch) -> dict[str, Any]:
     latency_ms: list[float] = []
     if job["timing"] is not None:
         _stage("time")
-        watch.allow(job["stall_s"] + PATIENCE * measure.longest_s(slowest, **job["timing"]))
+        watch.allow(job["stall_s"] + PATIENCE * stopwatch.longest_s(slowest, **job["timing"]))
         cycle = itertools.cycle([session.prepared(feeds) for feeds in itertools.islice(samples, TIMED_SAMPLES)])
-        latency_ms = measure.time_runs(lambda: next(cycle)(), **job["timing"])
+        latency_ms = stopwatch.time_runs(lambda: next(cycle)(), **job["timing"])
     if job["count"]:
         first = session.prepared(next(iter(samples)))
         watch.allow(job["stall_s"] + PATIENCE * job["count"] * slowest)
         count_runs(first, job["count"])
-    peak = measure.peak_rss_bytes()
+    peak = stopwatch.peak_rss_bytes()
     session.close()
     if job["trace"]:
         _stage("trace")

@@ -12,8 +12,8 @@ import torch
 from kit import NET, network, samples
 
 import edgekit
-from edgekit import baseline
-from edgekit.bundle import Bundle
+from edgekit.artifacts.bundles import Bundle
+from edgekit.measuring import baseline_cache
 
 # Here and in what tests start: threads that wait for each other spin, and each process has a core of its own.
 torch.set_num_threads(1)
@@ -25,7 +25,7 @@ def baselines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What is kept of originals is kept for this session alone."""
     folder = tmp_path_factory.mktemp("baselines")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(baseline, "folder", lambda: folder)
+        patch.setattr(baseline_cache, "folder", lambda: folder)
         yield
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch.export import ExportedProgram
 
-from edgekit.exporters.onnx_codes import for_onnxruntime
+from edgekit.exporters.executorch.lower import to_executorch
+from edgekit.exporters.onnx.export import to_onnx
+from edgekit.exporters.onnx.ort_passes import for_onnxruntime
 from edgekit.exporters.tflite import convert
-from edgekit.exporters.to_executorch import to_executorch
-from edgekit.exporters.to_onnx import to_onnx
-from edgekit.results import SUFFIXES
+from edgekit.types import SUFFIXES
 
 RUNTIMES = {"executorch": "pte", "onnx": "ort", "tflite": "litert"}
 

@@ -116,7 +116,7 @@ def run(case: Case, folder: Path) -> Outcome:
 
 
 def _command(args: tuple[str, ...], folder: Path, said: Path) -> int:
-    from edgekit import cli
+    from edgekit.cli import app
 
     os.chdir(folder)
     output = os.open(said, os.O_WRONLY | os.O_CREAT)
@@ -127,7 +127,7 @@ def _command(args: tuple[str, ...], folder: Path, said: Path) -> int:
     temporary.mkdir()
     tempfile.tempdir = str(temporary)
     try:
-        cli.app(list(args))
+        app.app(list(args))
     except SystemExit as end:
         left = [path.name for path in temporary.iterdir()]
         shutil.rmtree(temporary, ignore_errors=True)
@@ -985,11 +985,12 @@ def imported() -> None:
     import torch._export.serde.serialize
     import torch.export.pt2_archive._package
 
-    from edgekit import cli, pipeline, summary  # noqa: F401
+    from edgekit.artifacts import summary  # noqa: F401
+    from edgekit.measuring import schedule
     from edgekit.runtimes import Timing, ort  # noqa: F401
 
-    pipeline.ROUNDS = pipeline.MOST_ROUNDS = 1
-    pipeline.TIMING = Timing(warmup_runs=1, seconds=0.0, min_runs=5, max_runs=5)
+    schedule.ROUNDS = schedule.MOST_ROUNDS = 1
+    schedule.TIMING = Timing(warmup_runs=1, seconds=0.0, min_runs=5, max_runs=5)
     torch.set_num_threads(1)
 
 

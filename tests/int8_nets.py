@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.export import ExportedProgram
 
-from edgekit.quant.recipes import int8_static
+from edgekit.quant.ptq.recipes import int8_static
 
 torch.set_num_threads(1)  # two spin at every op, and are ten times slower beside other work
 BATCHES = 12

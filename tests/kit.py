@@ -15,8 +15,10 @@ import pytest
 import torch
 
 import edgekit
-from edgekit import cli, exported, pipeline
-from edgekit.quant import recovery
+from edgekit.cli import app
+from edgekit.measuring import schedule
+from edgekit.pruning import cost
+from edgekit.quant.pruning import distillation
 from edgekit.runtimes import Timing
 
 ROOT = Path(edgekit.__file__).parents[1]
@@ -64,7 +66,7 @@ def invoke(capfd: pytest.CaptureFixture, *args: object) -> Ran:
     """Runs the command line in this process."""
     capfd.readouterr()
     with pytest.raises(SystemExit) as caught:
-        cli.app([str(arg) for arg in args])
+        app.app([str(arg) for arg in args])
     code = caught.value.code
     return Ran(int(code or 0), *capfd.readouterr())
 
@@ -106,16 +108,16 @@ def tree(folder: Path) -> Sequence[str]:
 
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Times each file in one process and five runs: tests look at the numbers' relations, not at the numbers."""
-    monkeypatch.setattr(pipeline, "ROUNDS", 1)
-    monkeypatch.setattr(pipeline, "MOST_ROUNDS", 1)
-    monkeypatch.setattr(exported, "FINAL_ROUNDS", 1)
-    monkeypatch.setattr(pipeline, "TIMING", Timing(warmup_runs=1, seconds=0.0, min_runs=5, max_runs=5))
+    monkeypatch.setattr(schedule, "ROUNDS", 1)
+    monkeypatch.setattr(schedule, "MOST_ROUNDS", 1)
+    monkeypatch.setattr(cost, "FINAL_ROUNDS", 1)
+    monkeypatch.setattr(schedule, "TIMING", Timing(warmup_runs=1, seconds=0.0, min_runs=5, max_runs=5))
 
 
 @contextmanager
 def interrupted_training(epochs: int) -> Iterator[None]:
     """Lets trainings in this process run so many epochs, and then ends them as Ctrl-C does."""
-    run_epoch = recovery._Training.run_epoch
+    run_epoch = distillation._Training.run_epoch
 
     def interrupted(self: Any, *arguments: Any) -> None:
         if len(self.losses) == epochs:
@@ -123,5 +125,5 @@ def interrupted_training(epochs: int) -> Iterator[None]:
         run_epoch(self, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recovery._Training, "run_epoch", interrupted)
+        patch.setattr(distillation._Training, "run_epoch", interrupted)
         yield

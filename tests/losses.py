@@ -11,10 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from edgekit import detection, judge, metrics
-from edgekit.detection import AveragePrecision, Ranked
-from edgekit.metrics import METRICS, Metric, Scores, Sums
-from edgekit.results import Accuracy, Latency, Parity, drop
+from edgekit.data.boxes import objects
+from edgekit.judging import verdicts
+from edgekit.measuring.latency import Latency
+from edgekit.metrics import accuracy
+from edgekit.metrics.accuracy import Accuracy, drop
+from edgekit.metrics.detection import AveragePrecision, Ranked
+from edgekit.metrics.parity import Parity
+from edgekit.metrics.scores import Scores, Sums, value
+from edgekit.metrics.table import METRICS, Metric
 
 NEAR = Parity(40, 1e-6, 1e-6, 1, 1, 8)
 FAST, SLOW = (Latency(((ms,),) * 3, 1) for ms in (1.0, 2.0))
@@ -34,12 +39,12 @@ class Population:
     def drop(self) -> float:
         """The drop over all of them, in the metric's unit."""
         unit = self.metric.unit_of(self.original)
-        return float(drop(unit, metrics.value(self.original), metrics.value(self.artifact)))
+        return float(drop(unit, value(self.original), value(self.artifact)))
 
     def judged(self, n: int, rng: np.random.Generator) -> Accuracy:
         """Draws a data set of `n` samples, and judges the file by it."""
         picked = rng.choice(len(self.original), n, replace=False)
-        return judge.accuracy(self.metric, taken(self.original, picked), taken(self.artifact, picked))
+        return accuracy.accuracy_of(self.metric, taken(self.original, picked), taken(self.artifact, picked))
 
 
 def taken(scores: Any, picked: np.ndarray) -> Scores:
@@ -99,7 +104,7 @@ def _scenes(count: int, rng: np.random.Generator) -> tuple[Outputs, np.ndarray, 
     labels = rng.integers(0, 3, (count, 3))
     boxes = true + rng.normal(0, 0.5, true.shape)
     scores = np.where(rng.random((count, 3)) < 0.1, 0, rng.uniform(0.3, 1, (count, 3)))
-    target = detection.objects("scenes", {"boxes": true, "labels": labels})
+    target = objects("scenes", {"boxes": true, "labels": labels})
     assert target is not None
     moved = boxes + rng.normal(0, 0.05, boxes.shape)
     return (
@@ -150,7 +155,7 @@ def simulated(people: Population, n: int, count: int, limit: float | None = None
     for _ in range(count):
         result = people.judged(n, rng)
         held += result.ci95[0] <= people.drop <= result.ci95[1]
-        shipped += judge.verdict("int8", result, FAST, SLOW, NEAR, limit).word == "ship"
+        shipped += verdicts.verdict("int8", result, FAST, SLOW, NEAR, limit).word == "ship"
     return held / count, shipped / count
 
 

@@ -17,12 +17,13 @@ from kit import SHAPE, network, quick, samples
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 import edgekit
-from edgekit import data as sources
 from edgekit.api import in_python, in_words, quiet
-from edgekit.bundle import Bundle
+from edgekit.artifacts.bundles import Bundle
+from edgekit.data import sources
+from edgekit.data.python_samples import Batched, as_source
 from edgekit.errors import EdgeKitError
-from edgekit.python_data import Batched, as_source
-from edgekit.results import Latency, OpTime, OpTimes
+from edgekit.measuring.latency import Latency
+from edgekit.measuring.op_times import OpTime, OpTimes
 
 X = np.random.default_rng(0).standard_normal((70, 3)).astype(np.float32)
 Y = np.arange(70) % 4

@@ -18,8 +18,9 @@ import torch
 from kit import Ran, full_disk, invoke, samples, start, tree
 from onnx import helper
 
-from edgekit import stages
-from edgekit.bundle import Bundle
+from edgekit.artifacts.bundles import Bundle
+from edgekit.compression import compress
+from edgekit.measuring import running
 
 UNSUPPORTED = """
 import torch
@@ -298,7 +299,7 @@ def test_compare_refuses(
     case: str, place: Path, bundles: dict[str, Bundle], capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And does so before any artifact runs."""
-    monkeypatch.setattr(stages, "run", lambda *args, **options: pytest.fail("an artifact ran"))
+    monkeypatch.setattr(running, "run", lambda *args, **options: pytest.fail("an artifact ran"))
     prepare, options, what, help = COMPARISONS[case]
     shutil.copytree(bundles["int8"].path, place / "bundle")
     artifacts = prepare(place)
@@ -394,7 +395,7 @@ def test_memory_that_runs_out_is_told(
     def hungry(*args: object, **options: object) -> None:
         np.zeros(1 << 60, np.uint8)
 
-    monkeypatch.setattr(stages, "compress", hungry)
+    monkeypatch.setattr(compress, "compress", hungry)
     check(invoke(capfd, *export(*DATA)), "memory ran out", "close other programs")
     assert not (place / "out").exists()
 

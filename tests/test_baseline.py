@@ -16,11 +16,14 @@ from kit import SHAPE, invoke, network, quick, samples
 from torch import nn
 
 import edgekit
-from edgekit import baseline, model, pipeline, stages
-from edgekit.bundle import Bundle
+from edgekit.artifacts.bundles import Bundle
+from edgekit.compression import emit
+from edgekit.data import digests
 from edgekit.errors import EdgeKitError
-from edgekit.evaluation import Chunk
-from edgekit.results import Comparison
+from edgekit.judging.results import Comparison
+from edgekit.loading import model
+from edgekit.measuring import baseline_cache, running, schedule
+from edgekit.measuring.evaluation import Chunk
 from edgekit.runtimes import Timing, eager
 
 FEEDS = (np.random.default_rng(0).standard_normal((4, 1, *SHAPE)).astype(np.float32),)
@@ -43,7 +46,7 @@ class Branching(nn.Module):
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder for baselines."""
-    monkeypatch.setattr(baseline, "folder", lambda: tmp_path / "baselines")
+    monkeypatch.setattr(baseline_cache, "folder", lambda: tmp_path / "baselines")
     quick(monkeypatch)
     return tmp_path / "baselines"
 
@@ -53,7 +56,9 @@ def load(module: nn.Module) -> model.Model:
 
 
 def key(module: nn.Module, feeds: tuple[np.ndarray, ...] = FEEDS, *options: Any) -> str | None:
-    return baseline.key(baseline.content(load(module)), [stages.digest_of(feeds)], "cpu", *(options or (1, 3)))
+    return baseline_cache.key(
+        baseline_cache.content(load(module)), [digests.digest_of(feeds)], "cpu", *(options or (1, 3))
+    )
 
 
 def other(change: Callable[[nn.Module], None]) -> nn.Module:
@@ -70,10 +75,10 @@ def test_an_onnx_original_runs_on_as_many_threads_as_asked(threads: int, tmp_pat
     torch.onnx.export(network(), (torch.from_numpy(feeds[0][0]),), tmp_path / "net.onnx", dynamo=False)
     module = model.load(tmp_path / "net.onnx").module
     expected = module(torch.from_numpy(feeds[0][0]))[0].numpy()
-    (outputs,) = stages.run_module(module, feeds, threads=threads)
+    (outputs,) = running.run_module(module, feeds, threads=threads)
     np.testing.assert_allclose(outputs[0], expected, rtol=1e-5, atol=1e-6)
     assert module.session.get_session_options().intra_op_num_threads == threads
-    stages.time_module(module, feeds, "cpu", threads + 1, Timing(1, 0.0, 2, 2))
+    running.time_module(module, feeds, "cpu", threads + 1, Timing(1, 0.0, 2, 2))
     assert module.session.get_session_options().intra_op_num_threads == threads + 1
 
 
@@ -101,9 +106,9 @@ def test_the_same_content_has_the_same_key_and_other_content_another() -> None:
 
 def test_a_model_that_cannot_be_captured_has_no_key() -> None:
     assert key(Branching()) is None
-    assert baseline.recall(None) is None
-    baseline.keep(None, PROCESSES)
-    baseline.keep_outputs(None, OUTPUTS)
+    assert baseline_cache.recall(None) is None
+    baseline_cache.keep(None, PROCESSES)
+    baseline_cache.keep_outputs(None, OUTPUTS)
 
 
 def test_an_onnx_file_is_known_by_its_content(bundles: dict[str, Bundle], tmp_path: Path) -> None:
@@ -111,47 +116,47 @@ def test_an_onnx_file_is_known_by_its_content(bundles: dict[str, Bundle], tmp_pa
     proto = onnx.load(path)
     proto.graph.initializer[0].raw_data = bytes(len(proto.graph.initializer[0].raw_data))
     onnx.save(proto, tmp_path / "zero.onnx")
-    keys = [baseline.content(model.load(p)) for p in (path, path, tmp_path / "zero.onnx")]
+    keys = [baseline_cache.content(model.load(p)) for p in (path, path, tmp_path / "zero.onnx")]
     assert keys[0] is not None
     assert keys[0] == keys[1] != keys[2]
 
 
 def test_what_was_kept_comes_back(place: Path) -> None:
-    assert baseline.recall("a") is None and baseline.recall_outputs("b") is None
-    baseline.keep("a", PROCESSES)
-    baseline.keep_outputs("b", OUTPUTS)
-    assert baseline.recall("a") == PROCESSES
-    outputs = baseline.recall_outputs("b")
+    assert baseline_cache.recall("a") is None and baseline_cache.recall_outputs("b") is None
+    baseline_cache.keep("a", PROCESSES)
+    baseline_cache.keep_outputs("b", OUTPUTS)
+    assert baseline_cache.recall("a") == PROCESSES
+    outputs = baseline_cache.recall_outputs("b")
     assert outputs is not None
     assert [(a.dtype, a.tolist()) for a in outputs] == [(a.dtype, a.tolist()) for a in OUTPUTS]
 
 
 def test_old_entries_are_forgotten(place: Path) -> None:
-    baseline.keep("old", PROCESSES)
-    long_ago = time.time() - (baseline.KEPT_DAYS + 1) * 86400
+    baseline_cache.keep("old", PROCESSES)
+    long_ago = time.time() - (baseline_cache.KEPT_DAYS + 1) * 86400
     os.utime(place / "old.npz", (long_ago, long_ago))
-    baseline.keep("a", PROCESSES)
+    baseline_cache.keep("a", PROCESSES)
     assert [path.name for path in place.iterdir()] == ["a.npz"]
 
 
 def test_what_was_disturbed_is_not_kept(place: Path) -> None:
-    baseline.keep("a", ((1.0, 1.0), (1.2, 1.2), (1.0, 9.0)))
-    assert baseline.recall("a") is None
-    baseline.keep("a", ((1.0, 1.0), (1.05, 1.05)))
-    assert baseline.recall("a") is not None
+    baseline_cache.keep("a", ((1.0, 1.0), (1.2, 1.2), (1.0, 9.0)))
+    assert baseline_cache.recall("a") is None
+    baseline_cache.keep("a", ((1.0, 1.0), (1.05, 1.05)))
+    assert baseline_cache.recall("a") is not None
 
 
 def test_outputs_beyond_a_size_are_run_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of three chunks of 96 bytes of outputs are kept; the outputs are the same either way."""
-    monkeypatch.setattr(baseline, "LARGEST", 200)
+    monkeypatch.setattr(baseline_cache, "LARGEST", 200)
     original = load(network())
     chunks = [Chunk((FEEDS[0][i : i + 2] + i,), 1, 2, None) for i in range(3)]
-    first = baseline.Reference(original, "cpu", 1, cache=True)
+    first = baseline_cache.Reference(original, "cpu", 1, cache=True)
     before = [first(chunk)[0] for chunk in chunks]
     ran = []
-    real = stages.run_module
-    monkeypatch.setattr(stages, "run_module", lambda *args: (ran.append(args[1][0]), real(*args))[1])
-    again = baseline.Reference(original, "cpu", 1, cache=True)
+    real = running.run_module
+    monkeypatch.setattr(running, "run_module", lambda *args: (ran.append(args[1][0]), real(*args))[1])
+    again = baseline_cache.Reference(original, "cpu", 1, cache=True)
     after = [again(chunk)[0] for chunk in chunks]
     assert [np.array_equal(a, b) for a, b in zip(before, after, strict=True)] == [True] * 3
     assert [np.array_equal(feed, chunks[2].feeds[0]) for feed in ran] == [True]
@@ -161,13 +166,13 @@ def test_outputs_beyond_a_size_are_run_again(place: Path, monkeypatch: pytest.Mo
 def test_what_is_damaged_is_measured_again(content: bytes, place: Path) -> None:
     place.mkdir()
     (place / "a.npz").write_bytes(content)
-    assert baseline.recall("a") is None
+    assert baseline_cache.recall("a") is None
 
 
 def test_a_cache_that_cannot_be_written_is_no_reason_to_fail(place: Path) -> None:
     place.write_text("a file where the folder should be")
-    baseline.keep("a", PROCESSES)
-    assert baseline.recall("a") is None
+    baseline_cache.keep("a", PROCESSES)
+    assert baseline_cache.recall("a") is None
 
 
 def compare(bundles: dict[str, Bundle], **options: Any) -> Comparison:
@@ -180,8 +185,8 @@ def test_an_original_is_measured_once(bundles: dict[str, Bundle], place: Path, m
     assert not first.baseline.cached
     runs = []
     for name in ("run_module", "time_module"):
-        real = getattr(stages, name)
-        monkeypatch.setattr(stages, name, lambda *args, real=real, name=name: (runs.append(name), real(*args))[1])
+        real = getattr(emit, name)
+        monkeypatch.setattr(emit, name, lambda *args, real=real, name=name: (runs.append(name), real(*args))[1])
     second = compare(bundles)
     assert runs == []
     assert second.baseline.cached
@@ -190,7 +195,7 @@ def test_an_original_is_measured_once(bundles: dict[str, Bundle], place: Path, m
     assert second.baseline.accuracy == first.baseline.accuracy
     assert second.artifacts[0].parity == first.artifacts[0].parity
     assert second.artifacts[0].speedup_ci95 is None
-    assert (baseline.CACHED in second.notes, baseline.CACHED in first.notes) == (True, False)
+    assert (baseline_cache.CACHED in second.notes, baseline_cache.CACHED in first.notes) == (True, False)
     third = compare(bundles, cache=False)
     assert runs == ["run_module", "time_module"]
     assert not third.baseline.cached
@@ -222,10 +227,10 @@ def test_a_gpu_that_is_not_there_is_an_error(
 
 def test_an_onnx_original_runs_on_the_cpu_alone(bundles: dict[str, Bundle]) -> None:
     original = model.load(bundles["fp32"].path / "model.onnx")
-    baseline.check(original, "cpu")
-    baseline.check(load(network()), "cuda")
+    baseline_cache.check(original, "cpu")
+    baseline_cache.check(load(network()), "cuda")
     with pytest.raises(EdgeKitError, match="ONNX Runtime on the CPU") as caught:
-        baseline.check(original, "cuda")
+        baseline_cache.check(original, "cuda")
     assert "--baseline-device" in caught.value.help
 
 
@@ -245,16 +250,16 @@ def test_feeds_that_lie_on_the_device_are_taken_in_turn() -> None:
 def test_a_gpu_is_timed_by_its_events_in_full_fp32() -> None:
     timing = Timing(warmup_runs=3, seconds=0.0, min_runs=10, max_runs=10)
     wide = nn.Sequential(nn.Conv2d(3, 512, 7, padding=3), nn.Conv2d(512, 512, 7, padding=3)).eval()
-    slow, fast = (stages.time_module(m, FEEDS, "cuda", 1, timing) for m in (wide, network()))
+    slow, fast = (running.time_module(m, FEEDS, "cuda", 1, timing) for m in (wide, network()))
     assert len(slow) == len(fast) == 10
     assert min(fast) > 0
     assert np.median(slow) > np.median(fast)
     assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
-    (on_gpu,), (on_cpu,) = (stages.run_module(network(), FEEDS, device) for device in ("cuda", "cpu"))
+    (on_gpu,), (on_cpu,) = (running.run_module(network(), FEEDS, device) for device in ("cuda", "cpu"))
     assert np.abs(on_gpu - on_cpu).max() < 1e-5 * np.abs(on_cpu).max()
-    assert "TF32 off" in (baseline.note("cuda") or "")
+    assert "TF32 off" in (baseline_cache.note("cuda") or "")
 
 
 def test_the_cpu_needs_no_note() -> None:
-    assert baseline.note("cpu") is None
-    assert pipeline.ROUNDS >= 3
+    assert baseline_cache.note("cpu") is None
+    assert schedule.ROUNDS >= 3

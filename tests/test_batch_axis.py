@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 import edgekit
-from edgekit import data, pipeline
+from edgekit.data import sources
 from edgekit.errors import EdgeKitError
-from edgekit.results import TensorSpec
+from edgekit.measuring import schedule
 from edgekit.runtimes import Timing
+from edgekit.types import TensorSpec
 
 STEP = np.random.default_rng(0).standard_normal((6, 5)).astype(np.float32)
 HIDDEN = np.random.default_rng(1).standard_normal((6, 2, 4)).astype(np.float32)  # samples, layers, hidden
@@ -54,8 +55,8 @@ def specs(batch: int) -> tuple[TensorSpec, ...]:
 
 @pytest.mark.parametrize(("form", "batch"), [("samples", 1), ("samples", 4), ("whole inputs", 1)])
 def test_arrays_of_samples_are_cut_along_the_batch(form: str, batch: int) -> None:
-    source = data.load({"x": STEP, "h": FORMS[form], "rate": np.array(3)})
-    found = list(data.batches(source.evaluation, specs(batch)))
+    source = sources.load({"x": STEP, "h": FORMS[form], "rate": np.array(3)})
+    found = list(sources.batches(source.evaluation, specs(batch)))
     assert sum(real for _, real, _ in found) == 6
     for number, ((x, h, rate), real, _) in enumerate(found):
         part = slice(number * batch, number * batch + real)
@@ -67,7 +68,7 @@ def test_arrays_of_samples_are_cut_along_the_batch(form: str, batch: int) -> Non
 def test_a_batch_that_fits_both_ways_is_refused() -> None:
     given = [({"x": STEP[:2], "h": HIDDEN[:2], "rate": np.full(2, 3)}, None)]
     with pytest.raises(EdgeKitError, match=r"samples for input h:float32\[2,1,4\] can be read in two ways"):
-        list(data.batches(data.load(given).evaluation, specs(1)))
+        list(sources.batches(sources.load(given).evaluation, specs(1)))
 
 
 @pytest.mark.parametrize("size", [1, 3, 6])
@@ -76,27 +77,27 @@ def test_batches_are_taken_as_the_model_takes_them(size: int) -> None:
         ({"x": STEP[i : i + size], "h": HIDDEN[i : i + size].transpose(1, 0, 2), "rate": np.full(size, 3)}, None)
         for i in range(0, 6, size)
     ]
-    found = list(data.batches(data.load(given).evaluation, specs(1)))
+    found = list(sources.batches(sources.load(given).evaluation, specs(1)))
     assert len(found) == 6
     for number, ((_, h, _), _, _) in enumerate(found):
         np.testing.assert_array_equal(h[:, 0], HIDDEN[number])
 
 
 def test_samples_that_differ_in_what_is_one_for_all_are_refused() -> None:
-    source = data.load({"x": STEP, "h": HIDDEN, "rate": np.arange(6)})
+    source = sources.load({"x": STEP, "h": HIDDEN, "rate": np.arange(6)})
     with pytest.raises(EdgeKitError, match="input 'rate' is the same for the 2 samples of a run"):
-        list(data.batches(source.evaluation, specs(2)))
+        list(sources.batches(source.evaluation, specs(2)))
 
 
 def test_a_shape_that_fits_no_form_is_told(tmp_path: Path) -> None:
-    source = data.load({"x": STEP, "h": HIDDEN[:, :1], "rate": np.array(3)})
+    source = sources.load({"x": STEP, "h": HIDDEN[:, :1], "rate": np.array(3)})
     with pytest.raises(EdgeKitError, match="samples are 1x4, the model's input 'h' takes 2x4"):
-        list(data.batches(source.evaluation, specs(1)))
+        list(sources.batches(source.evaluation, specs(1)))
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_export_and_compare(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "TIMING", Timing(0, 0, 1, 1))
+    monkeypatch.setattr(schedule, "TIMING", Timing(0, 0, 1, 1))
     torch.manual_seed(0)
     net = Recurrent().eval()
     given = {"x": STEP, "h": FORMS[form], "c": FORMS[form], "rate": np.array(3)}

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgekit.beside import beside, deal, is_copy, share
 from edgekit.errors import EdgeKitError
+from edgekit.util.forking import beside, deal, is_copy, share
 
 forks = pytest.mark.skipif(
     not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs Linux and two cores"
@@ -142,7 +142,7 @@ def test_it_cleans_up_after_itself_where_nobody_waits(tmp_path: Path) -> None:
 
 @forks
 def test_a_copy_that_cannot_be_interrupted_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgekit.beside.GRACE_S", 0.1)
+    monkeypatch.setattr("edgekit.util.forking.GRACE_S", 0.1)
 
     def work() -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # as a long call of a C library does
@@ -192,7 +192,7 @@ def test_items_are_dealt_in_turn(count: int, useful: bool) -> None:
 @pytest.mark.parametrize("forked", [pytest.param(True, marks=forks), False])
 def test_items_are_shared(forked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not forked:
-        monkeypatch.setattr("edgekit.beside.can_fork", lambda: False)
+        monkeypatch.setattr("edgekit.util.forking.can_fork", lambda: False)
     kept = Kept(5)
     then: list[int] = []
     result, meanwhile = (lambda: (kept.there, os.getpid())), (lambda: then.extend(kept.here))

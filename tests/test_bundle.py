@@ -14,11 +14,12 @@ import torch
 from kit import SHAPE, network, samples, tree
 
 import edgekit
-from edgekit import bundle as bundling
-from edgekit import files, summary
-from edgekit.bundle import Bundle
+from edgekit.artifacts import summary
+from edgekit.artifacts.bundles import FILES, Bundle, read, read_golden, this_machine
 from edgekit.errors import EdgeKitError
-from edgekit.results import TensorSpec
+from edgekit.reports.summary import render
+from edgekit.types import TensorSpec
+from edgekit.util import atomic_files
 
 KEYS = {
     "schema", "model", "target", "precision", "recipe", "versions", "inputs", "outputs", "layout", "preprocessing",
@@ -49,7 +50,7 @@ def test_manifest_describes_the_files(precision: str, bundles: dict[str, Bundle]
     assert manifest["versions"]["edgekit"] == edgekit.__version__
     quantized = {manifest["outputs"][0]["name"]} if precision == "int8" else set()
     assert set(manifest["qparams"]["outputs"]) == quantized
-    assert set(tree(bundle.path)) == bundling.FILES
+    assert set(tree(bundle.path)) == FILES
 
 
 def test_the_processor_decides_how_far_outputs_may_move(bundles: dict[str, Bundle], tmp_path: Path) -> None:
@@ -57,22 +58,22 @@ def test_the_processor_decides_how_far_outputs_may_move(bundles: dict[str, Bundl
     folder = tmp_path / "moved"
     shutil.copytree(bundles["int8"].path, folder)
     manifest = json.loads((folder / "edgekit.json").read_text())
-    assert manifest["made_on"] == bundling.this_machine() and bundling.read(folder).made_here
+    assert manifest["made_on"] == this_machine() and read(folder).made_here
     [(name, q)] = manifest["qparams"]["outputs"].items()
     with np.load(folder / "golden.npz") as stored:
         arrays = dict(stored)
     for format in FORMATS:
         arrays[f"{format}/{name}"] = arrays[f"{format}/{name}"] + np.float32(2 * q["scale"])
     np.savez(folder / "golden.npz", **arrays)
-    manifest["golden"]["sha256"] = files.sha256(folder / "golden.npz")
-    for made_on, good in ((bundling.this_machine(), set()), ("riscv64 Other", {"onnx"})):
+    manifest["golden"]["sha256"] = atomic_files.sha256(folder / "golden.npz")
+    for made_on, good in ((this_machine(), set()), ("riscv64 Other", {"onnx"})):
         manifest["made_on"] = made_on
         (folder / "edgekit.json").write_text(json.dumps(manifest))
         replays = edgekit.verify(folder)
         assert {r.artifact.format for r in replays if r.problem is None} == good
     del manifest["made_on"]  # an older bundle
     (folder / "edgekit.json").write_text(json.dumps(manifest))
-    assert bundling.read(folder).made_here
+    assert read(folder).made_here
 
 
 def test_a_manifest_without_a_key_is_refused_or_shown(bundles: dict[str, Bundle], tmp_path: Path) -> None:
@@ -86,18 +87,18 @@ def test_a_manifest_without_a_key_is_refused_or_shown(bundles: dict[str, Bundle]
         del inside[where[-1]]
         (folder / "edgekit.json").write_text(json.dumps(manifest))
         try:
-            opened = bundling.read(folder)
+            opened = read(folder)
         except EdgeKitError as error:
             assert where[-1] in error.what
             refused.add(where)
         else:
-            assert repr(opened) and summary.render(summary.inspect_bundle(opened))
+            assert repr(opened) and render(summary.inspect_bundle(opened))
     assert {("target",), ("precision",), ("model",), ("model", "name"), ("notes",)} <= refused
 
 
 def test_golden_outputs_of_the_original_are_those_of_eager(bundles: dict[str, Bundle]) -> None:
     for bundle in bundles.values():
-        golden = bundling.read_golden(bundle)
+        golden = read_golden(bundle)
         name = bundle.manifest["outputs"][0]["name"]
         assert golden.keys() == {"input/input", *(f"{source}/{name}" for source in ("original", *FORMATS))}
         assert np.array_equal(golden["input/input"][:, 0], samples()["x"][:8])
@@ -118,11 +119,11 @@ def test_verify_sees_other_outputs(bundles: dict[str, Bundle], tmp_path: Path) -
     """A file with a hash that fits, but which computes something else: here the recorded outputs are another's."""
     folder = tmp_path / "bundle"
     shutil.copytree(bundles["int8"].path, folder)
-    golden = bundling.read_golden(bundles["int8"])
+    golden = read_golden(bundles["int8"])
     name = bundles["int8"].manifest["outputs"][0]["name"]
     np.savez(folder / "golden.npz", **{**golden, f"onnx/{name}": golden[f"onnx/{name}"][::-1]})
     manifest = json.loads((folder / "edgekit.json").read_text())
-    manifest["golden"]["sha256"] = files.sha256(folder / "golden.npz")
+    manifest["golden"]["sha256"] = atomic_files.sha256(folder / "golden.npz")
     (folder / "edgekit.json").write_text(json.dumps(manifest))
     problems = {replay.artifact.format: replay.problem for replay in edgekit.verify(folder)}
     assert "steps of the output's scale" in problems.pop("onnx")
@@ -133,10 +134,10 @@ def test_golden_values_that_are_missing_are_told(bundles: dict[str, Bundle], tmp
     shutil.copytree(bundles["fp32"].path, tmp_path / "bundle")
     np.savez(tmp_path / "bundle" / "golden.npz", other=np.zeros(1))
     manifest = json.loads((tmp_path / "bundle" / "edgekit.json").read_text())
-    manifest["golden"]["sha256"] = files.sha256(tmp_path / "bundle" / "golden.npz")
+    manifest["golden"]["sha256"] = atomic_files.sha256(tmp_path / "bundle" / "golden.npz")
     (tmp_path / "bundle" / "edgekit.json").write_text(json.dumps(manifest))
     with pytest.raises(EdgeKitError, match=r"golden\.npz lacks executorch/"):
-        bundling.read_golden(bundling.read(tmp_path / "bundle"))
+        read_golden(read(tmp_path / "bundle"))
 
 
 def test_an_export_replaces_our_own_bundle_and_keeps_the_old_one_where_it_fails(tmp_path: Path) -> None:
@@ -165,16 +166,16 @@ def test_preprocessing_and_labels_travel_in_the_manifest(tmp_path: Path) -> None
     assert bundle.manifest["preprocessing"] == {"scale": 1 / 255, "mean": [0.5], "std": [0.25], "layout": "NCHW"}
     assert bundle.manifest["labels"] == data["labels"]
     expected = (data["x"] / 255 - 0.5) / 0.25
-    assert np.allclose(bundling.read_golden(bundle)["input/input"][:, 0], expected, atol=1e-6)
+    assert np.allclose(read_golden(bundle)["input/input"][:, 0], expected, atol=1e-6)
 
 
 def test_specs_survive_the_manifest(bundles: dict[str, Bundle]) -> None:
-    assert bundling.read(bundles["fp32"].path / "edgekit.json").artifacts == bundles["fp32"].artifacts
+    assert read(bundles["fp32"].path / "edgekit.json").artifacts == bundles["fp32"].artifacts
     assert bundles["fp32"].artifacts[0].inputs == (TensorSpec("input", "float32", (1, *SHAPE)),)
 
 
 def test_a_failed_block_leaves_neither_folder_nor_parents(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), files.new_folder(tmp_path / "a" / "b" / "c", {"f"}) as folder:
+    with pytest.raises(ZeroDivisionError), atomic_files.new_folder(tmp_path / "a" / "b" / "c", {"f"}) as folder:
         (folder / "f").write_text("half")
         raise ZeroDivisionError
     assert tree(tmp_path) == []
@@ -183,7 +184,7 @@ def test_a_failed_block_leaves_neither_folder_nor_parents(tmp_path: Path) -> Non
 def test_a_folder_behind_a_link_is_replaced_and_the_link_stays(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    with files.new_folder(tmp_path / "link", {"f"}) as folder:
+    with atomic_files.new_folder(tmp_path / "link", {"f"}) as folder:
         (folder / "f").write_text("new")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "real" / "f").read_text() == "new"
@@ -203,7 +204,7 @@ def test_the_old_folder_comes_back_where_the_new_one_cannot_take_its_place(
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(EdgeKitError, match="cannot write"), files.new_folder(tmp_path / "out", {"f"}) as folder:
+    with pytest.raises(EdgeKitError, match="cannot write"), atomic_files.new_folder(tmp_path / "out", {"f"}) as folder:
         (folder / "f").write_text("new")
     assert tree(tmp_path) == ["out", "out/f"]
     assert (tmp_path / "out" / "f").read_text() == "old"
@@ -211,5 +212,5 @@ def test_the_old_folder_comes_back_where_the_new_one_cannot_take_its_place(
 
 def test_json_has_no_nan(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
-        files.write_json(tmp_path / "a.json", {"x": float("nan")})
+        atomic_files.write_json(tmp_path / "a.json", {"x": float("nan")})
     assert tree(tmp_path) == []

@@ -16,13 +16,14 @@ import pytest
 from kit import Ran, command, environment, invoke, quick, samples
 from rich.console import Console
 
-from edgekit import cli, pipeline
-from edgekit.bundle import Bundle
-from edgekit.progress import Terminal
-from edgekit.quant.recipes import RECIPES
+from edgekit.artifacts.bundles import Bundle
+from edgekit.cli import app
+from edgekit.commands import profile
+from edgekit.quant.ptq.recipes import RECIPES
 from edgekit.targets import TARGETS
+from edgekit.util.progress import Terminal
 
-COMMANDS = sorted(info.name or info.callback.__name__ for info in cli.app.registered_commands)
+COMMANDS = sorted(info.name or info.callback.__name__ for info in app.app.registered_commands)
 HEAVY = ("torch", "numpy", "onnx", "onnxruntime", "executorch", "scipy", "PIL", "torchmetrics")
 # The keys that other programs read, as the design lists them.
 ARTIFACT_KEYS = {
@@ -41,7 +42,7 @@ def test_the_commands_are_those_of_the_design() -> None:
 @pytest.mark.parametrize("name", ["", *COMMANDS])
 def test_help_imports_nothing_heavy(name: str) -> None:
     code = (
-        "import sys\nfrom edgekit.cli import app\n"
+        "import sys\nfrom edgekit.cli.app import app\n"
         f"try:\n    app({[*name.split(), '--help']!r})\nexcept SystemExit as end:\n    assert not end.code\n"
         f"print('HEAVY', [m for m in {HEAVY!r} if m in sys.modules])"
     )
@@ -144,7 +145,7 @@ def test_the_example_from_export_to_verify(
 ) -> None:
     """The trained network that EdgeKit carries, at int8 in every format, beside the fp32 files."""
     quick(monkeypatch)
-    example = cli.example_folder()
+    example = app.example_folder()
     arrays = dict(np.load(example / "data.npz"))
     np.savez(tmp_path / "data.npz", **{**arrays, "x": arrays["x"][::4], "y": arrays["y"][::4]})
     given = ("--code", example / "model.py", "--data", tmp_path / "data.npz")
@@ -199,21 +200,22 @@ def test_results_can_go_to_a_device_and_through_a_link(tmp_path: Path, capfd: py
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "profile", lambda *args, **options: 1 / 0)
+    monkeypatch.setattr(profile, "profile", lambda *args, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        cli.app(["profile", "a.onnx"])
+        app.app(["profile", "a.onnx"])
 
 
 FAILING = """
-from edgekit import cli, pipeline
+from edgekit.cli import app
+from edgekit.commands import profile
 from edgekit.errors import EdgeKitError
 
 def fail(*args, **options):
     print("chatter")
     raise {error}
 
-pipeline.profile = fail
-cli.main()
+profile.profile = fail
+app.main()
 """
 ENDINGS = {  # what is raised → what is said at the end
     'EdgeKitError("what [/] it is", "help [red]me")': "error: what [/] it is\n  help: help [red]me\n",

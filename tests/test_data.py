@@ -12,13 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from edgekit import data as sources
-from edgekit import stages
-from edgekit.data import CALIBRATION_SAMPLES, Batch, Data
+from edgekit.compression import compress
+from edgekit.data import sources
+from edgekit.data.sources import CALIBRATION_SAMPLES, Batch, Data
 from edgekit.errors import EdgeKitError
-from edgekit.evaluation import whole
-from edgekit.model import Model
-from edgekit.results import TensorSpec
+from edgekit.loading.model import Model
+from edgekit.measuring.evaluation import whole
+from edgekit.types import TensorSpec
 
 IMAGE = (TensorSpec("image", "float32", (1, 3, 4, 4)),)
 
@@ -209,7 +209,7 @@ def test_calibration_streams() -> None:
             yield floats(2, 3, 4, 4), None
 
     data = sources.load(endless)
-    calibration = stages.Calibration(data, (TensorSpec("image", "float32", (4, 3, 4, 4)),))
+    calibration = compress.Calibration(data, (TensorSpec("image", "float32", (4, 3, 4, 4)),))
     for _ in range(2):
         made.clear()
         seen = 0

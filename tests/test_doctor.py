@@ -13,7 +13,8 @@ import pytest
 from packaging.requirements import Requirement
 from rich.console import Console
 
-from edgekit import doctor
+from edgekit.doctor import packages
+from edgekit.reports import doctor
 
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 
@@ -60,36 +61,36 @@ CPUS = {
 @pytest.mark.parametrize("case", CPUS)
 def test_cpu(case: str) -> None:
     text, architecture, name, present = CPUS[case]
-    found = doctor.features(text, architecture)
-    assert doctor.cpu_name(text) == name
+    found = packages.features(text, architecture)
+    assert packages.cpu_name(text) == name
     assert {feature.name for feature in found if feature.present} == present
-    table = {"x86_64": doctor.X86_FEATURES, "aarch64": doctor.ARM_FEATURES}.get(architecture, {})
+    table = {"x86_64": packages.X86_FEATURES, "aarch64": packages.ARM_FEATURES}.get(architecture, {})
     assert [feature.name for feature in found] == list(table)
     assert all(feature.brings for feature in found)
 
 
 def test_every_dependency_has_a_row_and_every_format_its_packages() -> None:
-    diagnosis = doctor.diagnose()
+    diagnosis = packages.diagnose()
     lines = tomllib.loads(PYPROJECT.read_text())["project"]["dependencies"]
     declared = {Requirement(line).name for line in lines}
     assert {d.name for d in diagnosis.dependencies if d.required} == declared
     assert {d.name for d in diagnosis.dependencies} - declared == {"tflite-runtime"}
-    assert {name for names in doctor.FORMATS.values() for name in names} <= declared
-    assert set(doctor.MODULES) <= declared
+    assert {name for names in packages.FORMATS.values() for name in names} <= declared
+    assert set(packages.MODULES) <= declared
     for d in diagnosis.dependencies:
         if d.required:
             assert d.installed == importlib.metadata.version(d.name)
-    assert diagnosis.ok and diagnosis.formats == tuple(doctor.FORMATS)
+    assert diagnosis.ok and diagnosis.formats == tuple(packages.FORMATS)
 
 
 def test_the_formats_are_those_of_the_targets() -> None:
-    from edgekit.results import SUFFIXES
+    from edgekit.types import SUFFIXES
 
-    assert set(doctor.FORMATS) == set(SUFFIXES)
+    assert set(packages.FORMATS) == set(SUFFIXES)
 
 
 def test_json_and_terminal() -> None:
-    diagnosis = doctor.diagnose()
+    diagnosis = packages.diagnose()
     values = json.loads(json.dumps(diagnosis.to_dict()))
     assert values["ok"] is True and values["machine"]["cores"] >= 1
     assert len(values["dependencies"]) == len(diagnosis.dependencies)
@@ -100,12 +101,12 @@ def test_json_and_terminal() -> None:
 
 
 def declare(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
-    monkeypatch.setattr(doctor, "requirements", lambda: [Requirement(line) for line in lines])
+    monkeypatch.setattr(packages, "requirements", lambda: [Requirement(line) for line in lines])
 
 
 def test_missing_and_untested_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     declare(monkeypatch, "edgekit-no-such-package>=1", "numpy<1", "rich>=1", "torch==0.4")
-    diagnosis = doctor.diagnose()
+    diagnosis = packages.diagnose()
     found = {d.name: d for d in diagnosis.dependencies}
     assert [found[n].status for n in ("edgekit-no-such-package", "numpy", "rich", "torch")] == [
         "missing", "untested", "ok", "untested",
@@ -124,14 +125,14 @@ def test_missing_and_untested_packages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_untested_version_is_told_but_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     declare(monkeypatch, "numpy<1")
-    diagnosis = doctor.diagnose()
+    diagnosis = packages.diagnose()
     assert diagnosis.ok and "untested versions: numpy" in diagnosis.verdict
 
 
 def test_deep_imports_each_package(monkeypatch: pytest.MonkeyPatch) -> None:
     declare(monkeypatch, "rich", "numpy", "typer")
-    monkeypatch.setitem(doctor.MODULES, "typer", "typer.no_such_module")
-    found = {d.name: d for d in doctor.diagnose(deep=True).dependencies}
+    monkeypatch.setitem(packages.MODULES, "typer", "typer.no_such_module")
+    found = {d.name: d for d in packages.diagnose(deep=True).dependencies}
     assert (found["rich"].imported, found["numpy"].imported) == (True, True)
     assert found["typer"].status == "broken" and "no_such_module" in (found["typer"].problem or "")
     assert "--force-reinstall" in (found["typer"].install or "")
@@ -140,8 +141,8 @@ def test_deep_imports_each_package(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_import_that_hangs_is_cut_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "slow_package.py").write_text("import time; time.sleep(60)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(doctor, "IMPORT_TIMEOUT_S", 0.5)
-    assert "no answer" in (doctor.import_problems(["slow-package"])["slow-package"] or "")
+    monkeypatch.setattr(packages, "IMPORT_TIMEOUT_S", 0.5)
+    assert "no answer" in (packages.import_problems(["slow-package"])["slow-package"] or "")
 
 
 def test_tflite_runtime_in_another_interpreter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -153,17 +154,17 @@ def test_tflite_runtime_in_another_interpreter(monkeypatch: pytest.MonkeyPatch, 
     ):
         python.write_text(f"#!/bin/sh\n{body}\n")
         python.chmod(0o755)
-        monkeypatch.setenv(doctor.OTHER_PYTHON, str(python))
-        row = doctor.diagnose().dependencies[-1]
+        monkeypatch.setenv(packages.OTHER_PYTHON, str(python))
+        row = packages.diagnose().dependencies[-1]
         assert (row.name, row.status, row.installed) == ("tflite-runtime", status, installed)
-    monkeypatch.setenv(doctor.OTHER_PYTHON, str(tmp_path / "missing"))
-    diagnosis = doctor.diagnose()
+    monkeypatch.setenv(packages.OTHER_PYTHON, str(tmp_path / "missing"))
+    diagnosis = packages.diagnose()
     assert diagnosis.dependencies[-1].status == "broken" and diagnosis.ok  # it is optional
 
 
 def test_doctor_imports_nothing_heavy() -> None:
     question = (
-        "import sys; from edgekit import doctor; doctor.diagnose(); "
+        "import sys; from edgekit.doctor import packages; packages.diagnose(); "
         "print([m for m in ('torch', 'onnx', 'numpy', 'executorch') if m in sys.modules])"
     )
     answer = subprocess.run(

@@ -12,15 +12,19 @@ import torch
 from kit import SHAPE, network, quick, samples
 
 import edgekit
-from edgekit import baseline, evaluation, judge, metrics, pipeline, stages, training
-from edgekit import data as sources
-from edgekit.bundle import Bundle
+from edgekit.artifacts.bundles import Bundle
+from edgekit.commands import compare, export
+from edgekit.compression import training_samples
+from edgekit.data import sources
 from edgekit.errors import EdgeKitError
-from edgekit.evaluation import Chunk, Evaluation, evaluate
-from edgekit.journal import Journal
-from edgekit.model import Model, load
-from edgekit.results import TensorSpec
-from edgekit.spool import Spool
+from edgekit.loading.model import Model, load
+from edgekit.measuring import baseline_cache, evaluation, running
+from edgekit.measuring.evaluation import Chunk, Evaluation, evaluate
+from edgekit.measuring.run_cache import Journal
+from edgekit.metrics import parity, table
+from edgekit.types import TensorSpec
+from edgekit.util import memory as util_memory
+from edgekit.util.disk_arrays import Spool
 
 RNG = np.random.default_rng(0)
 BATCH_BYTES = 4 * (np.prod(SHAPE) + 10)  # inputs and outputs of a sample
@@ -89,7 +93,7 @@ def test_samples_with_and_without_labels_are_refused() -> None:
 def test_parity_in_parts_is_that_of_all() -> None:
     ref, out = RNG.standard_normal((2, 40, 3, 5)) * np.array([100.0, 0.1])[:, None, None, None]
     out = ref + out
-    sums = judge.ParitySums()
+    sums = parity.ParitySums()
     for part in (slice(0, 1), slice(1, 30), slice(30, 40)):
         sums.add([ref[part]], [out[part]])
     (found,) = sums.parities()
@@ -108,7 +112,7 @@ def test_an_output_that_is_not_finite_ends_the_scores() -> None:
     good = np.eye(4, 3, dtype=np.float32)[:, None]
     bad = np.where(np.arange(4)[:, None, None] == 2, np.nan, good)
     files: dict[Any, Any] = {"good": lambda chunk: [good], "bad": lambda chunk: [bad if chunk.start == 4 else good]}
-    scores, tallies = evaluate(chunks, lambda chunk: [good], files, metrics.METRICS["top1"])  # type: ignore[arg-type]
+    scores, tallies = evaluate(chunks, lambda chunk: [good], files, table.METRICS["top1"])  # type: ignore[arg-type]
     assert scores is not None and len(scores) == 12
     assert tallies["good"].scores() is not None and tallies["bad"].scores() is None
     assert tallies["bad"].parity.max_abs == np.inf and tallies["bad"].parity.samples == 12
@@ -130,7 +134,7 @@ def test_memory_does_not_grow_with_the_samples() -> None:
     for count in (20, 400, 4000):  # the first imports what is needed
         tracemalloc.start()
         found = Evaluation(sources.load(images(count)), original, once=True, largest=1 << 20)
-        _, tallies = evaluate(found, run, {"file": run}, metrics.METRICS["mae"])  # type: ignore[dict-item]
+        _, tallies = evaluate(found, run, {"file": run}, table.METRICS["mae"])  # type: ignore[dict-item]
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert found.count == tallies["file"].parity.samples == count  # type: ignore[index]
@@ -154,9 +158,9 @@ def test_a_comparison_in_chunks_is_the_same(
             yield given["x"][start : start + 12], given["y"][start : start + 12]
 
     jobs = []
-    run = stages.run
+    run = running.run
     monkeypatch.setattr(
-        stages, "run", lambda artifact, feeds, **o: (jobs.append(len(feeds[0])), run(artifact, feeds, **o))[1]
+        running, "run", lambda artifact, feeds, **o: (jobs.append(len(feeds[0])), run(artifact, feeds, **o))[1]
     )
     found = []
     for largest in (int(BATCH_BYTES * 25), 1 << 30):
@@ -175,7 +179,7 @@ def test_a_comparison_goes_on_in_the_chunk_where_it_failed(
     original, data = model(), sources.load(samples())
     (artifact,) = [a for a in bundles["fp32"].artifacts if a.format == "onnx"]
     ran = []
-    run = stages.run
+    run = running.run
 
     def fails(artifact: Any, feeds: Any, **options: Any) -> Any:
         ran.append(len(feeds[0]))
@@ -183,15 +187,15 @@ def test_a_comparison_goes_on_in_the_chunk_where_it_failed(
             raise EdgeKitError("the connection was lost", "check the cable")
         return run(artifact, feeds, **options)
 
-    monkeypatch.setattr(stages, "run", fails)
+    monkeypatch.setattr(running, "run", fails)
 
     def all_of_it(resume: bool) -> int:
         device = edgekit.runtimes.open_device("local:")
         with Journal(resume) as journal:
-            reference = baseline.Reference(original, "cpu", 1, cache=False)
-            top1, found = metrics.METRICS["top1"], Evaluation(data, original)
-            arguments = (found, reference, [artifact], top1, [], device, 1, journal, pipeline.Silent())
-            _, tallies = pipeline.run_all(*arguments)
+            reference = baseline_cache.Reference(original, "cpu", 1, cache=False)
+            top1, found = table.METRICS["top1"], Evaluation(data, original)
+            arguments = (found, reference, [artifact], top1, [], device, 1, journal, export.Silent())
+            _, tallies = compare.run_all(*arguments)
             assert tallies[artifact].parity.samples == 40
             return journal.reused
 
@@ -204,12 +208,12 @@ def test_a_comparison_goes_on_in_the_chunk_where_it_failed(
 @pytest.mark.parametrize("in_memory", [1 << 30, 0], ids=["memory", "disk"])
 def test_training_samples_are_the_same_in_memory_and_on_disk(in_memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches, labels and held-out samples are those of the order that the seeds give, images normalized."""
-    monkeypatch.setattr(training, "IN_MEMORY", in_memory)
+    monkeypatch.setattr(training_samples, "IN_MEMORY", in_memory)
     images = RNG.integers(0, 256, (2100, *SHAPE)).astype(np.uint8)
     labels = np.arange(2100) % 10
     data = sources.load({"x": images, "y": labels}, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
-    memory = training.read(data.evaluation, model(), seed=3)
-    assert isinstance(memory.inputs[0], training.Stored)
+    memory = training_samples.read(data.evaluation, model(), seed=3)
+    assert isinstance(memory.inputs[0], training_samples.Stored)
     assert isinstance(memory.inputs[0].rows, np.ndarray) == bool(in_memory) and memory.inputs[0].rows.dtype == np.uint8
     mean, std = (np.array(v, np.float32).reshape(1, 3, 1, 1) for v in ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4)))
     expected = torch.from_numpy((images * np.float32(1 / 255) - mean) / std)
@@ -222,7 +226,7 @@ def test_training_samples_are_the_same_in_memory_and_on_disk(in_memory: int, mon
         picked, shuffled = shuffled[:32], shuffled[32:]
         torch.testing.assert_close(x, expected[picked], rtol=0, atol=1e-6)
         assert y is not None and y.tolist() == labels[picked].tolist()
-    assert isinstance(memory.held_out, training.HeldOut)
+    assert isinstance(memory.held_out, training_samples.HeldOut)
     assert [len(x) for (x,) in memory.held_out.cut(40)] == [40, 40]
 
 
@@ -245,7 +249,7 @@ def test_rows_on_disk_are_read_as_numpy_reads_them() -> None:
 def test_a_large_model_is_lowered_format_by_format_to_the_same_files(
     bundles: dict[str, Bundle], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "LARGE", 0)
+    monkeypatch.setattr(util_memory, "LARGE", 0)
     alone = edgekit.export(network(), target="x86", precision="fp32", data=samples(), out=tmp_path, name="net")
     hashes = [{e["format"]: e["sha256"] for e in b.manifest["artifacts"]} for b in (alone, bundles["fp32"])]
     assert hashes[0] == hashes[1] and len(hashes[0]) == 3

@@ -14,12 +14,18 @@ from ai_edge_litert import schema_py_generated as schema
 from kit import invoke, network, quick, samples
 from onnx import numpy_helper
 
-from edgekit import explain, judge, pipeline, stages, taps
-from edgekit.bundle import Bundle
-from edgekit.evaluation import whole
-from edgekit.progress import Silent
-from edgekit.results import Artifact, Culprit, Parity, Rung, Verdict
+from edgekit.artifacts import intermediate_outputs
+from edgekit.artifacts.artifact import Artifact, Culprit
+from edgekit.artifacts.bundles import Bundle
+from edgekit.commands import compare, export
+from edgekit.judging import parity_ladder, verdicts
+from edgekit.judging.results import Rung, Verdict
+from edgekit.loading import with_data
+from edgekit.measuring import running
+from edgekit.measuring.evaluation import whole
+from edgekit.metrics.parity import Parity
 from edgekit.runtimes import open_device
+from edgekit.util.progress import Silent
 
 SECOND_CONV = 1  # its weights are (16, 8, 3, 3), no other tensor's are
 
@@ -101,10 +107,10 @@ def ladder(bundles: dict[str, Bundle], tmp_path_factory: pytest.TempPathFactory)
     folder = tmp_path_factory.mktemp("planted")
     artifacts = [a for bundle in bundles.values() for a in bundle.artifacts]
     artifacts += [planted(defect, bundles, folder) for defect in DEFECTS]
-    original, source = stages.load(network(), data=samples(), inputs=(), code=None, mean=(), std=())
+    original, source = with_data.load(network(), data=samples(), inputs=(), code=None, mean=(), std=())
     assert source is not None
     evaluation = whole(source, original)
-    rungs = explain.explain(original, source, artifacts, evaluation.feeds, open_device("local:"), True, Silent())
+    rungs = parity_ladder.explain(original, source, artifacts, evaluation.feeds, open_device("local:"), True, Silent())
     return {rung.name: rung for rung in rungs}
 
 
@@ -121,7 +127,7 @@ def test_a_rung_is_compared_with_what_it_stands_on(ladder: dict[str, Rung]) -> N
     graph, file = ladder["int8 graph"], ladder["model.onnx int8"]
     assert graph.to_original.sqnr_db == pytest.approx(graph.parity.sqnr_db, abs=0.1)
     assert file.parity.sqnr_db > graph.to_original.sqnr_db + 10
-    assert abs(file.to_original.sqnr_db - graph.to_original.sqnr_db) < judge.INT8_SQNR_SLACK_DB
+    assert abs(file.to_original.sqnr_db - graph.to_original.sqnr_db) < verdicts.INT8_SQNR_SLACK_DB
     told = file.to_dict()
     assert told["against"] == "int8 graph"
     assert told["to_original"] == file.to_original.to_dict() != told["parity"]
@@ -135,10 +141,10 @@ def test_int8_files_of_an_onnx_original_have_no_graph_to_stand_on(bundles: dict[
     model = onnx.load(far.path)
     spoil_onnx(model, lambda array: 10 * array, True)
     onnx.save(model, far.path)
-    original, source = stages.load(reference.path, data=samples(), inputs=(), code=None, mean=(), std=())
+    original, source = with_data.load(reference.path, data=samples(), inputs=(), code=None, mean=(), std=())
     assert source is not None
     feeds = whole(source, original).feeds
-    good, plain, bad = explain.explain(
+    good, plain, bad = parity_ladder.explain(
         original, source, [healthy, reference, far], feeds, open_device("local:"), True, Silent()
     )
     for rung in (good, plain):
@@ -154,30 +160,30 @@ def test_a_defect_is_rejected_and_its_op_named(
     artifact = planted(defect, bundles, tmp_path)
     rung = ladder[f"{artifact.path.name} {precision}"]
     assert rung.problem is not None
-    verdict = judge.explained(Verdict("ship", ()), Artifact(rung.path, format, precision), tuple(ladder.values()))
+    verdict = verdicts.explained(Verdict("ship", ()), Artifact(rung.path, format, precision), tuple(ladder.values()))
     assert verdict.word == "reject" and "not what was exported" in verdict.reasons[0]
     if op is None:
-        assert rung.culprit == taps.UNTAPPED
+        assert rung.culprit == intermediate_outputs.UNTAPPED
         return
     assert isinstance(rung.culprit, Culprit) and rung.culprit.op == op
     # It is the second convolution, and not the first.
     copy = tmp_path / f"tapped{artifact.path.suffix}"
-    convolutions = [tap.node for tap in taps.tapped(artifact.path, format, copy) if tap.op == op]
+    convolutions = [tap.node for tap in intermediate_outputs.tapped(artifact.path, format, copy) if tap.op == op]
     assert rung.culprit.node == convolutions[SECOND_CONV]
 
 
-@pytest.mark.parametrize("format", taps.TAPPERS)
+@pytest.mark.parametrize("format", intermediate_outputs.TAPPERS)
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_a_tapped_copy_computes_the_same(
     format: str, precision: str, bundles: dict[str, Bundle], tmp_path: Path
 ) -> None:
     artifact = next(a for a in bundles[precision].artifacts if a.format == format)
     copy = tmp_path / f"copy{artifact.path.suffix}"
-    found = taps.tapped(artifact.path, format, copy)
+    found = intermediate_outputs.tapped(artifact.path, format, copy)
     feeds = [samples()["x"][:2, None]]
-    values = stages.run(Artifact(copy, format, precision, artifact.inputs), feeds).outputs
+    values = running.run(Artifact(copy, format, precision, artifact.inputs), feeds).outputs
     assert len(values) == len(found) > 4
-    output = stages.run(artifact, feeds).outputs[0]
+    output = running.run(artifact, feeds).outputs[0]
     last = next(v for tap, v in zip(found, values, strict=True) if v.shape == output.shape and v.dtype == "float32"
                 and not any(tap.tensor in other.reads for other in found))  # fmt: skip
     np.testing.assert_allclose(last, output, rtol=1e-5, atol=1e-5 * np.abs(output).max())
@@ -204,14 +210,14 @@ def test_command_line(
 
 def test_without_explain_there_is_no_ladder(bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
     quick(monkeypatch)
-    monkeypatch.setattr(pipeline.explaining, "explain", lambda *args: pytest.fail("nobody asked"))
+    monkeypatch.setattr(export.explaining, "explain", lambda *args: pytest.fail("nobody asked"))
     artifact = next(a for a in bundles["fp32"].artifacts if a.format == "onnx")
-    comparison = pipeline.compare(network(), [artifact.path], data=samples())
+    comparison = compare.compare(network(), [artifact.path], data=samples())
     assert comparison.to_dict()["ladder"] is None and comparison.first_divergence is None
 
 
-def tap(name: str, *reads: str) -> taps.Tap:
-    return taps.Tap("Op", name, name, reads)
+def tap(name: str, *reads: str) -> intermediate_outputs.Tap:
+    return intermediate_outputs.Tap("Op", name, name, reads)
 
 
 def test_an_op_after_the_defect_is_not_blamed() -> None:
@@ -221,13 +227,13 @@ def test_an_op_after_the_defect_is_not_blamed() -> None:
     values = [array.copy() for array in expected]
     values[1] += 0.5
     values[3] -= 0.5
-    culprit = taps.first_difference(chain, values, chain, expected)
+    culprit = intermediate_outputs.first_difference(chain, values, chain, expected)
     assert isinstance(culprit, Culprit) and culprit.node == "b"
-    assert taps.first_difference(chain, expected, chain, expected) == taps.SAME_OPS
+    assert intermediate_outputs.first_difference(chain, expected, chain, expected) == intermediate_outputs.SAME_OPS
     renamed = [tap(f"{t.node}'") for t in chain]
-    assert taps.first_difference(renamed, values, chain, expected) == taps.OTHER_OPS
+    assert intermediate_outputs.first_difference(renamed, values, chain, expected) == intermediate_outputs.OTHER_OPS
     values[0][0, 0] = np.nan
-    culprit = taps.first_difference(chain, values, chain, expected)
+    culprit = intermediate_outputs.first_difference(chain, values, chain, expected)
     assert isinstance(culprit, Culprit) and culprit.node == "a" and culprit.to_dict()["sqnr_db"] is None
 
 
@@ -235,14 +241,14 @@ def test_a_device_that_differs_is_rejected() -> None:
     path = Path("model.tflite")
     near = Parity(20.0, 0.3, 0.1, 1.0, None, 8)
     rung = Rung("model.tflite int8 on adb:1", "model.tflite int8 here", near, near, "outputs differ", path=path)
-    assert judge.explained(Verdict("ship", ()), Artifact(path, "tflite", "int8"), (rung,)).word == "reject"
+    assert verdicts.explained(Verdict("ship", ()), Artifact(path, "tflite", "int8"), (rung,)).word == "reject"
     other = Artifact(Path("other.tflite"), "tflite", "int8")
-    assert judge.explained(Verdict("ship", ()), other, (rung,)).word == "ship"
+    assert verdicts.explained(Verdict("ship", ()), other, (rung,)).word == "ship"
 
 
 def test_damaged_files_are_told(tmp_path: Path) -> None:
-    for format in taps.TAPPERS:
+    for format in intermediate_outputs.TAPPERS:
         path = tmp_path / f"damaged.{format}"
         path.write_bytes(b"\x20\0\0\0TFL3" + bytes(99))
-        with pytest.raises(taps.EdgeKitError, match="cannot be read"):
-            taps.tapped(path, format, tmp_path / "out")
+        with pytest.raises(intermediate_outputs.EdgeKitError, match="cannot be read"):
+            intermediate_outputs.tapped(path, format, tmp_path / "out")

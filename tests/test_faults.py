@@ -25,19 +25,20 @@ import pytest
 import torch
 from kit import NET, command, environment, samples, tree
 
-from edgekit import baseline, files
 from edgekit.errors import EdgeKitError
-from edgekit.quant import recovery
+from edgekit.measuring import baseline_cache
+from edgekit.quant.pruning import distillation
 from edgekit.runtimes import cache
+from edgekit.util import atomic_files
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from edgekit import files
-with files.new_folder(Path("out"), {"a"}) as made, files.temporary_folder() as scratch:
+from edgekit.util import atomic_files
+with atomic_files.new_folder(Path("out"), {"a"}) as made, atomic_files.temporary_folder() as scratch:
     (made / "a").write_text("half")
     Path(scratch, "b").write_text("half")
-    written = files._claim(Path.cwd(), ".file-", ".partial", file=True)
+    written = atomic_files._claim(Path.cwd(), ".file-", ".partial", file=True)
     print("ready", flush=True)
     time.sleep(60)
 """
@@ -66,9 +67,9 @@ def holder(place: Path) -> Iterator[subprocess.Popen[str]]:
 
 def use(place: Path) -> None:
     """Writes what the process of `holder` writes too."""
-    with files.new_folder(place / "out", {"a"}) as made, files.temporary_folder():
+    with atomic_files.new_folder(place / "out", {"a"}) as made, atomic_files.temporary_folder():
         (made / "a").write_text("whole")
-    files.write(place / "file", b"whole")
+    atomic_files.write(place / "file", b"whole")
 
 
 def test_what_a_killed_process_left_goes_with_the_next_one(place: Path, holder: subprocess.Popen[str]) -> None:
@@ -85,7 +86,7 @@ def test_what_a_killed_process_left_goes_with_the_next_one(place: Path, holder: 
 def test_a_kill_between_the_two_renames_is_put_right(place: Path) -> None:
     use(place)
     (place / "out").rename(place / ".out-0123456789abcdef.old")
-    with pytest.raises(RuntimeError), files.new_folder(place / "out", {"a"}):
+    with pytest.raises(RuntimeError), atomic_files.new_folder(place / "out", {"a"}):
         raise RuntimeError  # whatever became of the next one
     assert tree(place) == ["file", "out", "out/a", "tmp"]
 
@@ -95,7 +96,7 @@ def test_folders_of_others_are_left_alone(place: Path) -> None:
         (place / "tmp" / name).mkdir()
     (place / "tmp" / "edgekit-0123456789abcdef").symlink_to(place / "tmp" / "edgekit-abcdefgh")
     before = tree(place)
-    with files.temporary_folder() as folder:
+    with atomic_files.temporary_folder() as folder:
         assert Path(folder).name in [Path(name).name for name in tree(place)]
     assert tree(place) == before
 
@@ -108,8 +109,8 @@ def test_processes_that_write_the_same_file_and_folder(place: Path) -> None:
             code = 1
             try:
                 for _ in range(20):
-                    files.write(place / "file", bytes([number]) * 100_000)
-                    with files.new_folder(place / "out", {"a"}) as made:
+                    atomic_files.write(place / "file", bytes([number]) * 100_000)
+                    with atomic_files.new_folder(place / "out", {"a"}) as made:
                         (made / "a").write_bytes(bytes([number]) * 1000)
                 code = 0
             finally:
@@ -145,20 +146,20 @@ def test_a_user_who_may_not_write_is_told(place: Path) -> None:
         tempfile.tempdir = "/tmp"
         told = 0
         for write in (
-            lambda: files.write(place / "file", b""),
-            lambda: files.check_writable(place / "file"),
+            lambda: atomic_files.write(place / "file", b""),
+            lambda: atomic_files.check_writable(place / "file"),
             use_folder,
         ):
             try:
                 write()
             except EdgeKitError as error:
                 told += "Permission denied" in error.what
-        with files.temporary_folder():
+        with atomic_files.temporary_folder():
             pass
         return 0 if told == 3 else 2
 
     def use_folder() -> None:
-        with files.new_folder(place / "out", set()):
+        with atomic_files.new_folder(place / "out", set()):
             pass
 
     assert as_nobody(work) == 0
@@ -274,7 +275,7 @@ def test_a_checkpoint_that_is_none_is_told(name: str, place: Path) -> None:
         (place / "c.pt").write_bytes(content)
     else:
         torch.save(content, place / "c.pt")
-    training = object.__new__(recovery._Training)
+    training = object.__new__(distillation._Training)
     training.device, training.key = torch.device("cpu"), "mine"
     with pytest.raises(EdgeKitError, match=r"no checkpoint|of another") as told:
         training.restore(place / "c.pt", "training")
@@ -283,9 +284,9 @@ def test_a_checkpoint_that_is_none_is_told(name: str, place: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"x" * 100, b"PK\x05\x06" + bytes(18)])
 def test_a_damaged_cache_is_measured_anew(content: bytes, monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
-    monkeypatch.setattr(baseline, "folder", lambda: place)
+    monkeypatch.setattr(baseline_cache, "folder", lambda: place)
     (place / "k.npz").write_bytes(content)
-    assert baseline.recall("k") is None
+    assert baseline_cache.recall("k") is None
 
 
 def main() -> None:

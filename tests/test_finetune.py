@@ -13,7 +13,7 @@ from kit import NET, invoke, samples, tree
 
 import edgekit
 from edgekit.errors import EdgeKitError
-from edgekit.model import load
+from edgekit.loading.model import load
 
 WIDE = NET.replace("nn.Conv2d(3, 8", "nn.Conv2d(3, 32").replace("Conv2d(8,", "Conv2d(32,")
 TRAIN = """

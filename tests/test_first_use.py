@@ -18,16 +18,20 @@ from onnx import TensorProto, helper
 from torch import nn
 
 import edgekit
-from edgekit import bundle, example_inputs, preflight, prune_report, stages
-from edgekit.code import model_name
+from edgekit.artifacts import bare, bundles
+from edgekit.commands import preflight
 from edgekit.errors import EdgeKitError, SeveralErrors, UsageError, reason
-from edgekit.model import load, parse_spec
-from edgekit.quant import channels
-from edgekit.quant.recipes import RECIPES
-from edgekit.report import summarized
-from edgekit.results import TensorSpec
-from edgekit.summary import inspect_model
+from edgekit.loading import example_inputs
+from edgekit.loading.model import load, parse_spec
+from edgekit.loading.model_summary import inspect_model
+from edgekit.measuring.feeds import profile_feeds, random_feeds
+from edgekit.quant.pruning import dependency_graph
+from edgekit.quant.ptq.recipes import RECIPES
+from edgekit.reports import pruned
+from edgekit.reports.tables import summarized
 from edgekit.targets import PRECISIONS
+from edgekit.types import TensorSpec
+from edgekit.util.user_code import model_name
 
 
 def lenet(pad: int = 2) -> nn.Module:
@@ -150,7 +154,7 @@ def test_example_inputs_are_plausible() -> None:
     assert set(np.unique(types)) == {0, 1}
     assert mask.all()
     assert model.ranges == ((0, 100), (0, 2), (1, 2))
-    feeds = stages.random_feeds(model.inputs, ranges=model.ranges)
+    feeds = random_feeds(model.inputs, ranges=model.ranges)
     assert feeds[0].max() < 100 and feeds[0].shape == (8, 2, 16) and feeds[2].all()
 
 
@@ -206,7 +210,7 @@ def test_tables_of_an_onnx_graph_bound_its_indices(tmp_path: Path) -> None:
     )  # fmt: skip
     model = load(tmp_path / "m.onnx")
     assert model.ranges == ((0, 50),) and len(set(model.example[0].flatten().tolist())) > 3
-    assert stages.profile_feeds(stages.bare(tmp_path / "m.onnx"))[0].max() > 2
+    assert profile_feeds(bare.bare(tmp_path / "m.onnx"))[0].max() > 2
 
 
 RANDOM = {
@@ -275,13 +279,13 @@ def test_what_replaces_a_bundle(case: str, tmp_path: Path) -> None:
         return {"model": {"name": "m", "identity": identity}, "precision": precision, "artifacts": [{"format": "onnx"}]}
 
     (tmp_path / "edgekit.json").write_text(json.dumps(manifest(before, old)))
-    contents = bundle.contents_of(manifest(after, new))
+    contents = bundles.contents_of(manifest(after, new))
     if said == "":
         with pytest.raises(EdgeKitError, match="another model") as caught:
-            bundle.replaced(tmp_path, "edgekit.json", "m", after, contents)
+            bundles.replaced(tmp_path, "edgekit.json", "m", after, contents)
         assert "--name m-2" in str(caught.value.help)
         return
-    notes = bundle.replaced(tmp_path, "edgekit.json", "m", after, contents)
+    notes = bundles.replaced(tmp_path, "edgekit.json", "m", after, contents)
     assert (said is None and notes == ()) or (said is not None and said in notes[0])
 
 
@@ -323,7 +327,7 @@ def test_all_that_is_wrong_is_told_at_once(case: str, tmp_path: Path, monkeypatc
 def test_preflight_checks_import_nothing_heavy(tmp_path: Path) -> None:
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "w.pt")
     code = (
-        "import sys\nfrom edgekit.cli import app\n"
+        "import sys\nfrom edgekit.cli.app import app\n"
         "try:\n    app(['export', 'w.pt', '--target', 'toaster', '--data', 'none.npz', '--precision', 'int8'])\n"
         "except SystemExit as end:\n    print('CODE', end.code)\n"
         "print('HEAVY', [m for m in ('torch', 'onnx', 'onnxruntime', 'executorch') if m in sys.modules])"
@@ -438,7 +442,7 @@ class Reshaped(nn.Module):
 
 
 def test_a_pruning_names_the_line_with_the_width_built_in_and_says_it_once(tmp_path: Path) -> None:
-    found = channels.structure(load(Reshaped().eval(), inputs=["2x4"]).module, (torch.randn(2, 4),))
+    found = dependency_graph.structure(load(Reshaped().eval(), inputs=["2x4"]).module, (torch.randn(2, 4),))
     reasons = [why for why in found.kept.values() if "built in" in why]
     assert len(reasons) == 2 and all("test_first_use.py line" in why and "mat1" not in why for why in reasons)
-    assert prune_report._shared(["a", None, "b", "a"]) == {"a": "(1)"}
+    assert pruned._shared(["a", None, "b", "a"]) == {"a": "(1)"}

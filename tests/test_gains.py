@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import edgekit
-from edgekit.quant.recipes import RECIPES
-from edgekit.quant.shares import shares
+from edgekit.quant.ptq.recipes import RECIPES
+from edgekit.quant.ptq.shares import shares
 
 
 class Volume(nn.Module):

@@ -19,7 +19,7 @@ from torch import nn
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import edgekit
-from edgekit.quant.recipes import int8_static
+from edgekit.quant.ptq.recipes import int8_static
 
 CHANNELS, BLOCKS = 16, 4
 

@@ -18,10 +18,10 @@ import pytest
 import torch
 from torch import nn
 
-from edgekit import limits
 from edgekit.errors import EdgeKitError
-from edgekit.model import load
-from edgekit.unpickle import LEGACY_MAGIC, pickle_globals, resolve
+from edgekit.loading.model import load
+from edgekit.screening import limits
+from edgekit.screening.unpickle import LEGACY_MAGIC, pickle_globals, resolve
 
 CODE = """
 import os
@@ -162,7 +162,7 @@ FAKES = [
     ("torch._utils", "_import_dotted_name"),
     ("numpy", "load"),
     ("numpy.lib.npyio", "load"),
-    ("edgekit.code", "import_code"),
+    ("edgekit.util.user_code", "import_code"),
 ]
 
 

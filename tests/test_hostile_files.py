@@ -23,14 +23,17 @@ import torch
 from hostile_files import Case
 from torch import nn
 
-from edgekit import archive, bundle, limits, manifest, pipeline, stages, watchdog
-from edgekit.allowed_ops import is_aten, is_target
-from edgekit.bundle import Bundle
-from edgekit.console import visible
+from edgekit.artifacts import manifest
+from edgekit.artifacts.bundles import MANIFEST, Bundle
+from edgekit.commands import verify
 from edgekit.errors import EdgeKitError
-from edgekit.limits import Budget
-from edgekit.model import load
-from edgekit.unpickle import check_tensors
+from edgekit.loading.model import load
+from edgekit.measuring import running
+from edgekit.reports.console import visible
+from edgekit.screening import limits, torch_archives, watchdog
+from edgekit.screening.allowed_ops import is_aten, is_target
+from edgekit.screening.limits import Budget
+from edgekit.screening.unpickle import check_tensors
 
 # What takes longest, as it has to run into a limit, and one of each thing that once was not caught.
 CHOSEN = {
@@ -89,7 +92,7 @@ def test_a_hostile_file_is_a_message(
     ],
 )
 def test_expressions_come_to_numbers_of_few_digits(text: str, fine: bool) -> None:
-    assert archive._is_expression(text) is fine
+    assert torch_archives._is_expression(text) is fine
 
 
 @pytest.mark.parametrize(
@@ -156,12 +159,12 @@ def test_plain_networks_stay_allowed(name: str, tmp_path: Path) -> None:
     module = ZOO[name]().eval()
     path = tmp_path / "model.pt"
     torch.jit.script(module).save(path)
-    assert archive.load_script(path) is not None
+    assert torch_archives.load_script(path) is not None
     shape = tuple(map(int, INPUTS[name].split("x")))
     program = torch.export.export(module, (torch.zeros(shape),))
     for step, made in enumerate((program, program.run_decompositions())):
         torch.export.save(made, tmp_path / f"{step}.pt2")
-        assert archive.load_exported(tmp_path / f"{step}.pt2") is not None
+        assert torch_archives.load_exported(tmp_path / f"{step}.pt2") is not None
 
 
 class Resizes(nn.Module):
@@ -265,8 +268,8 @@ def replayed(monkeypatch: pytest.MonkeyPatch, bundles: dict[str, Bundle]) -> Ite
             golden = np.load(bundles["int8"].path / "golden.npz")
             self.outputs = tuple(golden[name] for name in golden if name.startswith(f"{artifact.format}/"))
 
-    monkeypatch.setattr(stages, "run", lambda artifact, feeds, **options: Ran(artifact))
-    monkeypatch.setattr(stages, "opened", lambda *given, **options: nullcontext())
+    monkeypatch.setattr(running, "run", lambda artifact, feeds, **options: Ran(artifact))
+    monkeypatch.setattr(running, "opened", lambda *given, **options: nullcontext())
     yield bundles["int8"].path
 
 
@@ -278,7 +281,7 @@ def test_mutated_manifests_and_golden_values_are_told(replayed: Path, tmp_path: 
             folder.mkdir()
             case.make(folder)
             try:
-                told[case.family, all(replay.problem is None for replay in pipeline.verify(folder / "b"))] += 1
+                told[case.family, all(replay.problem is None for replay in verify.verify(folder / "b"))] += 1
             except EdgeKitError:
                 told[case.family, False] += 1
     assert told["manifest", False] > 12  # the others changed what nothing reads
@@ -288,7 +291,7 @@ def test_mutated_manifests_and_golden_values_are_told(replayed: Path, tmp_path: 
 
 def test_manifests_are_as_they_are_written(bundles: dict[str, Bundle]) -> None:
     for made in bundles.values():
-        assert manifest.problem(json.loads((made.path / bundle.MANIFEST).read_text())) is None
+        assert manifest.problem(json.loads((made.path / MANIFEST).read_text())) is None
 
 
 # --- Terminals

@@ -9,8 +9,12 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
-from edgekit import intervals, judge, metrics
-from edgekit.results import Accuracy, Latency, Parity
+from edgekit.judging import verdicts
+from edgekit.measuring.latency import Latency, speedup_interval
+from edgekit.metrics import accuracy, intervals, table
+from edgekit.metrics.accuracy import Accuracy
+from edgekit.metrics.parity import Parity
+from edgekit.metrics.scores import per_sample
 
 NEAR = Parity(40, 1e-6, 1e-6, 1, 1, 8)
 FAST = Latency(((1.0,), (1.0,), (1.0,)), 1)
@@ -23,7 +27,7 @@ def compared(n: int, lost: int, won: int) -> Accuracy:
     artifact = original.copy()
     artifact[:lost] = False
     artifact[n - won :] = True
-    return judge.accuracy(metrics.METRICS["top1"], *map(metrics.per_sample, (original, artifact)))
+    return accuracy.accuracy_of(table.METRICS["top1"], *map(per_sample, (original, artifact)))
 
 
 COUNTS = [(100, 4, 1), (200, 0, 0), (20, 0, 2), (300, 270, 0), (300, 300, 0), (1000, 60, 20), (400, 0, 400)]
@@ -100,7 +104,7 @@ def words(n: int, lost: float, won: float, count: int, limit: float) -> list[str
     """Verdicts on data sets in which each sample is lost or won at these rates."""
     draws = np.random.default_rng(1).multinomial(n, [lost, won, 1 - lost - won], size=count)
     results = [compared(n, int(row[0]), int(row[1])) for row in draws]
-    return [judge.verdict("int8", result, FAST, SLOW, NEAR, limit).word for result in results]
+    return [verdicts.verdict("int8", result, FAST, SLOW, NEAR, limit).word for result in results]
 
 
 @pytest.mark.parametrize(("lost", "won"), [(0.03, 0.0), (0.04, 0.01), (0.06, 0.03)])
@@ -118,7 +122,7 @@ def test_no_drop_is_rarely_rejected(n: int, rate: float, limit: float) -> None:
 
 
 def resampled(before: np.ndarray, after: np.ndarray) -> Accuracy:
-    return judge.accuracy(metrics.METRICS["cosine"], metrics.per_sample(before), metrics.per_sample(after))
+    return accuracy.accuracy_of(table.METRICS["cosine"], per_sample(before), per_sample(after))
 
 
 def test_of_many_samples_the_interval_is_scipys_paired_bootstrap() -> None:
@@ -168,7 +172,7 @@ def test_resampling_covers_the_true_drop(n: int, monkeypatch: pytest.MonkeyPatch
         low, high = resampled(before, before + noise - loss).ci95
         hits.append(low <= 2.0 <= high)
         same = resampled(before, before + noise)
-        rejects += judge.verdict("int8", same, FAST, SLOW, NEAR, 0.0).word == "reject"
+        rejects += verdicts.verdict("int8", same, FAST, SLOW, NEAR, 0.0).word == "reject"
     assert np.mean(hits) >= 0.9
     assert rejects < 6
 
@@ -182,7 +186,7 @@ def test_a_drop_of_3_points_is_not_shipped_by_resampling(monkeypatch: pytest.Mon
         for _ in range(count):
             before = rng.beta(8, 2, n)
             after = before + rng.normal(0, 0.2, n) - rng.exponential(0.03, n)
-            found.add(judge.verdict("int8", resampled(before, after), FAST, SLOW, NEAR, 1.0).word)
+            found.add(verdicts.verdict("int8", resampled(before, after), FAST, SLOW, NEAR, 1.0).word)
         assert found == allowed
 
 
@@ -191,7 +195,7 @@ def test_few_samples_have_no_interval_and_are_never_shipped() -> None:
     got = resampled(scores, scores)
     assert got.ci95 == (-math.inf, math.inf)
     assert got.to_dict()["ci95_points"] == [None, None]
-    verdict = judge.verdict("int8", got, FAST, SLOW, NEAR, 50.0)
+    verdict = verdicts.verdict("int8", got, FAST, SLOW, NEAR, 50.0)
     assert verdict.word == "inconclusive"
     assert "about 1 more samples" in verdict.reasons[0]
 
@@ -229,7 +233,7 @@ def test_speedup_is_students_interval_of_paired_logarithms() -> None:
     drift = rng.normal(0, 0.5, 6)
     before, after = latencies(drift + 0.7 + rng.normal(0, 0.02, 6)), latencies(drift + rng.normal(0, 0.02, 6))
     test = stats.ttest_rel(np.log(before.medians), np.log(after.medians)).confidence_interval(0.95)
-    assert intervals.speedup(before, after) == pytest.approx((math.exp(test.low), math.exp(test.high)))
+    assert speedup_interval(before, after) == pytest.approx((math.exp(test.low), math.exp(test.high)))
 
 
 def test_speedup_covers_the_true_ratio_95_times_in_100() -> None:
@@ -237,15 +241,15 @@ def test_speedup_covers_the_true_ratio_95_times_in_100() -> None:
     hits = []
     for _ in range(1000):
         drift = rng.normal(0, 0.1, 3)
-        low, high = intervals.speedup(latencies(drift + 0.3 + rng.normal(0, 0.02, 3)), latencies(drift))  # type: ignore[misc]
+        low, high = speedup_interval(latencies(drift + 0.3 + rng.normal(0, 0.02, 3)), latencies(drift))  # type: ignore[misc]
         hits.append(low <= math.exp(0.3) <= high)
     assert np.mean(hits) == pytest.approx(0.95, abs=0.02)
 
 
 def test_one_process_has_no_interval() -> None:
     one = Latency(((1.0, 1.1, 0.9),), 1)
-    assert intervals.speedup(one, one) is None
-    assert intervals.speedup(FAST, FAST) == (1.0, 1.0)
+    assert speedup_interval(one, one) is None
+    assert speedup_interval(FAST, FAST) == (1.0, 1.0)
 
 
 def test_the_margin_of_a_p50_is_half_of_students_interval() -> None:

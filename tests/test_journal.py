@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from kit import invoke, quick
 
-from edgekit import pipeline, stages
-from edgekit.bundle import Bundle
+from edgekit.artifacts.artifact import Artifact
+from edgekit.artifacts.bundles import Bundle
 from edgekit.errors import EdgeKitError
-from edgekit.journal import KEPT, KEPT_DAYS, Journal
-from edgekit.results import Artifact
+from edgekit.measuring import running, schedule
+from edgekit.measuring.feeds import random_feeds
+from edgekit.measuring.run_cache import KEPT, KEPT_DAYS, Journal
 from edgekit.runtimes import open_device
 
 
@@ -35,8 +36,8 @@ class Runs:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count, self.fail_at = 0, 99
-        self._run = stages.run
-        monkeypatch.setattr(stages, "run", self)
+        self._run = running.run
+        monkeypatch.setattr(running, "run", self)
 
     def __call__(self, *args: object, **options: object) -> object:
         self.count += 1
@@ -49,7 +50,7 @@ def test_profile_goes_on(
     artifact: Artifact, cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
     quick(monkeypatch)
-    monkeypatch.setattr(pipeline, "MOST_ROUNDS", 3)
+    monkeypatch.setattr(schedule, "MOST_ROUNDS", 3)
     runs = Runs(monkeypatch)
     runs.fail_at = 3
     failed = invoke(capfd, "profile", artifact.path)
@@ -63,7 +64,7 @@ def test_profile_goes_on(
 
 
 def test_results_come_back_as_they_were(artifact: Artifact, cache: Path) -> None:
-    feeds = stages.random_feeds(artifact.inputs)
+    feeds = random_feeds(artifact.inputs)
     device = open_device("local:")
     with pytest.raises(EdgeKitError, match="later") as caught, Journal(resume=False) as journal:
         first = journal.run(artifact, feeds, device=device, trace_runs=10)
@@ -82,7 +83,7 @@ def test_only_the_same_run_is_taken(
     artifact: Artifact, bundles: dict[str, Bundle], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = Runs(monkeypatch)
-    feeds = stages.random_feeds(artifact.inputs)
+    feeds = random_feeds(artifact.inputs)
     device = open_device("local:")
     Journal(resume=False).run(artifact, feeds, device=device)
     other = next(a for a in bundles["fp32"].artifacts if a.format == "onnx")

@@ -9,9 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgekit import intervals, judge, metrics, results
+from edgekit import types
+from edgekit.artifacts.artifact import Artifact
 from edgekit.errors import EdgeKitError
-from edgekit.results import SUFFIXES, Accuracy, Artifact, Latency, Parity
+from edgekit.judging import verdicts
+from edgekit.measuring.latency import Latency
+from edgekit.metrics import intervals, table
+from edgekit.metrics import parity as metrics_parity
+from edgekit.metrics.accuracy import Accuracy, accuracy_of
+from edgekit.metrics.parity import Parity
+from edgekit.metrics.scores import Scores, per_sample
+from edgekit.types import SUFFIXES
 
 EQUAL = Parity(math.inf, 0, 0, 1, 1, 8)
 
@@ -19,7 +27,7 @@ EQUAL = Parity(math.inf, 0, 0, 1, 1, 8)
 def test_parity_by_hand() -> None:
     reference = [np.array([[3.0, 4.0], [0.0, 10.0]])]
     output = [np.array([[3.0, 4.5], [1.0, 10.0]])]
-    got = judge.parity(reference, output)
+    got = metrics_parity.parity(reference, output)
     assert got.sqnr_db == pytest.approx(10 * math.log10((9 + 16 + 100) / (0.25 + 1)))
     assert (got.max_abs, got.max_rel, got.samples, got.agreement) == (1.0, 0.1, 2, 1.0)
     cosines = [(9 + 18) / (5 * math.hypot(3, 4.5)), 100 / (10 * math.hypot(1, 10))]
@@ -28,13 +36,13 @@ def test_parity_by_hand() -> None:
 
 def test_parity_takes_the_worst_output() -> None:
     a, b = np.ones((4, 3)), np.full((4, 2), 100.0)
-    got = judge.parity([a, b], [a * 1.1, b])
+    got = metrics_parity.parity([a, b], [a * 1.1, b])
     assert got.sqnr_db == pytest.approx(20)
     assert got.max_rel == pytest.approx(0.1)
 
 
 def test_equal_outputs_have_no_error_and_json_has_no_infinity() -> None:
-    got = judge.parity([np.eye(3)], [np.eye(3)])
+    got = metrics_parity.parity([np.eye(3)], [np.eye(3)])
     assert got.sqnr_db == math.inf
     assert got.to_dict()["sqnr_db"] is None
     assert got.to_dict()["max_abs"] == 0
@@ -42,8 +50,8 @@ def test_equal_outputs_have_no_error_and_json_has_no_infinity() -> None:
 
 def test_agreement_is_the_share_of_equal_arg_max_and_none_without_classes() -> None:
     reference, output = np.eye(4), np.eye(4)[[0, 1, 2, 0]]
-    assert judge.parity([reference], [output]).agreement == 0.75
-    assert judge.parity([np.ones((4, 1))], [np.ones((4, 1))]).agreement is None
+    assert metrics_parity.parity([reference], [output]).agreement == 0.75
+    assert metrics_parity.parity([np.ones((4, 1))], [np.ones((4, 1))]).agreement is None
 
 
 TARGETS = {
@@ -61,19 +69,19 @@ TARGETS = {
 @pytest.mark.parametrize("case", TARGETS)
 def test_the_arg_max_of_a_regression_says_nothing(case: str) -> None:
     target, classes = TARGETS[case]
-    assert judge.classifies(target) == classes
+    assert metrics_parity.classifies(target) == classes
     reference = np.random.default_rng(0).standard_normal((3, 4))
-    (near,) = judge.parities([reference], [reference + 0.1], judge.classifies(target))
+    (near,) = metrics_parity.parities([reference], [reference + 0.1], metrics_parity.classifies(target))
     assert near.agreement == (1.0 if classes else None)
 
 
 def test_nan_in_a_file_is_as_far_as_can_be_and_in_the_original_an_error() -> None:
     ref, nan = np.ones((2, 3)), np.full((2, 3), np.nan)
-    got = judge.parity([ref], [nan])
+    got = metrics_parity.parity([ref], [nan])
     assert (got.sqnr_db, got.max_abs, got.agreement) == (-math.inf, math.inf, 0)
     assert got.to_dict()["max_abs"] is None
     with pytest.raises(EdgeKitError, match="the original model's own outputs hold NaN"):
-        judge.parity([nan], [ref])
+        metrics_parity.parity([nan], [ref])
 
 
 @pytest.mark.parametrize(
@@ -81,7 +89,7 @@ def test_nan_in_a_file_is_as_far_as_can_be_and_in_the_original_an_error() -> Non
 )
 def test_parity_refuses_other_shapes_and_counts(outputs: list[np.ndarray], message: str) -> None:
     with pytest.raises(EdgeKitError, match=message) as caught:
-        judge.parity([np.ones((2, 3))], outputs)
+        metrics_parity.parity([np.ones((2, 3))], outputs)
     assert caught.value.help
 
 
@@ -107,18 +115,18 @@ FAITHFUL = {
 @pytest.mark.parametrize("case", FAITHFUL)
 def test_faithful(case: str) -> None:
     precision, file, graph, good = FAITHFUL[case]
-    assert (judge.faithful(precision, [file], [graph]) is None) == good
+    assert (verdicts.faithful(precision, [file], [graph]) is None) == good
 
 
 def test_each_output_has_its_own_limit() -> None:
     """A coarse or a poor output hides nothing of a fine one."""
     boxes, scores = near(20, 2.5), near(19, 0.3)
-    problem = judge.faithful("int8", [boxes, near(20)], [boxes, near(40)])
+    problem = verdicts.faithful("int8", [boxes, near(20)], [boxes, near(40)])
     assert problem is not None and problem.endswith("in output 2 of 2")
-    assert judge.faithful("int8", [boxes, near(38)], [boxes, near(40)]) is None
-    moved = judge.reproduced("int8", [boxes, scores], [2.5, 1 / 256])
+    assert verdicts.faithful("int8", [boxes, near(38)], [boxes, near(40)]) is None
+    moved = verdicts.reproduced("int8", [boxes, scores], [2.5, 1 / 256])
     assert moved is not None and moved.endswith("in output 2 of 2")
-    assert judge.reproduced("int8", [boxes, near(40, 1 / 256)], [2.5, 1 / 256]) is None
+    assert verdicts.reproduced("int8", [boxes, near(40, 1 / 256)], [2.5, 1 / 256]) is None
 
 
 def accuracy(low: float, high: float) -> Accuracy:
@@ -131,12 +139,12 @@ def ms(value: float, spread: float = 0.01) -> Latency:
     return Latency(tuple((value * factor,) * 5 for factor in (1, 1 + spread, 1 - spread)), 1)
 
 
-def outcomes(both: int, lost: int, won: int, neither: int) -> tuple[metrics.Scores, metrics.Scores]:
+def outcomes(both: int, lost: int, won: int, neither: int) -> tuple[Scores, Scores]:
     counts = [both, lost, won, neither]
-    return tuple(metrics.per_sample(np.repeat(right, counts)) for right in ([1, 1, 0, 0], [1, 0, 1, 0]))
+    return tuple(per_sample(np.repeat(right, counts)) for right in ([1, 1, 0, 0], [1, 0, 1, 0]))
 
 
-TOP1 = metrics.METRICS["top1"]
+TOP1 = table.METRICS["top1"]
 
 
 BAD = Parity(-math.inf, math.inf, math.inf, -1, 0, 8)
@@ -160,7 +168,7 @@ VERDICTS = {
 @pytest.mark.parametrize("case", VERDICTS)
 def test_verdict(case: str) -> None:
     precision, result, own, fp32, parity, limit, word = VERDICTS[case]
-    got = judge.verdict(precision, result, ms(own), None if fp32 is None else ms(fp32), parity, limit)
+    got = verdicts.verdict(precision, result, ms(own), None if fp32 is None else ms(fp32), parity, limit)
     assert got.word == word
     assert got.reasons
 
@@ -182,7 +190,7 @@ BLAMED = {
 @pytest.mark.parametrize("case", BLAMED)
 def test_a_rejection_names_who_is_to_blame(case: str) -> None:
     precision, result, fp32, suspects, sensitive, words = BLAMED[case]
-    got = judge.verdict(precision, result, ms(2.0), ms(fp32), near(), None, suspects, sensitive)
+    got = verdicts.verdict(precision, result, ms(2.0), ms(fp32), near(), None, suspects, sensitive)
     assert got.word == "reject"
     assert words in got.reasons[0]
     if case in ("slow, not looked at", "worse by weights"):
@@ -196,9 +204,9 @@ def test_every_word_of_a_verdict_is_tried() -> None:
 @pytest.mark.parametrize("counts", [(950, 8, 4, 38), (100, 0, 0, 0), (300, 3, 3, 20), (200, 3, 0, 7), (1000, 1, 9, 0)])
 def test_samples_asked_for_would_do(counts: tuple[int, ...]) -> None:
     """With the number of samples that a doubt names, an interval at the same rates excludes the limit."""
-    first = judge.accuracy(TOP1, *outcomes(*counts))
+    first = accuracy_of(TOP1, *outcomes(*counts))
     limit = first.drop + (0.4 if first.drop <= 0.9 else -0.4)
-    doubt = judge.verdict("int8", first, ms(1), ms(2), near(), limit)
+    doubt = verdicts.verdict("int8", first, ms(1), ms(2), near(), limit)
     assert doubt.word == "inconclusive"
     more = int(doubt.reasons[0].split("about ")[1].split(" more")[0].replace(",", ""))
     for share, decided in ((1.0, True), (0.9, False)):
@@ -208,8 +216,8 @@ def test_samples_asked_for_would_do(counts: tuple[int, ...]) -> None:
 
 
 def test_a_drop_at_the_limit_is_never_told_from_it() -> None:
-    first = judge.accuracy(TOP1, *outcomes(900, 20, 10, 70))
-    doubt = judge.verdict("int8", first, ms(1), ms(2), near(), first.drop)
+    first = accuracy_of(TOP1, *outcomes(900, 20, 10, 70))
+    doubt = verdicts.verdict("int8", first, ms(1), ms(2), near(), first.drop)
     assert "no number of samples would tell" in doubt.reasons[0]
 
 
@@ -226,7 +234,7 @@ SPEEDS = {  # fp32 and int8 medians by process → word, what is said
 def test_slower_is_said_where_the_interval_says_it(case: str) -> None:
     before, after, word, said = SPEEDS[case]
     fp32, int8 = (Latency(tuple((value,) for value in values), 1) for values in (before, after))
-    got = judge.verdict("int8", accuracy(-0.2, 0.4), int8, fp32, near(), None)
+    got = verdicts.verdict("int8", accuracy(-0.2, 0.4), int8, fp32, near(), None)
     assert got.word == word
     assert any(said in reason for reason in got.reasons)
     assert ("--rounds" in got.reasons[0]) == (word == "inconclusive")
@@ -234,13 +242,13 @@ def test_slower_is_said_where_the_interval_says_it(case: str) -> None:
 
 def test_a_speed_just_below_is_not_called_open() -> None:
     """0.96x to 0.98x is slower than fp32; open is whether that is too much."""
-    got = judge.verdict("int8", accuracy(-0.2, 0.4), _at(np.log([0.967, 0.97, 0.972])), ms(1, 0), near(), None)
+    got = verdicts.verdict("int8", accuracy(-0.2, 0.4), _at(np.log([0.967, 0.97, 0.972])), ms(1, 0), near(), None)
     assert got.word == "inconclusive"
     assert "slower than fp32, but whether by more than 3 % is open" in got.reasons[0]
 
 
 def test_a_rejection_has_no_doubts_among_its_reasons() -> None:
-    got = judge.verdict("int8", accuracy(0.2, 1.8), ms(2.0), ms(1.0), near(), None)
+    got = verdicts.verdict("int8", accuracy(0.2, 1.8), ms(2.0), ms(1.0), near(), None)
     assert got.word == "reject" and len(got.reasons) == 1 and "slower" in got.reasons[0]
 
 
@@ -255,16 +263,16 @@ ASKED = {  # drop, interval, of how many samples → what is said
 def test_samples_that_nobody_has_are_not_asked_for(case: str) -> None:
     drop, interval, n, said = ASKED[case]
     result = Accuracy("miou", n, 0.9 - drop / 100, 0.9, interval, interval="Gaffke", unseen=0.1)
-    doubt = judge.verdict("int8", result, ms(1), ms(2), near(), None)
+    doubt = verdicts.verdict("int8", result, ms(1), ms(2), near(), None)
     assert doubt.word == "inconclusive"
     assert re.search(said, doubt.reasons[0])
 
 
 @pytest.mark.parametrize("own", [0.5, 2.0])
 def test_speed_elsewhere_is_no_part_of_a_verdict(own: float) -> None:
-    got = judge.verdict("int8", accuracy(-0.2, 0.4), ms(own), ms(1), near(), None, elsewhere="not measured there")
+    got = verdicts.verdict("int8", accuracy(-0.2, 0.4), ms(own), ms(1), near(), None, elsewhere="not measured there")
     assert got.word == "ship" and got.reasons[-1] == "not measured there"
-    assert judge.verdict("int8", accuracy(1.2, 3.0), ms(own), ms(1), near(), None, elsewhere="x").word == "reject"
+    assert verdicts.verdict("int8", accuracy(1.2, 3.0), ms(own), ms(1), near(), None, elsewhere="x").word == "reject"
 
 
 def test_rounds_asked_for_would_do() -> None:
@@ -273,10 +281,10 @@ def test_rounds_asked_for_would_do() -> None:
     logs = 0.05 * (logs - logs.mean()) / logs.std() + math.log(0.94)
     few = np.array([-1.0, 0.0, 1.0]) * 0.05 + math.log(0.94)
     fp32 = Latency(((1.0,),) * 60, 1)
-    doubt = judge.verdict("int8", accuracy(-0.2, 0.4), _at(few), fp32, near(), None)
+    doubt = verdicts.verdict("int8", accuracy(-0.2, 0.4), _at(few), fp32, near(), None)
     assert doubt.word == "inconclusive"
-    assert int(doubt.reasons[0].split("--rounds ")[1].split()[0]) <= judge.MOST_ROUNDS
-    assert judge.verdict("int8", accuracy(-0.2, 0.4), _at(logs), fp32, near(), None).word == "reject"
+    assert int(doubt.reasons[0].split("--rounds ")[1].split()[0]) <= verdicts.MOST_ROUNDS
+    assert verdicts.verdict("int8", accuracy(-0.2, 0.4), _at(logs), fp32, near(), None).word == "reject"
 
 
 def _at(logs: np.ndarray) -> Latency:
@@ -291,16 +299,16 @@ UNITS = {
 }
 
 
-@pytest.mark.parametrize("unit", results.UNITS)
-def test_a_drop_is_judged_in_its_own_unit(unit: results.Unit) -> None:
+@pytest.mark.parametrize("unit", types.UNITS)
+def test_a_drop_is_judged_in_its_own_unit(unit: types.Unit) -> None:
     baseline, value = {"points": (0.9, 0.897), "percent": (2.0, 2.006), "units": (2.0, 1.7)}[unit]
     result = Accuracy("m", 900, value, baseline, (0.1, 0.5), unit, "Gaffke")
     assert result.drop == pytest.approx(0.3)
     for limit, word in ((0.05, "reject"), (0.2, "inconclusive"), (0.6, "ship")):
-        got = judge.verdict("int8", result, ms(1), ms(2), near(), limit)
+        got = verdicts.verdict("int8", result, ms(1), ms(2), near(), limit)
         assert got.word == word
         assert all(part in got.reasons[0] for part in UNITS[unit])
-    default = judge.verdict("int8", result, ms(1), ms(2), near(), None)
+    default = verdicts.verdict("int8", result, ms(1), ms(2), near(), None)
     assert default.word == ("inconclusive" if unit == "units" else "ship")
     assert ("--max-drop" in default.reasons[0]) == (unit == "units")
 
@@ -319,7 +327,7 @@ REPRODUCED = {
 @pytest.mark.parametrize("case", REPRODUCED)
 def test_reproduced(case: str) -> None:
     precision, parity, step, good = REPRODUCED[case]
-    assert (judge.reproduced(precision, [parity], [step]) is None) == good
+    assert (verdicts.reproduced(precision, [parity], [step]) is None) == good
 
 
 @pytest.mark.parametrize(
@@ -327,10 +335,10 @@ def test_reproduced(case: str) -> None:
     [(f, same, 3 if f == "onnx" and not same else 1) for f in SUFFIXES for same in (False, True)],
 )
 def test_only_onnx_runtime_may_round_otherwise_elsewhere(format: str, same_machine: bool, steps: int) -> None:
-    allowed = judge.steps_allowed(format, same_machine)
+    allowed = verdicts.steps_allowed(format, same_machine)
     assert allowed == steps
     for moved in range(1, 5):
-        problem = judge.reproduced("int8", [near(max_rel=moved * 0.05)], [0.05], allowed)
+        problem = verdicts.reproduced("int8", [near(max_rel=moved * 0.05)], [0.05], allowed)
         assert (problem is None) == (moved <= steps)
         assert problem is None or f"(limit {steps})" in problem
 
@@ -349,9 +357,9 @@ def test_the_median_of_medians_ignores_one_disturbed_process(tmp_path: Path) -> 
 )
 def test_a_loss_names_what_is_nearer(precision: str, nearer: str) -> None:
     original = np.sin(np.arange(20, dtype=np.float32))[None]
-    far, fair, near = (judge.parity([original], [original + e * np.cos(original)]) for e in (0.5, 0.25, 0.0))
+    far, fair, near = (metrics_parity.parity([original], [original + e * np.cos(original)]) for e in (0.5, 0.25, 0.0))
     assert 10 < fair.sqnr_db < 15
     for parity in (far, fair):
-        (note,) = judge.loss(precision, parity)
+        (note,) = verdicts.loss(precision, parity)
         assert f"{precision} is far from the original" in note and nearer in note
-    assert judge.loss(precision, near) == ()
+    assert verdicts.loss(precision, near) == ()

@@ -14,8 +14,14 @@ import torch
 from kit import Ran, invoke, quick
 from torchmetrics.classification import MulticlassF1Score, MulticlassJaccardIndex, MultilabelF1Score
 
-from edgekit import data, detection, judge, metrics
+from edgekit.data import boxes as data_boxes
+from edgekit.data import sources as data
 from edgekit.errors import EdgeKitError
+from edgekit.judging import verdicts
+from edgekit.metrics import parity
+from edgekit.metrics.accuracy import accuracy_of
+from edgekit.metrics.scores import outcomes, value
+from edgekit.metrics.table import ALIASES, METRICS, find
 
 RNG = np.random.default_rng(0)
 N = 60
@@ -47,7 +53,7 @@ def boxes(count: int = N, classes: int = 3, seed: int = 1) -> tuple[list[np.ndar
     scores = np.where(rng.random((count, 12)) < 0.2, 0, rng.random((count, 12))).astype(np.float32)
     made_up = rng.integers(0, classes + 1, (count, 12))
     guessed = np.where(rng.random((count, 12)) < 0.8, np.tile(np.abs(labels), 2), made_up)
-    objects = detection.objects("the test", {"boxes": true, "labels": labels})
+    objects = data_boxes.objects("the test", {"boxes": true, "labels": labels})
     assert objects is not None
     return [found.astype(np.float32), scores, guessed], objects
 
@@ -119,16 +125,16 @@ REFERENCES = {
 
 
 def test_every_metric_has_a_reference() -> None:
-    assert {row[0] for row in REFERENCES.values()} == set(metrics.METRICS)
-    assert all(name == metric.name for name, metric in metrics.METRICS.items())
+    assert {row[0] for row in REFERENCES.values()} == set(METRICS)
+    assert all(name == metric.name for name, metric in METRICS.items())
 
 
 @pytest.mark.parametrize("case", REFERENCES)
 def test_a_metric_is_what_others_say(case: str) -> None:
     name, outputs, target, reference = REFERENCES[case]
-    scores = metrics.METRICS[name].score(outputs, target)
+    scores = METRICS[name].score(outputs, target)
     assert len(scores) == N
-    assert metrics.value(scores) == pytest.approx(reference(outputs, target), abs=1e-6)
+    assert value(scores) == pytest.approx(reference(outputs, target), abs=1e-6)
 
 
 @pytest.mark.parametrize("case", REFERENCES)
@@ -139,7 +145,7 @@ def test_a_resample_counts_as_if_it_were_written_out(case: str) -> None:
     expected = reference([array[picked] for array in outputs], target[picked])
     # Detections of one image twice have equal scores, and COCO's precision lies between them.
     near = 0.01 if name == "map" else 1e-6
-    assert metrics.METRICS[name].score(outputs, target).values(counts)[0] == pytest.approx(expected, abs=near)
+    assert METRICS[name].score(outputs, target).values(counts)[0] == pytest.approx(expected, abs=near)
 
 
 PARTS = {
@@ -156,7 +162,7 @@ PARTS = {
 @pytest.mark.parametrize("case", PARTS)
 def test_parts_of_the_samples_give_what_all_of_them_give(case: str) -> None:
     name, outputs, target = PARTS[case]
-    metric = metrics.METRICS[name]
+    metric = METRICS[name]
     bounds = [0, 7, 8, 20, N]
     parts = [metric.part([a[i:j] for a in outputs], target[i:j]) for i, j in pairwise(bounds)]
     found, whole = metric.join(parts), metric.score(outputs, target)
@@ -169,17 +175,17 @@ def test_parts_of_the_samples_give_what_all_of_them_give(case: str) -> None:
 def test_worse_outputs_have_a_drop(case: str) -> None:
     """Above zero for worse outputs whether higher or lower is better, in the unit of the metric, with its interval."""
     name, outputs, target, _ = REFERENCES[case]
-    metric = metrics.METRICS[name]
+    metric = METRICS[name]
     worse = [np.roll(outputs[0], 7, axis=0), *outputs[1:]]
     before = metric.score(outputs, target)
-    got = judge.accuracy(metric, before, metric.score(worse, target))
+    got = accuracy_of(metric, before, metric.score(worse, target))
     low, high = got.ci95
     assert low < got.drop < high
     assert got.unit == ("percent" if name in ("mae", "rmse") else "points")
-    assert got.baseline == metrics.value(before)
+    assert got.baseline == value(before)
     if case != "top1" and case != "top5" and not case.startswith("f1 of c"):
         assert low > 0
-    same = judge.accuracy(metric, before, metric.score(outputs, target))
+    same = accuracy_of(metric, before, metric.score(outputs, target))
     assert same.drop == 0
     assert same.ci95[0] <= 0 <= same.ci95[1]
 
@@ -188,33 +194,33 @@ def test_worse_outputs_have_a_drop(case: str) -> None:
 def test_the_sample_that_is_added_is_lost_wholly(case: str) -> None:
     """It costs something, costs the other way round the other way, and changes nothing where its weight is 0."""
     name, outputs, target, _ = REFERENCES[case]
-    metric = metrics.METRICS[name]
+    metric = METRICS[name]
     scores = metric.score(outputs, target)
     kept, lost = scores.with_loss(scores)
     alone, one_more = np.ones((2, N + 1))[:1] * (np.arange(N + 1) < N), np.ones((1, N + 1))
     for added in (kept, lost):
         assert len(added) == N + 1
-        assert added.values(alone)[0] == pytest.approx(metrics.value(scores))
+        assert added.values(alone)[0] == pytest.approx(value(scores))
     worse = kept.values(one_more)[0] - lost.values(one_more)[0]
-    assert (worse if metric.unit == "points" else -worse) > 0.3 * abs(metrics.value(scores)) / N
+    assert (worse if metric.unit == "points" else -worse) > 0.3 * abs(value(scores)) / N
 
 
 def test_top1_breaks_ties_like_arg_max() -> None:
     logits = np.round(np.random.default_rng(0).standard_normal((500, 6)))  # int8 outputs tie often
     target = np.random.default_rng(1).integers(0, 6, 500)
-    scores = metrics.METRICS["top1"].score([logits], target)
-    assert np.array_equal(metrics.outcomes(scores), logits.argmax(1) == target)
+    scores = METRICS["top1"].score([logits], target)
+    assert np.array_equal(outcomes(scores), logits.argmax(1) == target)
 
 
 def test_a_sample_with_nan_scores_is_wrong() -> None:
     logits = np.array([[np.nan] * 3, [np.nan, 1, 2], [0, 1, 2]])
-    scores = metrics.METRICS["top1"].score([logits], np.array([0, 0, 2]))
-    assert metrics.outcomes(scores).tolist() == [False, False, True]
+    scores = METRICS["top1"].score([logits], np.array([0, 0, 2]))
+    assert outcomes(scores).tolist() == [False, False, True]
 
 
 def test_segmentation_takes_class_indices_for_scores() -> None:
-    of_scores, of_indices = (metrics.METRICS["miou"].score([out], MASKS) for out in (MAPS, MAPS.argmax(1)))
-    assert metrics.value(of_scores) == metrics.value(of_indices)
+    of_scores, of_indices = (METRICS["miou"].score([out], MASKS) for out in (MAPS, MAPS.argmax(1)))
+    assert value(of_scores) == value(of_indices)
 
 
 def test_segmentation_of_another_number_of_classes_is_another() -> None:
@@ -222,9 +228,12 @@ def test_segmentation_of_another_number_of_classes_is_another() -> None:
     found, target = (np.tile(maps, (20, 1, 1)) for maps in (MAPS.argmax(1), MASKS))
     more = found.copy()
     more[0, 0, 0] = 9
-    miou = metrics.METRICS["miou"]
+    miou = METRICS["miou"]
     original, artifact = (miou.score([out], target) for out in (more, found))
-    there, back = judge.accuracy(miou, original, artifact), judge.accuracy(miou, artifact, original)
+    there, back = (
+        accuracy_of(miou, original, artifact),
+        accuracy_of(miou, artifact, original),
+    )
     assert there.drop < 0 < back.drop
     for got in (there, back):
         assert got.ci95[0] < got.drop < got.ci95[1]
@@ -232,17 +241,17 @@ def test_segmentation_of_another_number_of_classes_is_another() -> None:
 
 def test_quantized_probabilities_just_outside_0_to_1_are_no_logits() -> None:
     shares = np.array([[0.9], [0.4], [-0.004], [1.004]])
-    scores = metrics.METRICS["f1"].score([shares], np.array([1, 0, 0, 1]))
-    assert metrics.value(scores) == 1
+    scores = METRICS["f1"].score([shares], np.array([1, 0, 0, 1]))
+    assert value(scores) == 1
 
 
 def test_detections_of_no_class_and_of_score_0_do_not_count() -> None:
     found, objects = boxes(8)
     padded = [np.concatenate([array, np.zeros_like(array[:, :4])], axis=1) for array in found]
-    score = metrics.METRICS["map"].score
-    assert metrics.value(score(padded, objects)) == metrics.value(score(found, objects))
+    score = METRICS["map"].score
+    assert value(score(padded, objects)) == value(score(found, objects))
     in_another_order = [found[2], found[0], found[1]]
-    assert metrics.value(score(in_another_order, objects)) == metrics.value(score(found, objects))
+    assert value(score(in_another_order, objects)) == value(score(found, objects))
 
 
 SPELLED = {
@@ -260,16 +269,16 @@ SPELLED = {
 def test_class_indices_are_read_however_they_are_spelled(spelled: str) -> None:
     given = SPELLED[spelled](LABELS)
     for name in ("top1", "top5"):
-        metric = metrics.METRICS[name]
+        metric = METRICS[name]
         found, wanted = metric.score([LOGITS], given), metric.score([LOGITS], LABELS)
-        np.testing.assert_array_equal(metrics.outcomes(found), metrics.outcomes(wanted))
-    assert judge.classifies(given) == ("column" not in spelled)
+        np.testing.assert_array_equal(outcomes(found), outcomes(wanted))
+    assert parity.classifies(given) == ("column" not in spelled)
 
 
 def test_f1_and_miou_of_labels_as_floats() -> None:
-    f1, miou = metrics.METRICS["f1"], metrics.METRICS["miou"]
-    assert metrics.value(f1.score([LOGITS], LABELS.astype(np.float32))) == metrics.value(f1.score([LOGITS], LABELS))
-    assert metrics.value(miou.score([MAPS], MASKS.astype(np.float32))) == metrics.value(miou.score([MAPS], MASKS))
+    f1, miou = METRICS["f1"], METRICS["miou"]
+    assert value(f1.score([LOGITS], LABELS.astype(np.float32))) == value(f1.score([LOGITS], LABELS))
+    assert value(miou.score([MAPS], MASKS.astype(np.float32))) == value(miou.score([MAPS], MASKS))
 
 
 ZEROS = np.zeros(2, int)
@@ -318,25 +327,25 @@ BAD = {
 def test_targets_that_do_not_fit_are_refused(case: str) -> None:
     name, outputs, target, message = BAD[case]
     with pytest.raises(EdgeKitError, match=message) as caught:
-        metrics.METRICS[name].score(outputs, target)
+        METRICS[name].score(outputs, target)
     assert caught.value.help
 
 
 def test_every_metric_refuses_something() -> None:
-    assert {row[0] for row in BAD.values()} == set(metrics.METRICS)
+    assert {row[0] for row in BAD.values()} == set(METRICS)
 
 
 def test_an_original_without_error_has_no_percents() -> None:
-    metric = metrics.METRICS["mae"]
+    metric = METRICS["mae"]
     scores = metric.score([VALUES], VALUES)
     with pytest.raises(EdgeKitError, match="the original's mae is 0"):
-        judge.accuracy(metric, scores, metric.score([VALUES + 1], VALUES))
+        accuracy_of(metric, scores, metric.score([VALUES + 1], VALUES))
 
 
 def test_map_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pycocotools.coco", None)
     with pytest.raises(EdgeKitError, match="not installed") as caught:
-        metrics.METRICS["map"].score(FOUND, OBJECTS)
+        METRICS["map"].score(FOUND, OBJECTS)
     assert caught.value.help == "pip install pycocotools"
 
 
@@ -385,26 +394,26 @@ def own(tmp_path: Path) -> Path:
 
 
 def test_a_users_own_function_scores_samples(own: Path) -> None:
-    metric = metrics.find(f"{own}:closeness")
+    metric = find(f"{own}:closeness")
     many, targets = np.tile(VALUES, (2, 1, 1)), np.tile(TARGETS, (2, 1, 1))
     scores = metric.score([many], targets)
     expected = 1 / (1 + np.abs(VALUES - TARGETS).mean(axis=(1, 2)))
-    assert metrics.value(scores) == pytest.approx(expected.mean())
+    assert value(scores) == pytest.approx(expected.mean())
     assert metric.unit_of(scores) == "points"
-    assert judge.accuracy(metric, scores, metric.score([many + 1], targets)).drop > 0
+    assert accuracy_of(metric, scores, metric.score([many + 1], targets)).drop > 0
 
 
 def test_a_users_own_share_is_judged_as_one(own: Path) -> None:
-    metric = metrics.find(f"{own}:right")
+    metric = find(f"{own}:right")
     outputs, target = LOGITS, LOGITS.argmax(1)
-    got = judge.accuracy(metric, metric.score([outputs], target), metric.score([np.roll(outputs, 1, axis=1)], target))
+    got = accuracy_of(metric, metric.score([outputs], target), metric.score([np.roll(outputs, 1, axis=1)], target))
     assert (got.lost, got.won, got.value, got.interval) == (N, 0, 0, "Tango")
 
 
 def test_scores_beyond_shares_have_a_unit_of_their_own(own: Path) -> None:
-    metric = metrics.find(f"{own}:both")
+    metric = find(f"{own}:both")
     scores = metric.score([VALUES, VALUES + 1], TARGETS)
-    got = judge.accuracy(metric, scores, metric.score([VALUES, VALUES + 1.5], TARGETS))
+    got = accuracy_of(metric, scores, metric.score([VALUES, VALUES + 1.5], TARGETS))
     assert (got.unit, got.drop) == ("units", pytest.approx(0.5))
 
 
@@ -418,7 +427,7 @@ BAD_OWN = {
 @pytest.mark.parametrize("name", BAD_OWN)
 def test_what_a_users_function_must_not_do(name: str, own: Path) -> None:
     with pytest.raises(EdgeKitError, match=BAD_OWN[name]) as caught:
-        metrics.find(f"{own}:{name}").score([VALUES], TARGETS)
+        find(f"{own}:{name}").score([VALUES], TARGETS)
     assert caught.value.help
 
 
@@ -435,14 +444,14 @@ UNKNOWN = {
 def test_unknown_metrics_are_refused(text: str, own: Path) -> None:
     what, help = UNKNOWN[text]
     with pytest.raises(EdgeKitError, match=what) as caught:
-        metrics.find(text.format(own=own))
+        find(text.format(own=own))
     assert help.format(own=own) in caught.value.help
 
 
 def test_naming_a_metric_runs_no_code_that_was_not_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "top1.py").write_text("raise SystemExit('ran')")
     monkeypatch.chdir(tmp_path)
-    assert metrics.find("top1") is metrics.METRICS["top1"]
+    assert find("top1") is METRICS["top1"]
 
 
 # Targets of other shapes on their way through data and evaluation sets.
@@ -455,32 +464,32 @@ SPELLINGS = {
 
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_a_metric_is_found_by_what_others_call_it(name: str) -> None:
-    assert metrics.find(name).name == SPELLINGS[name]
-    assert set(metrics.ALIASES.values()) <= set(metrics.METRICS)
+    assert find(name).name == SPELLINGS[name]
+    assert set(ALIASES.values()) <= set(METRICS)
 
 
 def test_a_metric_looks_at_the_output_that_is_named() -> None:
     outputs, names = [VALUES, LOGITS], ["features", "logits"]
-    expected = metrics.value(metrics.METRICS["top1"].score([LOGITS], LABELS))
-    assert metrics.value(metrics.find("accuracy:logits").of(names).score(outputs, LABELS)) == expected
-    assert metrics.find("top1").of(names).output == "features"
-    assert metrics.find("map").of(names).whole
+    expected = value(METRICS["top1"].score([LOGITS], LABELS))
+    assert value(find("accuracy:logits").of(names).score(outputs, LABELS)) == expected
+    assert find("top1").of(names).output == "features"
+    assert find("map").of(names).whole
     with pytest.raises(EdgeKitError, match="no output 'scores'") as caught:
-        metrics.find("top1:scores").of(names)
+        find("top1:scores").of(names)
     assert caught.value.help == "its outputs are features, logits"
     with pytest.raises(EdgeKitError, match="all outputs"):
-        metrics.find("map:boxes")
+        find("map:boxes")
 
 
 def test_an_output_that_no_metric_looks_at_is_a_doubt_where_it_is_ruined() -> None:
-    near, far = (judge.parity([LOGITS], [LOGITS + noise]) for noise in (1e-3, 5.0))
-    metric = metrics.find("top1").of(["a", "b"])
-    assert judge.unjudged(metric, ["a", "b"], [far, near]) == ()
-    (doubt,) = judge.unjudged(metric, ["a", "b"], [near, far])
+    near, far = (parity.parity([LOGITS], [LOGITS + noise]) for noise in (1e-3, 5.0))
+    metric = find("top1").of(["a", "b"])
+    assert verdicts.unjudged(metric, ["a", "b"], [far, near]) == ()
+    (doubt,) = verdicts.unjudged(metric, ["a", "b"], [near, far])
     assert "output 'b' is not judged by top1" in doubt
-    assert judge.unjudged(metrics.find("map").of(["a", "b"]), ["a", "b"], [far, far]) == ()
-    result = judge.accuracy(metric, *[metric.score([LOGITS], LABELS)] * 2)
-    verdict = judge.verdict("int8", result, None, None, near, 50.0, unjudged=(doubt,))
+    assert verdicts.unjudged(find("map").of(["a", "b"]), ["a", "b"], [far, far]) == ()
+    result = accuracy_of(metric, *[metric.score([LOGITS], LABELS)] * 2)
+    verdict = verdicts.verdict("int8", result, None, None, near, 50.0, unjudged=(doubt,))
     assert (verdict.word, verdict.reasons[0]) == ("inconclusive", doubt)
 
 

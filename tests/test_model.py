@@ -16,9 +16,9 @@ from onnx import helper
 from torch import nn
 
 from edgekit.errors import EdgeKitError
-from edgekit.model import Model, load, parse_spec
-from edgekit.results import TensorSpec
-from edgekit.stages import run_module
+from edgekit.loading.model import Model, load, parse_spec
+from edgekit.measuring.running import run_module
+from edgekit.types import TensorSpec
 
 SHAPE = "2x3x8x8"
 
@@ -165,7 +165,7 @@ def test_every_form(form: str, tmp_path: Path, code: Path, net: nn.Module) -> No
 
 
 def test_the_table_of_forms_is_complete() -> None:
-    from edgekit.openers import _OPENERS
+    from edgekit.loading.openers import _OPENERS
 
     torch_save = {"module", "state_dict", "checkpoint"}
     assert set(FORMS) == torch_save | set(_OPENERS) - {"torch"}
@@ -747,6 +747,6 @@ def test_parse_spec_errors(text: str) -> None:
 
 def test_import_is_light() -> None:
     heavy = "[m for m in ('torch', 'onnx', 'numpy', 'onnxruntime', 'safetensors') if m in sys.modules]"
-    script = f"import edgekit.model, json, sys; print(json.dumps({heavy}))"
+    script = f"import edgekit.loading.model, json, sys; print(json.dumps({heavy}))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == []

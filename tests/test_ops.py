@@ -10,10 +10,11 @@ from kit import invoke, quick
 from rich.console import Console
 
 import edgekit
-from edgekit import ops, report, stages
-from edgekit.bundle import Bundle
+from edgekit.artifacts.bundles import Bundle
 from edgekit.errors import EdgeKitError
-from edgekit.results import OpTime, OpTimes
+from edgekit.measuring import op_times, running
+from edgekit.measuring.op_times import OpTime, OpTimes
+from edgekit.reports import tables
 from edgekit.runtimes import RUNTIMES
 
 # What the network's two convolutions and its linear layer are called: runtime, precision → part of the ops' kinds.
@@ -36,7 +37,7 @@ def few_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_table_is_complete() -> None:
-    assert {runtime for runtime, _ in LAYERS} == set(ops.READERS) == set(RUNTIMES) - {"tflite-runtime"}
+    assert {runtime for runtime, _ in LAYERS} == set(op_times.READERS) == set(RUNTIMES) - {"tflite-runtime"}
 
 
 @pytest.mark.parametrize(("runtime", "precision"), LAYERS)
@@ -58,7 +59,7 @@ def test_every_layer_is_timed(runtime: str, precision: str, bundles: dict[str, B
     assert scaled + values["outside_us"] == pytest.approx(profile.ops.latency_us)
     events = json.loads(trace.read_text())["traceEvents"]
     runs = [event for event in events if event["name"] == "run"]
-    assert len(runs) == ops.TRACE_RUNS and runs[0]["ts"] == 0
+    assert len(runs) == op_times.TRACE_RUNS and runs[0]["ts"] == 0
     assert sum(run["args"]["in_table"] for run in runs) == profile.ops.runs == values["runs"]
     assert len(runs) == profile.ops.recorded == values["recorded_runs"]
     label = next(event["args"]["labels"] for event in events if event["name"] == "process_labels")
@@ -87,38 +88,38 @@ def test_command_line(bundles: dict[str, Bundle], capfd: pytest.CaptureFixture, 
 
 def test_a_profiler_that_fails_is_told(bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
     path = next(a.path for a in bundles["fp32"].artifacts if a.format == "tflite")
-    run = stages.run
+    run = running.run
 
     def spoiled(*args: object, trace_runs: int = 0, **options: object) -> object:
         if trace_runs:
             raise EdgeKitError("litert 9.9 gives no per-op times of model.tflite")
         return run(*args, **options)
 
-    monkeypatch.setattr(stages, "run", spoiled)
+    monkeypatch.setattr(running, "run", spoiled)
     profile = edgekit.profile(path, ops=True)
     assert profile.ops is None and profile.latency is not None
     assert profile.notes == ("no per-op times: litert 9.9 gives no per-op times of model.tflite",)
 
 
-@pytest.mark.parametrize("runtime", ops.READERS)
+@pytest.mark.parametrize("runtime", op_times.READERS)
 @pytest.mark.parametrize("record", [b"", b"{}", b"[1, 2]", b'{"runs": [[]]}', b"\x0c\0\0\0ED00" + bytes(40)])
 def test_a_damaged_record_is_told(runtime: str, record: bytes) -> None:
     with pytest.raises(EdgeKitError, match=f"the profile of {runtime} cannot be read|recorded no op"):
-        ops.read(runtime, record)
+        op_times.read(runtime, record)
 
 
 @pytest.mark.parametrize(("ms", "runs"), [(0.0, 200), (0.1, 200), (100.0, 50), (5_000.0, 10)])
 def test_slow_models_run_less_often(ms: float, runs: int) -> None:
-    assert ops.runs_for(ms) == runs
+    assert op_times.runs_for(ms) == runs
 
 
 def test_disturbed_and_odd_runs_do_not_count() -> None:
-    def run(us: float, *names: str) -> ops.Run:
-        return ops.Run(0.0, us * len(names), tuple(ops.Event("Conv", name, 0.0, us) for name in names))
+    def run(us: float, *names: str) -> op_times.Run:
+        return op_times.Run(0.0, us * len(names), tuple(op_times.Event("Conv", name, 0.0, us) for name in names))
 
     cold, odd, slow = run(50.0, "a", "b"), run(1.0, "a"), run(900.0, "a", "b")
     runs = [*[cold] * 4, odd, slow, slow, *(run(float(us % 2), "a", "b") for us in range(13))]
-    times = ops.summarize(runs, latency_us=4.0)
+    times = op_times.summarize(runs, latency_us=4.0)
     assert [op.name for op in times.ops] == ["a", "b"]
     assert all(op.us == pytest.approx(0.5, abs=0.2) for op in times.ops)
     assert times.outside_us == pytest.approx(4 - times.sum_us) and times.scale == 1
@@ -126,13 +127,13 @@ def test_disturbed_and_odd_runs_do_not_count() -> None:
 
 def test_what_the_clock_rounds_away_is_added() -> None:
     """Half a tick of an op on a clock that rounds down; what is in no op has a row of its own."""
-    events = (ops.Event("Conv", "a", 0.0, 3.0, ops.ROUNDED_DOWN_US), ops.Event("Add", "b", 4.0, 2.0))
-    times = ops.summarize([ops.Run(0.0, 8.0, events)] * 8, latency_us=10.0)
+    events = (op_times.Event("Conv", "a", 0.0, 3.0, op_times.ROUNDED_DOWN_US), op_times.Event("Add", "b", 4.0, 2.0))
+    times = op_times.summarize([op_times.Run(0.0, 8.0, events)] * 8, latency_us=10.0)
     assert [op.us for op in times.ops] == [3.5, 2.0]
     assert (times.sum_us, times.between_us, times.outside_us) == (5.5, 2.5, 4.5)
     console = Console(width=200)
     with console.capture() as capture:
-        console.print(report.ops_report(times))
+        console.print(tables.ops_report(times))
     text = capture.get()
     assert "between the ops" in text and "31.2 %" in text and "8.0" in text and "10.0 µs (p50)" in text
 
@@ -142,6 +143,6 @@ def test_times_that_the_profiler_inflates_are_scaled_and_said_so() -> None:
     assert times.scale == 0.5 and times.outside_us == 0
     console = Console(width=200)
     with console.capture() as capture:
-        console.print(report.ops_report(times))
+        console.print(tables.ops_report(times))
     text = capture.get()
     assert "75.0" in text and "150.0" in text and "the profiler's own cost is in the times" in text

@@ -64,4 +64,4 @@ def test_every_folder_of_sources_is_a_package_of_the_project() -> None:
 
 def test_the_command_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert project["project"]["scripts"] == {"edgekit": "edgekit.cli:main"}
+    assert project["project"]["scripts"] == {"edgekit": "edgekit.cli.app:main"}

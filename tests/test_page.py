@@ -9,8 +9,8 @@ import pytest
 from kit import invoke, quick
 from rich.text import Text
 
-from edgekit import page
-from edgekit.bundle import Bundle
+from edgekit.artifacts.bundles import Bundle
+from edgekit.reports import html
 
 
 class Tags(HTMLParser):
@@ -32,7 +32,7 @@ class Tags(HTMLParser):
 
 def test_nothing_in_a_report_is_html(tmp_path: Path) -> None:
     evil = "<script>alert(1)</script> {code} &amp;"
-    page.write(tmp_path / "page.html", evil, Text(evil, style="bold red"))
+    html.write(tmp_path / "page.html", evil, Text(evil, style="bold red"))
     found = Tags((tmp_path / "page.html").read_text())
     assert "script" not in found.tags and found.text.count(evil) == 3  # title, heading and body
 

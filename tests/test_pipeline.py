@@ -16,11 +16,16 @@ from PIL import Image
 from rich.console import Console
 
 import edgekit
-from edgekit import pipeline, report, stages
-from edgekit.bundle import Bundle
+from edgekit.artifacts.bare import precision_of
+from edgekit.artifacts.bundles import Bundle
+from edgekit.commands import compare
+from edgekit.commands.given import identify
+from edgekit.compression import emit
 from edgekit.errors import EdgeKitError
-from edgekit.journal import Journal
-from edgekit.results import Comparison
+from edgekit.judging.results import Comparison
+from edgekit.measuring import running, schedule
+from edgekit.measuring.run_cache import Journal
+from edgekit.reports import tables
 
 FORMATS = ["executorch", "onnx", "tflite"]
 
@@ -30,7 +35,7 @@ def compared(bundles: dict[str, Bundle]) -> Comparison:
     """fp32 and int8 bundles against the module; no fp32 file is to be exported for it."""
     with pytest.MonkeyPatch.context() as patch:
         quick(patch)
-        patch.setattr(stages, "emitting", lambda *args: pytest.fail("an fp32 file was given, yet another is exported"))
+        patch.setattr(emit, "emitting", lambda *args: pytest.fail("an fp32 file was given, yet another is exported"))
         return edgekit.compare(network(), [bundles["fp32"], bundles["int8"].path], data=samples())
 
 
@@ -105,7 +110,7 @@ def test_files_without_their_bundle_are_compared_by_what_they_hold(
 
 def test_a_bare_pte_is_known_for_what_it_is(bundles: dict[str, Bundle], tmp_path: Path) -> None:
     for precision, bundle in bundles.items():
-        bare = pipeline.identify(Path(shutil.copy(bundle.path / "model.pte", tmp_path / f"{precision}.pte")))
+        bare = identify(Path(shutil.copy(bundle.path / "model.pte", tmp_path / f"{precision}.pte")))
         assert (bare.format, bare.precision) == ("executorch", precision)
         assert [(spec.dtype, spec.shape) for spec in bare.inputs] == [("float32", (1, *SHAPE))]
 
@@ -146,15 +151,15 @@ def test_any_batch_size_feeds_a_bundle_of_another(batch: int, tmp_path: Path, mo
 
 def test_outputs_without_the_batch_in_front_are_compared_whole() -> None:
     sequence = np.zeros((3, 7, 1, 5))  # three runs of (time, batch, features)
-    assert stages.flat([sequence], 1)[0].shape == (3, 7, 1, 5)
-    assert stages.flat([np.zeros((3, 4, 5))], 4)[0].shape == (12, 5)
-    assert stages.flat([np.zeros(3)], 4)[0].shape == (3,)
+    assert running.flat([sequence], 1)[0].shape == (3, 7, 1, 5)
+    assert running.flat([np.zeros((3, 4, 5))], 4)[0].shape == (12, 5)
+    assert running.flat([np.zeros(3)], 4)[0].shape == (3,)
 
 
 def test_the_callers_module_and_threads_stay_as_they_are() -> None:
     module, threads = network(), torch.get_num_threads()
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    stages.run_module(module, [np.zeros((2, 1, *SHAPE), np.float32)])
+    running.run_module(module, [np.zeros((2, 1, *SHAPE), np.float32)])
     assert torch.get_num_threads() == threads
     assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
 
@@ -216,7 +221,7 @@ def test_files_of_one_name_are_told_apart(
         twin.parent.mkdir()
         shutil.copy(bundles["int8"].path / "model.onnx", twin)
     result = edgekit.compare(network(), [*twins, bundles["int8"].path / "model.tflite"], data=samples(6))
-    Console(width=250).print(report.comparison_report(result))
+    Console(width=250).print(tables.comparison_report(result))
     shown = capfd.readouterr().out
     assert all(f"{name} int8" in shown for name in ("one/model[a].onnx", "two/model[a].onnx", "model.tflite"))
     assert "int8/model.tflite" not in shown and "android/model.tflite" not in shown
@@ -245,7 +250,7 @@ def test_images_channels_last_are_told_even_where_the_data_needs_their_size(tmp_
         ([1.0, 1.001, 1.002, 1.001, 1.0], 5, None),  # known at once
         ([1.0, 1.4, *[1.0] * 8], 10, None),  # one of them was disturbed
         ([1.0, 1.4] * 5, 10, "the p50 leaves out 50 % of the runs"),
-        ([1.0 + 0.1 * (7 * i % 20) for i in range(20)], pipeline.MOST_ROUNDS, "p50 may be off by"),  # never known
+        ([1.0 + 0.1 * (7 * i % 20) for i in range(20)], schedule.MOST_ROUNDS, "p50 may be off by"),  # never known
     ],
 )
 def test_profile_measures_until_its_p50_is_known(
@@ -256,9 +261,9 @@ def test_profile_measures_until_its_p50_is_known(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The processes are real, and their times given."""
-    most = pipeline.MOST_ROUNDS
+    most = schedule.MOST_ROUNDS
     quick(monkeypatch)
-    monkeypatch.setattr(pipeline, "MOST_ROUNDS", most)
+    monkeypatch.setattr(schedule, "MOST_ROUNDS", most)
     run, given = Journal.run, iter(medians)
     monkeypatch.setattr(Journal, "run", lambda *a, **o: replace(run(*a, **o), latency_ms=(next(given),) * 5))
     result = edgekit.profile(bundles["int8"].path / "model.tflite")
@@ -271,11 +276,11 @@ def test_a_slow_file_is_profiled_in_three_processes(
     bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However long they take: of fewer, a disturbed one could not be told."""
-    rounds, most = pipeline.ROUNDS, pipeline.MOST_ROUNDS
+    rounds, most = schedule.ROUNDS, schedule.MOST_ROUNDS
     quick(monkeypatch)
-    monkeypatch.setattr(pipeline, "ROUNDS", rounds)
-    monkeypatch.setattr(pipeline, "MOST_ROUNDS", most)
-    monkeypatch.setattr(pipeline, "LONGEST_S", 0.0)
+    monkeypatch.setattr(schedule, "ROUNDS", rounds)
+    monkeypatch.setattr(schedule, "MOST_ROUNDS", most)
+    monkeypatch.setattr(schedule, "LONGEST_S", 0.0)
     result = edgekit.profile(bundles["int8"].path / "model.tflite")
     assert len(result.latency.processes) == rounds == 3
 
@@ -285,7 +290,7 @@ def test_an_x86_bundle_is_not_judged_by_the_times_of_an_arm(
 ) -> None:
     """They are measured and shown, with the processor's name."""
     quick(monkeypatch)
-    monkeypatch.setattr(pipeline, "processor_of", lambda device: ("aarch64", "an ARM"))
+    monkeypatch.setattr(compare, "processor_of", lambda device: ("aarch64", "an ARM"))
     files = [next(a.path for a in bundles[p].artifacts if a.format == "onnx") for p in ("fp32", "int8")]
     result = edgekit.compare(network(), files, data=samples())
     assert any("those of an ARM and no part of the verdicts" in note for note in result.notes)
@@ -315,7 +320,7 @@ STORED = {
 
 @pytest.mark.parametrize("case", STORED)
 def test_a_bare_file_has_the_precision_of_most_of_its_weights(case: str) -> None:
-    assert stages.precision_of(STORED[case][0]) == STORED[case][1]
+    assert precision_of(STORED[case][0]) == STORED[case][1]
 
 
 @pytest.mark.parametrize(("dtype", "precision"), [("UINT8", "int8"), ("UINT4", "int4"), ("INT4", "int4")])
@@ -330,4 +335,4 @@ def test_a_bare_onnx_file_of_few_bits_is_no_fp32_file(dtype: str, precision: str
     x, y = (helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, s) for n, s in (("x", (1, 16)), ("y", (1, 8))))
     graph = helper.make_graph(nodes, "g", [x], [y], [weight, *rest])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)]), tmp_path / "few.onnx")
-    assert pipeline.identify(tmp_path / "few.onnx").precision == precision
+    assert identify(tmp_path / "few.onnx").precision == precision

@@ -13,12 +13,14 @@ import torch
 from kit import invoke, quick, tree
 
 import edgekit
-from edgekit import exported, stages, zeros
+from edgekit.artifacts import sparsity
 from edgekit.errors import EdgeKitError
-from edgekit.model import load
-from edgekit.prune_options import Wanted
-from edgekit.quant import masks
-from edgekit.results import SUFFIXES
+from edgekit.loading import with_data
+from edgekit.loading.model import load
+from edgekit.pruning import cost
+from edgekit.pruning.options import Wanted
+from edgekit.quant.pruning import masks
+from edgekit.types import SUFFIXES
 
 MODEL = """
 import torch
@@ -67,7 +69,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves the files out, where the network is what counts."""
-    monkeypatch.setattr(exported, "measure", lambda *arguments: ())
+    monkeypatch.setattr(cost, "measure", lambda *arguments: ())
 
 
 @pytest.mark.parametrize(("pattern", "precision"), [("2:4", "fp32"), ("0.8", "int8")])
@@ -76,11 +78,11 @@ def test_what_is_zero_is_zero_in_every_format(pattern: str, precision: str, tmp_
     found, _ = masks.find(net, masks.parse(pattern), "l1")
     assert {key.partition(".")[0] for key in found} == set(LAYERS)
     masks.apply(net, found)
-    model, source = stages.load(net, data=data(), inputs=(), code=None, mean=(), std=())
+    model, source = with_data.load(net, data=data(), inputs=(), code=None, mean=(), std=())
     wanted = Wanted(tuple(SUFFIXES), precision, "local:", 1, None)
-    artifacts, _, _ = exported.write(model, source, wanted, tmp_path)
+    artifacts, _, _ = cost.write(model, source, wanted, tmp_path)
     for format, artifact in artifacts.items():
-        stored = zeros.weights(artifact.path)
+        stored = sparsity.weights(artifact.path)
         assert {array.dtype.name for array in stored} == {"float32" if precision == "fp32" else "int8"}
         for key, mask in found.items():
             wanted_zeros = mask.numpy() == 0
@@ -177,11 +179,11 @@ def test_other_files_have_no_weights_to_count(tmp_path: Path) -> None:
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(EdgeKitError):
-            zeros.count(tmp_path / name)
+            sparsity.count_zeros(tmp_path / name)
 
 
 def test_a_linear_layer_in_gptq_keeps_its_zeros() -> None:
-    from edgekit.quant.rounding import channel_scales, gptq
+    from edgekit.quant.ptq.gptq_rounding import channel_scales, gptq
 
     torch.manual_seed(0)
     weight = torch.randn(8, 40) * (torch.rand(8, 40) > 0.8)

@@ -13,10 +13,13 @@ import torch
 from kit import NET, interrupted_training, invoke, quick, samples, tree
 
 import edgekit
-from edgekit import exported, prune_options, prune_search, pruning
+from edgekit.artifacts.artifact import Artifact
 from edgekit.errors import EdgeKitError
-from edgekit.exported import Cost
-from edgekit.results import SUFFIXES, Artifact
+from edgekit.pruning import cost, target_search
+from edgekit.pruning.cost import Cost
+from edgekit.pruning.options import parse_limit
+from edgekit.pruning.result import Pruned
+from edgekit.types import SUFFIXES
 
 WIDE = (
     NET.replace("nn.Conv2d(3, 8", "nn.Conv2d(3, 64").replace("nn.Conv2d(8, 16", "nn.Conv2d(64, 96")
@@ -35,7 +38,7 @@ def data() -> dict[str, np.ndarray]:
     return {"x": drawn["x"][:24], "y": drawn["y"][:24], "calib_x": drawn["x"][24:], "calib_y": drawn["y"][24:]}
 
 
-def prune(out: Path, **options: Any) -> pruning.Pruned:
+def prune(out: Path, **options: Any) -> Pruned:
     return edgekit.prune(wide(), **{"data": data(), "out": out, "epochs": 1, "formats": "onnx", **options})
 
 
@@ -60,9 +63,9 @@ def sized(monkeypatch: pytest.MonkeyPatch) -> None:
             found[format] = Artifact(path, format, self.wanted.precision, model.inputs, model.outputs)
         return found
 
-    monkeypatch.setattr(exported, "race", race)
-    monkeypatch.setattr(prune_search._Search, "_export", export)
-    monkeypatch.setattr(exported, "measure", lambda *arguments: ())
+    monkeypatch.setattr(cost, "race", race)
+    monkeypatch.setattr(target_search._Search, "_export", export)
+    monkeypatch.setattr(cost, "measure", lambda *arguments: ())
 
 
 @pytest.mark.parametrize("target", [{"target_latency": "0.5x"}, {"target_size": "0.5x"}, {"target_size": "120kB"}])
@@ -98,7 +101,7 @@ def test_the_command_times_the_files_and_tells_the_candidates(
     (entry,) = json.loads((tmp_path / "net-pruned" / "prune.json").read_text())["files"]
     assert entry["precision"] == "int8" and entry["latency_ms"]["p50"] > 0
     for name, fewer in (("FIRST", 2), ("NEAR", (0.03,)), ("ROUNDINGS", (8,))):
-        monkeypatch.setattr(prune_search, name, fewer)
+        monkeypatch.setattr(target_search, name, fewer)
     ran = invoke(capfd, "prune", model, "--target-size", "0.6x", *options)
     assert ran.code == 0, ran.err
     assert "chosen" in ran.out and "above the target" in ran.out
@@ -133,7 +136,7 @@ def test_a_search_is_not_done_again_by_resume(tmp_path: Path, sized: None, monke
     with pytest.raises(EdgeKitError, match="the search of another pruning"):
         prune(tmp_path, **{**options, "target_latency": "0.7x"}, resume=True)
     with monkeypatch.context() as patch:
-        patch.setattr(prune_search._Search, "run", lambda self: pytest.fail("it searched again"))
+        patch.setattr(target_search._Search, "run", lambda self: pytest.fail("it searched again"))
         done = prune(tmp_path, **options, resume=True, timeout=120)  # which changes nothing that was found
     assert done.search is not None and done.search.chosen.ratio == json.loads(record)["chosen"]["ratio"]
     assert tree(tmp_path) == ["net-pruned", *(f"net-pruned/{file}" for file in tree(done.path))]
@@ -157,7 +160,7 @@ LIMITS = {
 
 @pytest.mark.parametrize("given", LIMITS)
 def test_limits_are_read(given: tuple[Any, str]) -> None:
-    limit = prune_options.parse_limit(*given)
+    limit = parse_limit(*given)
     assert (limit.value, limit.relative) == LIMITS[given]
     assert limit.allowed(10.0) == (10 * limit.value if limit.relative else limit.value)
 

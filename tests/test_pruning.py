@@ -13,13 +13,14 @@ import torch
 from kit import NET, SHAPE, full_disk, interrupted_training, invoke, network, samples, tree
 
 import edgekit
-from edgekit import pruning, training
+from edgekit.compression import training_samples
+from edgekit.compression.training_samples import Memory
 from edgekit.errors import EdgeKitError
-from edgekit.model import load
-from edgekit.quant import channels, recovery
-from edgekit.quant.pruning import divergence
-from edgekit.quant.pruning import prune as pruning_of
-from edgekit.training import Memory
+from edgekit.loading.model import load
+from edgekit.pruning.result import Pruned
+from edgekit.quant.pruning import dependency_graph, distillation
+from edgekit.quant.pruning.allocation import divergence
+from edgekit.quant.pruning.allocation import prune as pruning_of
 
 # Architecture → the image size it is pruned and exported at; None for tokens.
 EXPORTED = {
@@ -139,7 +140,7 @@ def wide() -> torch.nn.Module:
     return scope["make"]().eval()
 
 
-def prune(tmp_path: Path, model: Any = None, **options: Any) -> pruning.Pruned:
+def prune(tmp_path: Path, model: Any = None, **options: Any) -> Pruned:
     drawn = samples(96)
     data = {"x": drawn["x"][:32], "y": drawn["y"][:32], "calib_x": drawn["x"][32:], "calib_y": drawn["y"][32:]}
     return edgekit.prune(model or wide(), **{"ratio": 0.5, "data": data, "out": tmp_path, "epochs": 3, **options})
@@ -149,9 +150,11 @@ def test_fine_tuning_comes_nearer_to_the_original() -> None:
     teacher, x = Flat(wide()), torch.from_numpy(samples(128)["x"])
     with torch.no_grad():
         teacher.inner[6].weight *= 100  # a random network hardly tells its inputs apart
-    structure = channels.structure(teacher, (x[:1],))
+    structure = dependency_graph.structure(teacher, (x[:1],))
     student = pruning_of(teacher, {group: range(group.size // 2) for group in structure.groups})
-    found = recovery.recover(student, teacher, Memory((x,), None, 32, ()), recovery.Plan(20, learning_rate=0.01))
+    found = distillation.recover(
+        student, teacher, Memory((x,), None, 32, ()), distillation.Plan(20, learning_rate=0.01)
+    )
     with torch.no_grad():
         before, after = (divergence(net(x), teacher(x)) for net in (student, found.module))
     assert after < 0.5 * before
@@ -293,14 +296,14 @@ def test_graphs_and_branches_are_refused(tmp_path: Path) -> None:
     assert tree(tmp_path) == ["net.pt2"]
 
 
-@pytest.mark.parametrize(("many", "mixed", "labels"), [(10_000, recovery.MIXED, 0.0), (100, 0.0, 1.0)])
+@pytest.mark.parametrize(("many", "mixed", "labels"), [(10_000, distillation.MIXED, 0.0), (100, 0.0, 1.0)])
 def test_many_samples_teach_as_they_are_and_by_their_labels(
     many: int, mixed: float, labels: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "MANY", many)
-    plans, recover = [], recovery.recover
+    monkeypatch.setattr(training_samples, "MANY", many)
+    plans, recover = [], distillation.recover
     monkeypatch.setattr(
-        recovery, "recover", lambda s, t, m, plan, **o: plans.append(plan) or recover(s, t, m, plan, **o)
+        distillation, "recover", lambda s, t, m, plan, **o: plans.append(plan) or recover(s, t, m, plan, **o)
     )
     given = {"data": samples(40), "train": samples(200), "allocation": "global", "epochs": 1}
     edgekit.prune(network(), ratio=0.3, learning_rate=1e-4, out=tmp_path, **given)

@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 import edgekit
-from edgekit import model, pipeline, ragged
 from edgekit.errors import EdgeKitError
-from edgekit.results import TensorSpec
+from edgekit.loading import model
+from edgekit.measuring import schedule
 from edgekit.runtimes import Timing
+from edgekit.types import TensorSpec
+from edgekit.util import ragged_arrays
 
 BOXES, SCORES = TensorSpec("boxes", "float32", (-1, 4)), TensorSpec("scores", "float32", (-1,))
 
@@ -97,10 +99,10 @@ def nms() -> onnx.ModelProto:
 
 
 def test_stacked_runs_are_padded() -> None:
-    found = ragged.stack([np.ones((1, 2), np.int64), np.zeros((3, 2), np.int64)])
+    found = ragged_arrays.stack([np.ones((1, 2), np.int64), np.zeros((3, 2), np.int64)])
     assert found.shape == (2, 3, 2)
     assert np.isnan(found[0, 1:]).all() and not np.isnan(found[1]).any()
-    assert ragged.stack([np.ones(2, np.int64)] * 2).dtype == np.int64
+    assert ragged_arrays.stack([np.ones(2, np.int64)] * 2).dtype == np.int64
 
 
 def detections(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -109,13 +111,13 @@ def detections(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def stacked(*runs: tuple[np.ndarray, np.ndarray]) -> list[np.ndarray]:
-    return [ragged.stack([run[i] for run in runs]) for i in (0, 1)]
+    return [ragged_arrays.stack([run[i] for run in runs]) for i in (0, 1)]
 
 
 def test_rows_in_another_order_are_the_same_set() -> None:
     boxes, scores = detections(6, 0)
     order = np.random.default_rng(1).permutation(6)
-    a, b = ragged.matched(stacked((boxes, scores)), stacked((boxes[order], scores[order])), (BOXES, SCORES))
+    a, b = ragged_arrays.matched(stacked((boxes, scores)), stacked((boxes[order], scores[order])), (BOXES, SCORES))
     for left, right in zip(a, b, strict=True):
         np.testing.assert_array_equal(left, right)
 
@@ -124,7 +126,7 @@ def test_rows_in_another_order_are_the_same_set() -> None:
 def test_a_missing_row_counts_whole_and_moves_no_other(missing: int) -> None:
     boxes, scores = detections(6, 0)
     left = np.delete(boxes, missing, 0), np.delete(scores, missing)
-    a, b = ragged.matched(stacked((boxes, scores)), stacked(left), (BOXES, SCORES))
+    a, b = ragged_arrays.matched(stacked((boxes, scores)), stacked(left), (BOXES, SCORES))
     assert sorted(np.abs(a[1] - b[1]).ravel().tolist()) == pytest.approx([0, 0, 0, 0, 0, scores[missing]])
     assert np.abs(a[0] - b[0]).sum() == pytest.approx(boxes[missing].sum(), rel=1e-6)
 
@@ -132,7 +134,7 @@ def test_a_missing_row_counts_whole_and_moves_no_other(missing: int) -> None:
 def test_nothing_found_in_a_run_and_rows_that_only_the_file_has() -> None:
     boxes, scores = detections(2, 0)
     nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.float32)
-    a, b = ragged.matched(stacked(nothing, (boxes, scores)), stacked((boxes, scores), nothing), (BOXES, SCORES))
+    a, b = ragged_arrays.matched(stacked(nothing, (boxes, scores)), stacked((boxes, scores), nothing), (BOXES, SCORES))
     assert a[0].shape == b[0].shape == (2, 2, 4)
     np.testing.assert_allclose(np.abs(a[0] - b[0]), [boxes, boxes])
 
@@ -140,7 +142,7 @@ def test_nothing_found_in_a_run_and_rows_that_only_the_file_has() -> None:
 def test_outputs_of_fixed_shape_stay_as_they_are() -> None:
     fixed = TensorSpec("scores", "float32", (1, 3))
     arrays = [np.ones((2, 1, 3), np.float32)]
-    a, b = ragged.matched(arrays, arrays, (fixed,))
+    a, b = ragged_arrays.matched(arrays, arrays, (fixed,))
     assert a[0] is b[0] is arrays[0]
 
 
@@ -193,7 +195,7 @@ class Boxes(nn.Module):
 
 
 def test_compare_scores_a_detector_with_suppression_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "TIMING", Timing(0, 0, 1, 1))
+    monkeypatch.setattr(schedule, "TIMING", Timing(0, 0, 1, 1))
     rng = np.random.default_rng(0)
     corners = rng.uniform(0, 50, (30, 6, 2))
     x = np.concatenate([corners, corners + 10, rng.uniform(0, 1, (30, 6, 1)), rng.integers(0, 3, (30, 6, 1))], 2)

@@ -8,8 +8,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console, RenderableType
 
-from edgekit import pipeline, report, targets
-from edgekit.results import Accuracy, Artifact, Baseline, Comparison, Latency, Measurement, Parity, Verdict
+from edgekit import targets
+from edgekit.artifacts.artifact import Artifact
+from edgekit.commands import compare
+from edgekit.judging.results import Baseline, Comparison, Measurement, Verdict
+from edgekit.measuring.latency import Latency
+from edgekit.metrics.accuracy import Accuracy
+from edgekit.metrics.parity import Parity
+from edgekit.reports import tables
 
 NEAR = Parity(29.2, 0.3, 0.01, 1, 1, 2000)
 CPU = "Intel(R) Xeon(R) Processor @ 2.10GHz (x86_64)"
@@ -53,7 +59,7 @@ PARTS = (
 
 @pytest.mark.parametrize("width", [45, 80, 100, 120, 200])
 def test_nothing_of_a_comparison_is_cut_off(width: int, comparison: Comparison) -> None:
-    text = shown(report.comparison_report(comparison), width)
+    text = shown(tables.comparison_report(comparison), width)
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= width
     words = " ".join(text.split())
@@ -63,7 +69,7 @@ def test_nothing_of_a_comparison_is_cut_off(width: int, comparison: Comparison) 
 
 
 def test_the_table_of_the_example_fits_a_terminal_of_80_columns_as_one(comparison: Comparison) -> None:
-    text = shown(report.comparison_report(comparison), 80)
+    text = shown(tables.comparison_report(comparison), 80)
     assert text.count("drop (95 %)") == 1
     head = "artifact original (cpu) model.pte int8 model.onnx int8 model.tflite int8"
     assert text.splitlines()[0].split() == head.split()
@@ -71,7 +77,7 @@ def test_the_table_of_the_example_fits_a_terminal_of_80_columns_as_one(compariso
 
 @pytest.mark.parametrize("width", [30, 80])
 def test_a_table_with_a_long_name_is_not_cut_off(width: int) -> None:
-    rows = report.table("file", "runtime", "p50 ms", "p90", "p99", "load ms", "memory")
+    rows = tables.table("file", "runtime", "p50 ms", "p90", "p99", "load ms", "memory")
     name = "a-file-with-quite-a-long-name-of-its-own.tflite"
     rows.add_row(name, "LiteRT", "0.123", "0.234", "0.345", "1.87", "236 MB")
     text = shown(rows, width)
@@ -99,7 +105,7 @@ MACHINES = {
 @pytest.mark.parametrize("case", MACHINES)
 def test_a_file_is_not_judged_by_the_times_of_another_processor(case: tuple[str | None, str]) -> None:
     target, machine = case
-    assert pipeline.elsewhere(Artifact(Path("m.onnx"), "onnx", "int8", target=target), machine) == MACHINES[case]
+    assert compare.elsewhere(Artifact(Path("m.onnx"), "onnx", "int8", target=target), machine) == MACHINES[case]
 
 
 def test_every_target_has_a_machine_that_is_tried() -> None:

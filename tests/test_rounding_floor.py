@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import edgekit
-from edgekit import judge, rounding
+from edgekit.judging import noise_floors, verdicts
+from edgekit.metrics import parity
 
 EPS = float(np.finfo(np.float32).eps)
 
@@ -52,11 +53,11 @@ SIZES = {
 def test_rounding_is_that_of_the_numbers_that_an_output_is_a_sum_of(end: str, form: str) -> None:
     x = torch.zeros(1, 8)
     if form == "torch":
-        found = rounding.floors(torch.export.export(Ends(end).eval(), (x,)))
+        found = noise_floors.floors(torch.export.export(Ends(end).eval(), (x,)))
     else:
         buffer = io.BytesIO()
         torch.onnx.export(Ends(end).eval(), (x,), buffer, dynamo=False)
-        found = rounding.floors(None, onnx.load_from_string(buffer.getvalue()))
+        found = noise_floors.floors(None, onnx.load_from_string(buffer.getvalue()))
     assert found == pytest.approx([2 * EPS * SIZES[end]])
 
 
@@ -64,7 +65,7 @@ def test_a_bias_that_a_layer_cancels_out_counts() -> None:
     layer = nn.Linear(3, 2)
     with torch.no_grad():
         layer.bias.copy_(torch.tensor([-7.0, 2.0]))
-    assert rounding.floors(torch.export.export(layer, (torch.zeros(1, 3),))) == pytest.approx([2 * EPS * 7])
+    assert noise_floors.floors(torch.export.export(layer, (torch.zeros(1, 3),))) == pytest.approx([2 * EPS * 7])
 
 
 # original's outputs, the file's, the floor → whether the file is right at fp32
@@ -85,9 +86,9 @@ NEAR_NOTHING = {
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_files_of_outputs_next_to_nothing(case: str, precision: str) -> None:
     reference, output, floor, right = NEAR_NOTHING[case]
-    near = judge.parities([reference], [output], floors=[floor])
-    assert (judge.faithful(precision, near, near) is None) == right
-    result = judge.verdict(precision, None, None, None, judge.worst(near), None)
+    near = parity.parities([reference], [output], floors=[floor])
+    assert (verdicts.faithful(precision, near, near) is None) == right
+    result = verdicts.verdict(precision, None, None, None, parity.worst(near), None)
     assert (result.word == "reject") == (not right and precision == "fp32")
 
 

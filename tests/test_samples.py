@@ -17,11 +17,12 @@ from PIL import Image, ImageOps
 from torch import nn
 
 import edgekit
-from edgekit import data as sources
-from edgekit import stages
-from edgekit.code import import_code
+from edgekit.data import sources
 from edgekit.errors import EdgeKitError
-from edgekit.pixels import onnx_scales_bytes, scales_bytes
+from edgekit.loading import with_data
+from edgekit.loading.pixel_scaling import onnx_scales_bytes, scales_bytes
+from edgekit.measuring.running import run_module
+from edgekit.util.user_code import import_code
 
 RNG = np.random.default_rng(0)
 BASE = RNG.integers(0, 256, (32, 32, 3)).astype(np.uint8)
@@ -243,7 +244,7 @@ def test_a_lone_input_fits_whatever_it_is_called(name: str) -> None:
     images = RNG.random((4, *SHAPE)).astype(np.float32)
     for given in ({name: images}, [({name: images}, None)]):
         original, source = load(network(), given)
-        (chunk,) = edgekit.evaluation.Evaluation(source, original)
+        (chunk,) = edgekit.measuring.evaluation.Evaluation(source, original)
         np.testing.assert_array_equal(chunk.cut(chunk.feeds)[0], images)
 
 
@@ -261,8 +262,8 @@ class OfDict(nn.Module):
 def test_a_dict_of_one_key_is_a_dict() -> None:
     images = RNG.random((4, *SHAPE)).astype(np.float32)
     original, source = load(OfDict(), [({"image": images}, None)])
-    (chunk,) = edgekit.evaluation.Evaluation(source, original)
-    (outputs,) = stages.run_module(original.module, chunk.feeds)
+    (chunk,) = edgekit.measuring.evaluation.Evaluation(source, original)
+    (outputs,) = run_module(original.module, chunk.feeds)
     with torch.no_grad():
         np.testing.assert_allclose(outputs[:, 0], network()(torch.from_numpy(images)).numpy(), atol=1e-5)
     with pytest.raises(EdgeKitError, match="no input 'picture'"):
@@ -275,17 +276,17 @@ class Sum(nn.Module):
 
 
 def load(module: nn.Module, data: Any, *inputs: str) -> tuple[Any, Any]:
-    return stages.load(module, data=data, inputs=inputs, code=None, mean=(), std=())
+    return with_data.load(module, data=data, inputs=inputs, code=None, mean=(), std=())
 
 
 @pytest.mark.parametrize("inputs", [(), ("x:float32[1,3]", "y:float32[1,3]"), ("1x3", "1x3")])
 def test_an_input_called_y_is_an_input(inputs: tuple[str, ...]) -> None:
     x, y = RNG.random((2, 5, 3)).astype(np.float32)
     original, source = load(Sum(), {"x": x, "y": y}, *inputs)
-    (chunk,) = edgekit.evaluation.Evaluation(source, original)
+    (chunk,) = edgekit.measuring.evaluation.Evaluation(source, original)
     assert chunk.target is None and sources.Y_IS_AN_INPUT in source.notes
     np.testing.assert_array_equal(chunk.feeds[1][:, 0], y)
-    (outputs,) = stages.run_module(original.module, chunk.feeds)
+    (outputs,) = run_module(original.module, chunk.feeds)
     np.testing.assert_array_equal(outputs[:, 0], x + y)
 
 
@@ -378,8 +379,8 @@ def test_an_onnx_file_that_scales_bytes_gets_them_once(tmp_path: Path) -> None:
     images = RNG.integers(0, 256, (5, *SHAPE)).astype(np.uint8)
     written(Scaling(OF_BYTES["float, / 255"]), tmp_path / "m.onnx")
     original, source = load(str(tmp_path / "m.onnx"), {"x": images})
-    (chunk,) = edgekit.evaluation.Evaluation(source, original)
-    (outputs,) = stages.run_module(original.module, chunk.feeds)
+    (chunk,) = edgekit.measuring.evaluation.Evaluation(source, original)
+    (outputs,) = run_module(original.module, chunk.feeds)
     with torch.no_grad():
         expected = network()(torch.from_numpy(images).float() / 255).numpy()
     np.testing.assert_allclose(outputs[:, 0], expected, atol=1e-5)
@@ -391,16 +392,16 @@ def test_bytes_are_scaled_once(inputs: tuple[str, ...]) -> None:
     """The samples that a model with `/ 255` in it gets are those of the file, in the type that its input has."""
     images = RNG.integers(0, 256, (5, *SHAPE)).astype(np.uint8)
     original, source = load(Scaling(OF_BYTES["float, / 255"]), {"x": images}, *inputs)
-    (chunk,) = edgekit.evaluation.Evaluation(source, original)
+    (chunk,) = edgekit.measuring.evaluation.Evaluation(source, original)
     assert original.inputs[0].dtype == chunk.feeds[0].dtype.name == ("float32" if "float32" in str(inputs) else "uint8")
     np.testing.assert_array_equal(chunk.cut(chunk.feeds)[0], images)
     assert sources.AS_THEY_ARE in source.notes and source.preprocessing is None
-    (outputs,) = stages.run_module(original.module, chunk.feeds)
+    (outputs,) = run_module(original.module, chunk.feeds)
     with torch.no_grad():
         expected = network()(torch.from_numpy(images).float() / 255).numpy()
     np.testing.assert_allclose(outputs[:, 0], expected, atol=1e-5)
     original, source = load(network(), {"x": images})
-    (chunk,) = edgekit.evaluation.Evaluation(source, original)
+    (chunk,) = edgekit.measuring.evaluation.Evaluation(source, original)
     np.testing.assert_allclose(chunk.cut(chunk.feeds)[0], images / 255, atol=1e-6)
 
 
@@ -432,7 +433,7 @@ def test_helpers_of_the_same_name_are_each_folder_s_own(tmp_path: Path) -> None:
             "import shared_helper\ndef now(): return shared_helper.VALUE\n"
             "def later():\n    import shared_helper\n    return shared_helper.VALUE\n"
         )
-    from edgekit.code import running
+    from edgekit.util.user_code import running
 
     for name, value in (("a", 1), ("b", 2), ("a", 1)):
         code = import_code(f"{tmp_path / name / 'twin.py'}:now")

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from kit import ROOT, command, environment
 
-from edgekit import doctor
+from edgekit.doctor import packages
 from edgekit.runtimes.table import RUNTIMES
 
 PACKAGES = (
-    *(doctor.MODULES.get(r.name, r.name.replace("-", "_")).partition(".")[0] for r in doctor.requirements()),
+    *(packages.MODULES.get(r.name, r.name.replace("-", "_")).partition(".")[0] for r in packages.requirements()),
     *("tflite_runtime", "google", "sympy", "ml_dtypes", "pip", "edgekit_job", "session", "measure", "worker"),
     *(name for runtime in RUNTIMES.values() for name in (runtime.module, *runtime.helpers)),
 )
@@ -65,9 +65,9 @@ def test_every_dependency_is_imported_from_where_it_is_installed(
     shadowed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(shadowed)
-    monkeypatch.setenv(doctor.OTHER_PYTHON, sys.executable)
-    assert doctor.import_problems(["onnx", "numpy"]) == {"onnx": None, "numpy": None}
-    doctor._tflite_runtime(deep=True)
+    monkeypatch.setenv(packages.OTHER_PYTHON, sys.executable)
+    assert packages.import_problems(["onnx", "numpy"]) == {"onnx": None, "numpy": None}
+    packages._tflite_runtime(deep=True)
     assert not (shadowed / "ran").exists(), (shadowed / "ran").read_text()
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 import edgekit
-from edgekit import model, pipeline
 from edgekit.errors import EdgeKitError
+from edgekit.loading import model
+from edgekit.measuring import schedule
 from edgekit.runtimes import Timing
 
 
@@ -158,7 +159,7 @@ def test_torchscript_with_state_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_files_follow_a_stream_of_calls(precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "TIMING", Timing(0, 0, 1, 1))
+    monkeypatch.setattr(schedule, "TIMING", Timing(0, 0, 1, 1))
     torch.manual_seed(0)
     net = ConvCache().eval()
     samples = np.random.default_rng(0).standard_normal((12, 4, 5)).astype(np.float32)

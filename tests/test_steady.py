@@ -7,8 +7,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from edgekit import pipeline, steady
-from edgekit.results import Latency
+from edgekit.measuring import outliers, schedule
+from edgekit.measuring.latency import Latency
 
 RUN_MS, SLOWED = 0.4, 1.4
 PROCESS_MS = 600
@@ -42,10 +42,10 @@ class Machine:
     def profile(self) -> Latency:
         """As many processes as `edgekit profile` would run."""
         processes: list[tuple[float, ...]] = []
-        while len(processes) < pipeline.MOST_ROUNDS:
+        while len(processes) < schedule.MOST_ROUNDS:
             processes.append(self.process())
-            latency = steady.undisturbed(Latency(tuple(processes), 1))
-            if steady.is_known(latency):
+            latency = outliers.undisturbed(Latency(tuple(processes), 1))
+            if outliers.is_known(latency):
                 break
         return latency
 
@@ -62,13 +62,13 @@ def test_two_p50_in_a_row_are_within_five_percent(busy: float) -> None:
         assert max(abs(b / a - 1) for a, b in pairwise(plain)) > 0.05
         assert np.mean([latency.disturbed for latency in found]) == pytest.approx(busy, abs=0.2)
     else:
-        assert np.median([len(latency.processes) for latency in found]) == steady.FEWEST
+        assert np.median([len(latency.processes) for latency in found]) == outliers.FEWEST
         assert np.median([latency.disturbed for latency in found]) < 0.01
 
 
 def test_the_medians_are_of_undisturbed_runs_and_the_tail_of_all() -> None:
     alone, shared = (1.0,) * 90, (1.0,) * 60 + (1.5,) * 30
-    latency = steady.undisturbed(Latency((alone, shared), 1))
+    latency = outliers.undisturbed(Latency((alone, shared), 1))
     assert latency.undisturbed == (alone, (1.0,) * 60)
     assert latency.disturbed == pytest.approx(30 / 180)
     assert (latency.p50, latency.percentile(90)) == (1.0, 1.5)
@@ -78,20 +78,20 @@ def test_the_medians_are_of_undisturbed_runs_and_the_tail_of_all() -> None:
 def test_a_throttled_file_keeps_all_of_its_runs() -> None:
     falling = tuple(np.linspace(1, 1.5, 300))
     latency = Latency((falling,) * 6, 1)
-    assert steady.undisturbed(latency) is latency
+    assert outliers.undisturbed(latency) is latency
     assert latency.p50 == pytest.approx(1.25)
 
 
 def test_one_process_that_is_faster_than_all_others_is_no_rule() -> None:
     latency = Latency(((1.0,) * 50, *((2.0 + 0.2 * i,) * 50 for i in range(5))), 1)
-    assert steady.undisturbed(latency) is latency
-    assert not steady.is_known(latency)
+    assert outliers.undisturbed(latency) is latency
+    assert not outliers.is_known(latency)
 
 
 def test_few_processes_are_enough_on_a_quiet_machine_only() -> None:
     quiet, slow = (1.0,) * 50, (1.0,) * 20 + (1.4,) * 30
     known = [
-        steady.is_known(steady.undisturbed(Latency((process,) * count, 1)))
+        outliers.is_known(outliers.undisturbed(Latency((process,) * count, 1)))
         for process, count in [(quiet, 4), (quiet, 5), (slow, 5), (slow, 10)]
     ]
     assert known == [False, True, False, True]

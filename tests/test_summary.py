@@ -16,15 +16,17 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from rich.console import Console
 from torch import nn
 
-from edgekit import model as loading
-from edgekit import summary
-from edgekit.contents import Node, float_islands
+from edgekit.artifacts import summary
+from edgekit.artifacts.contents import Node, float_islands
 from edgekit.errors import EdgeKitError
+from edgekit.exporters.executorch.lower import to_executorch
+from edgekit.exporters.onnx.export import to_onnx
 from edgekit.exporters.tflite import convert
-from edgekit.exporters.to_executorch import to_executorch
-from edgekit.exporters.to_onnx import to_onnx
-from edgekit.quant.recipes import RECIPES
-from edgekit.results import TensorSpec
+from edgekit.loading import model_summary
+from edgekit.loading.model import load
+from edgekit.quant.ptq.recipes import RECIPES
+from edgekit.reports.summary import render
+from edgekit.types import TensorSpec
 
 
 class Net(nn.Module):
@@ -124,7 +126,7 @@ def test_artifact(files: Path, name: str) -> None:
         assert (found.int8_ops, found.float_ops) == (int8_ops, float_ops)
     assert json.loads(json.dumps(found.to_dict()))["ops"] == found.ops
     console = Console(width=200, record=True)
-    console.print(summary.render(found))
+    console.print(render(found))
     assert found.sha256 in console.export_text()
 
 
@@ -269,8 +271,8 @@ NETS = {
 }  # fmt: skip
 
 
-def inspect(module: nn.Module, shape: tuple[int, ...]) -> summary.ModelSummary:
-    return summary.inspect_model(loading.load(module, inputs=["x".join(map(str, shape))]))
+def inspect(module: nn.Module, shape: tuple[int, ...]) -> model_summary.ModelSummary:
+    return model_summary.inspect_model(load(module, inputs=["x".join(map(str, shape))]))
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -310,7 +312,7 @@ def test_shared_and_idle_layers() -> None:
     assert found.buffers == 8 + 8 + 1 and found.macs == 3 * 2 * 64
     assert found.size_bytes == 4 * found.parameters + 4 * 16 + 8  # num_batches_tracked is int64
     console = Console(width=200, record=True)
-    console.print(summary.render(found))
+    console.print(render(found))
     text = console.export_text()
     assert "never called" in text and "shared with body.0" in text
     assert json.loads(json.dumps(found.to_dict()))["layers"][2]["path"] == "body.0"
@@ -327,17 +329,17 @@ def test_activation_peak() -> None:
 def test_graphs_that_hide_their_layers(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
     torch.export.save(torch.export.export(net, (torch.randn(1, 3, 8, 8),)), tmp_path / "net.pt2")
-    found = summary.inspect_model(loading.load(tmp_path / "net.pt2"))
+    found = model_summary.inspect_model(load(tmp_path / "net.pt2"))
     assert found.macs == 4 * 3 * 9 * 36 and found.parameters == 4 * 27 + 4
     assert all(layer.calls is None for layer in found.layers if layer.depth)
     assert any("MACs are known in total only" in note for note in found.notes)
 
 
 def test_inspecting_leaves_the_model_as_it_was() -> None:
-    model = loading.load(Net(False), inputs=["1x3x16x16"])
+    model = load(Net(False), inputs=["1x3x16x16"])
     before = [t.clone() for t in model.module(*model.example)]
     fast = torch.backends.mha.get_fastpath_enabled()
-    found = summary.inspect_model(model)
+    found = model_summary.inspect_model(model)
     assert found.inputs == (TensorSpec(model.inputs[0].name, "float32", SHAPE),)
     assert math.prod(found.layers[0].output_shape or ()) == 10
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.module.modules())

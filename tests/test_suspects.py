@@ -11,10 +11,10 @@ from kit import quick
 from torch import nn
 
 import edgekit
-from edgekit import suspects
-from edgekit.bundle import Bundle
-from edgekit.contents import Contents, Kind, Node
-from edgekit.results import SUFFIXES
+from edgekit.artifacts import int8_coverage
+from edgekit.artifacts.bundles import Bundle
+from edgekit.artifacts.contents import Contents, Kind, Node
+from edgekit.types import SUFFIXES
 
 
 def contents(*nodes: tuple[str, Kind], undelegated: dict[str, int] | None = None, delegates: int = 0) -> Contents:
@@ -54,7 +54,7 @@ TABLE: dict[str, tuple[Contents, tuple[str, ...]]] = {
 @pytest.mark.parametrize("case", TABLE)
 def test_what_a_file_holds_is_told_in_words(case: str) -> None:
     given, lines = TABLE[case]
-    found = suspects.describe(given)
+    found = int8_coverage.describe(given)
     assert found.suspects == lines
     assert found.int8_ops == given.count("int8")
     assert found.to_dict().keys() >= {"int8_ops", "float_ops", "islands", "requantizations", "delegates", "undelegated"}
@@ -69,7 +69,7 @@ def exported(module: nn.Module, batches: Batches | list, folder: Path, name: str
 def test_files_are_read_as_their_runtimes_run_them(tmp_path: Path) -> None:
     """A bilinear resize is int8 in TFLite, and in float in ONNX Runtime and XNNPACK."""
     bundle = exported(build("bilinear"), Batches(CASES["bilinear"]), tmp_path, "net")
-    found = {a.format: suspects.structure(a) for a in bundle.artifacts}
+    found = {a.format: int8_coverage.structure(a) for a in bundle.artifacts}
     assert set(found) == set(SUFFIXES)
     assert found["onnx"].islands == {"Resize": 1}
     assert found["executorch"].islands == {"StaticResizeBilinear2D": 1}
@@ -83,15 +83,15 @@ def test_files_are_read_as_their_runtimes_run_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize("format", SUFFIXES)
 def test_a_convolutional_network_has_no_suspects(format: str, bundles: dict[str, Bundle]) -> None:
     (artifact,) = [a for a in bundles["int8"].artifacts if a.format == format]
-    found = suspects.structure(artifact)
+    found = int8_coverage.structure(artifact)
     assert (found.float_ops, found.suspects) == ({}, ())
     assert found.int8_ops == 4  # two convolutions, the pool and the linear layer
 
 
 def test_only_int8_files_have_suspects(bundles: dict[str, Bundle], tmp_path: Path) -> None:
-    assert all(suspects.structure(artifact) is None for artifact in bundles["fp32"].artifacts)
+    assert all(int8_coverage.structure(artifact) is None for artifact in bundles["fp32"].artifacts)
     (tmp_path / "bad.onnx").write_bytes(b"not a model")
-    assert suspects.runs(tmp_path / "bad.onnx") is None
+    assert int8_coverage.runs(tmp_path / "bad.onnx") is None
 
 
 def test_a_rejection_for_speed_names_the_suspects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +105,7 @@ def test_a_rejection_for_speed_names_the_suspects(tmp_path: Path, monkeypatch: p
         module.eval(), target="x86", formats=["onnx"], precision="int8", data=[(b[0], None) for b in batches],
         out=tmp_path, name="net",
     )  # fmt: skip
-    monkeypatch.setattr(edgekit.pipeline.judge, "MIN_SPEEDUP", 1e9)
+    monkeypatch.setattr(edgekit.commands.export.judge, "MIN_SPEEDUP", 1e9)
     (measured,) = edgekit.compare(module, [bundle], data=[(b[0], None) for b in batches], rounds=2).artifacts
     assert measured.verdict.word == "reject"
     (slow,) = (reason for reason in measured.verdict.reasons if reason.startswith("slower than fp32"))

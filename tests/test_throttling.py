@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgekit import measure, throttling
 from edgekit.errors import EdgeKitError
-from edgekit.results import Latency
+from edgekit.measuring import steadiness
+from edgekit.measuring.latency import Latency
+from edgekit.runtimes import stopwatch
 
 NOISE = np.random.default_rng(0).normal(1, 0.02, 300)
 RUNS = {
@@ -29,7 +30,7 @@ RUNS = {
 @pytest.mark.parametrize("case", RUNS)
 def test_slowdown(case: str) -> None:
     samples, expected = RUNS[case]
-    got = measure.slowdown(samples)
+    got = stopwatch.slowdown(samples)
     assert got == (None if expected is None else pytest.approx(expected, rel=0.05))
 
 
@@ -69,12 +70,12 @@ SAID = {
 @pytest.mark.parametrize("case", SAID)
 def test_what_is_said(case: str) -> None:
     facts, said = SAID[case]
-    (note,) = throttling.notes({"a": latency(1, 1, 1), "b": latency(1, 1, 1, end=1.6), "c": None}, device(facts))
+    (note,) = steadiness.notes({"a": latency(1, 1, 1), "b": latency(1, 1, 1, end=1.6), "c": None}, device(facts))
     assert note.startswith("b became slower by 3")
     assert f"processor{said}; let it cool down" in note
 
 
 def test_level_runs_need_no_note_and_ask_no_device() -> None:
-    assert throttling.notes({"a": latency(1, 1, 1), "b": None}, None) == ()  # type: ignore[arg-type]
-    both = throttling.notes({"a": latency(1, 1.2, 1.4), "b": latency(1, 1.3, 1.6)}, device({}))
+    assert steadiness.notes({"a": latency(1, 1, 1), "b": None}, None) == ()  # type: ignore[arg-type]
+    both = steadiness.notes({"a": latency(1, 1.2, 1.4), "b": latency(1, 1.3, 1.6)}, device({}))
     assert both[0].startswith("b became slower by 60 % while it was measured, and 1 more slowed down too")

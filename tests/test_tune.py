@@ -14,14 +14,17 @@ import torch
 from kit import invoke, network, samples
 
 import edgekit
-from edgekit import explain, judge, stages, tune
-from edgekit.bundle import Bundle
+from edgekit.artifacts.artifact import Artifact
+from edgekit.artifacts.bundles import Bundle
+from edgekit.compression import mixed_precision
 from edgekit.errors import EdgeKitError
-from edgekit.evaluation import whole
-from edgekit.progress import Silent
-from edgekit.quant import mixed
-from edgekit.results import Artifact
+from edgekit.judging import parity_ladder, verdicts
+from edgekit.loading import with_data
+from edgekit.measuring import running
+from edgekit.measuring.evaluation import whole
+from edgekit.quant.ptq import float_heads
 from edgekit.runtimes import open_device
+from edgekit.util.progress import Silent
 
 FORMATS = ["onnx", "tflite"]
 LOUD = {"mid", "last"}  # what touches the loud channel of the outlier network
@@ -29,7 +32,7 @@ LOUD = {"mid", "last"}  # what touches the loud channel of the outlier network
 
 def run(artifact: Artifact, x: np.ndarray) -> np.ndarray:
     """What the file itself gives for each image, in its own runtime."""
-    return stages.run(artifact, [x[:, None]]).outputs[0][:, 0]
+    return running.run(artifact, [x[:, None]]).outputs[0][:, 0]
 
 
 def right(bundle: Bundle) -> dict[str, float]:
@@ -54,7 +57,7 @@ def tried() -> dict[int, float]:
 
 @pytest.fixture(scope="module")
 def rescued(tmp_path_factory: pytest.TempPathFactory, tried: dict[int, float]) -> Bundle:
-    search = mixed.fewest
+    search = float_heads.fewest
 
     def watched(most: int, drop: Callable[[int], float], limit: float) -> int | None:
         def measured(count: int) -> float:
@@ -64,7 +67,7 @@ def rescued(tmp_path_factory: pytest.TempPathFactory, tried: dict[int, float]) -
         return search(most, measured, limit)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mixed, "fewest", watched)
+        patch.setattr(float_heads, "fewest", watched)
         return edgekit.export(
             hazards.outlier(), target="x86", formats=FORMATS, precision="int8", data=hazards.data(),
             max_drop=1.0, out=tmp_path_factory.mktemp("mixed"), name="net",
@@ -95,12 +98,12 @@ def test_only_the_layers_to_blame_are_in_float(rescued: Bundle) -> None:
 
 
 def test_the_ladder_keeps_them_in_float_too(rescued: Bundle) -> None:
-    original, source = stages.load(hazards.outlier(), data=hazards.data(), inputs=(), code=None, mean=(), std=())
+    original, source = with_data.load(hazards.outlier(), data=hazards.data(), inputs=(), code=None, mean=(), std=())
     assert source is not None
     feeds = whole(source, original).feeds
-    rungs = explain.explain(original, source, rescued.artifacts, feeds, open_device("local:"), True, Silent())
+    rungs = parity_ladder.explain(original, source, rescued.artifacts, feeds, open_device("local:"), True, Silent())
     graph = next(rung for rung in rungs if "graph, in float: " in rung.name)
-    assert graph.parity.sqnr_db > judge.POOR_SQNR_DB
+    assert graph.parity.sqnr_db > verdicts.POOR_SQNR_DB
     assert not [rung.name for rung in rungs if rung.problem]
     assert {rung.against for rung in rungs[2:]} == {graph.name}
 
@@ -119,11 +122,11 @@ def test_the_table_names_the_layers_to_blame(collapsed: Bundle) -> None:
 
 
 def test_a_rejection_names_the_most_sensitive_layers(collapsed: Bundle, rescued: Bundle, tmp_path: Path) -> None:
-    named = tune.most_sensitive(collapsed.artifacts[0])
+    named = mixed_precision.most_sensitive(collapsed.artifacts[0])
     assert len(named) == 3 and any(name.startswith("mid (conv2d + relu) at ") for name in named)
     kept = {layer["path"] for layer in rescued.manifest["recipe"]["float_layers"]}
-    assert not any(name.split(" ")[0] in kept for name in tune.most_sensitive(rescued.artifacts[0]))
-    assert tune.most_sensitive(Artifact(tmp_path / "model.onnx", "onnx", "int8")) == ()
+    assert not any(name.split(" ")[0] in kept for name in mixed_precision.most_sensitive(rescued.artifacts[0]))
+    assert mixed_precision.most_sensitive(Artifact(tmp_path / "model.onnx", "onnx", "int8")) == ()
 
 
 def test_nothing_is_kept_where_int8_is_good_enough(tmp_path: Path) -> None:
@@ -146,7 +149,7 @@ def test_nothing_is_kept_where_int8_is_good_enough(tmp_path: Path) -> None:
 def test_a_drop_that_cannot_be_reached_is_an_error_with_what_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mixed, "fewest", lambda most, drop, limit: None if drop(1) > limit else 1)
+    monkeypatch.setattr(float_heads, "fewest", lambda most, drop, limit: None if drop(1) > limit else 1)
     with pytest.raises(EdgeKitError, match=r"int8 loses \d\d\.\d\d points on 200 samples.*mid \(conv2d") as caught:
         edgekit.export(
             hazards.outlier(), target="x86", formats=["onnx"], precision="int8", data=hazards.data(), max_drop=0.1,
@@ -179,8 +182,8 @@ def test_a_detector_keeps_its_scores_beside_boxes_in_pixels(tmp_path: Path, monk
     model = hazards.detector()
     assert (hazards.scores(model(torch.from_numpy(arrays["x"]))).argmax(1).numpy() == target).mean() > 0.97
     share = {}
-    for name, apart in (("remedy", mixed.MOST_APART), ("none", float("inf"))):
-        monkeypatch.setattr(mixed, "MOST_APART", apart)
+    for name, apart in (("remedy", float_heads.MOST_APART), ("none", float("inf"))):
+        monkeypatch.setattr(float_heads, "MOST_APART", apart)
         bundle = edgekit.export(
             model, target="x86", formats=FORMATS, precision="int8", data=arrays, out=tmp_path, name=name
         )
@@ -245,7 +248,7 @@ def test_the_command_line_shows_the_table_and_writes_it(
 
 def test_batches_are_spread_over_a_stream_of_any_length() -> None:
     for length in (0, 1, 7, 16, 100, 513):
-        kept = tune.spread(((index,) for index in range(length)), 16)  # type: ignore[misc]
+        kept = mixed_precision.spread(((index,) for index in range(length)), 16)  # type: ignore[misc]
         assert len(kept) >= min(length, 16) and len(kept) < 32
         steps = {b[0] - a[0] for a, b in pairwise(kept)}
         assert len(steps) <= 1

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 import edgekit
-from edgekit import unfaithful
+from edgekit.artifacts.artifact import Artifact
 from edgekit.errors import EdgeKitError
-from edgekit.model import load
-from edgekit.results import Artifact
+from edgekit.judging import discrepancies
+from edgekit.loading.model import load
 
 
 class Net(nn.Module):
@@ -85,7 +85,7 @@ def test_a_model_that_is_not_to_blame() -> None:
     feeds = [np.ones((1, 2, 8), np.float32)]
     artifact = Artifact(Path("model.onnx"), "onnx", "fp32", original.inputs, original.outputs)
     for others, help in ((["tflite"], "--format tflite"), ([], "another --precision")):
-        refused = unfaithful.refusal(original, feeds, artifact, "differs", True, others)
+        refused = discrepancies.refusal(original, feeds, artifact, "differs", True, others)
         assert refused.what == (
             "model.onnx is not faithful to the model: it differs; nothing in the model explains it: an exporter or a "
             "runtime is at fault"

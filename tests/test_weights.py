@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from edgekit.errors import EdgeKitError
-from edgekit.model import Model, load
+from edgekit.loading.model import Model, load
 
 CODE = """
 import torch

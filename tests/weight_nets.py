@@ -11,7 +11,7 @@ from int8_nets import Net, attention, conv
 from torch import nn
 from torch.export import ExportedProgram
 
-from edgekit.quant.recipes import RECIPES, Compressed
+from edgekit.quant.ptq.recipes import RECIPES, Compressed
 
 PRECISIONS = ("int8-dynamic", "int8-weight-only")
 

@@ -9,22 +9,22 @@ import numpy as np
 import onnx
 
 from edgekit.errors import EdgeKitError
-from edgekit.exporters.tflite import batch
-from edgekit.exporters.tflite import lowerings as _lowerings  # noqa: F401 (fills the table of lowerings)
-from edgekit.exporters.tflite.batch import Lowered
+from edgekit.exporters.tflite import ops as _ops  # noqa: F401 (fills the table of lowerings)
 from edgekit.exporters.tflite.builder import Builder
-from edgekit.exporters.tflite.forced import Place, judged, places, steps
-from edgekit.exporters.tflite.fuse import fuse, fuse_activations
+from edgekit.exporters.tflite.int8_check import Place, judged, places, steps
 from edgekit.exporters.tflite.ir import QParams
-from edgekit.exporters.tflite.metadata import NAME, Description, labeled_output, labels_behind, metadata
-from edgekit.exporters.tflite.normalize import normalize, rejection
-from edgekit.exporters.tflite.notes import float_islands
-from edgekit.exporters.tflite.quantized import read_quantization
+from edgekit.exporters.tflite.passes.float_islands import float_islands
+from edgekit.exporters.tflite.passes.fuse import fuse, fuse_activations
+from edgekit.exporters.tflite.read import batch
+from edgekit.exporters.tflite.read.batch import Lowered
+from edgekit.exporters.tflite.read.normalize import normalize, rejection
+from edgekit.exporters.tflite.read.opset_upgrade import with_shapes
+from edgekit.exporters.tflite.read.qdq import read_quantization
 from edgekit.exporters.tflite.registry import lower
-from edgekit.exporters.tflite.upgrade import with_shapes
 from edgekit.exporters.tflite.versions import min_runtime, too_new
-from edgekit.exporters.tflite.write import write
-from edgekit.results import Layout
+from edgekit.exporters.tflite.write.flatbuffer import write
+from edgekit.exporters.tflite.write.metadata import NAME, Description, labeled_output, labels_behind, metadata
+from edgekit.types import Layout
 
 # As TensorFlow's converter writes it: zero-padded text in a buffer of this name and size.
 RUNTIME_METADATA = "min_runtime_version"

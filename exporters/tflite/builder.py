@@ -10,7 +10,6 @@ from typing import Any, Literal
 import numpy as np
 
 from edgekit.errors import EdgeKitError
-from edgekit.exporters.tflite.in_place import protect
 from edgekit.exporters.tflite.ir import (
     Graph,
     Info,
@@ -23,9 +22,10 @@ from edgekit.exporters.tflite.ir import (
     Value,
     identity,
 )
-from edgekit.exporters.tflite.kernels import MAX_RANK, data_input, takes
-from edgekit.exporters.tflite.orders import CHANNELS_LAST, merge_groups, reshaped_channels, reshaped_order, welcome
-from edgekit.results import axis_order
+from edgekit.exporters.tflite.kernel_support import MAX_RANK, data_input, takes
+from edgekit.exporters.tflite.layout import CHANNELS_LAST, merge_groups, reshaped_channels, reshaped_order, welcome
+from edgekit.exporters.tflite.write.buffer_aliasing import protect
+from edgekit.types import axis_order
 
 Operand = Tensor | np.ndarray | None
 FLOAT = np.dtype(np.float32)

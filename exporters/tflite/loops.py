@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from edgekit.exporters.tflite.builder import INT32, Builder
-from edgekit.exporters.tflite.in_place import protect
 from edgekit.exporters.tflite.ir import Subgraph, Tensor
+from edgekit.exporters.tflite.write.buffer_aliasing import protect
 
 SHORTEST = 8  # steps of a chunk
 CHUNKS = 64  # more of them make longer chunks

@@ -46,7 +46,7 @@ def lower(builder: Builder, node: Node) -> None:
         if name not in parameters or parameters[name].kind is not inspect.Parameter.KEYWORD_ONLY:
             raise EdgeKitError(
                 f"TFLite export does not handle the attribute '{name}' of ONNX op {node}",
-                "export with --format onnx or executorch, or extend the lowering in exporters/tflite/ops_*.py",
+                "export with --format onnx or executorch, or extend the lowering in exporters/tflite/ops",
             )
         numbers = value if isinstance(value, list) else [value]
         if any(isinstance(number, int) and abs(number) > LARGEST for number in numbers):
@@ -77,7 +77,7 @@ def no_lowering(node: Node) -> EdgeKitError:
     """The error for an op that nothing here lowers."""
     return EdgeKitError(
         f"TFLite export has no lowering for ONNX op {node}",
-        "export with --format onnx or executorch, or add a lowering in exporters/tflite/ops_*.py",
+        "export with --format onnx or executorch, or add a lowering in exporters/tflite/ops",
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from edgekit.exporters.tflite.ir import Op, Tensor, all_ops
-from edgekit.exporters.tflite.kernels import data_input
+from edgekit.exporters.tflite.kernel_support import data_input
 
 # The last release of the package `tflite-runtime`; LiteRT came after it.
 LAST_TFLITE_RUNTIME = "2.14.0"

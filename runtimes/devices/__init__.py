@@ -1,4 +1,4 @@
-"""DEVICES: one transport per URI scheme."""
+"""Devices: one transport per URI scheme."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ import re
 import shlex
 from collections.abc import Sequence
 
-from edgekit.limits import NOT_FROM_HERE
+from edgekit.screening.limits import NOT_FROM_HERE
 
 PACKAGES = ("numpy", "onnxruntime", "ai-edge-litert", "tflite-runtime", "executorch")
 

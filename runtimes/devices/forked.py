@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from edgekit.beside import ENDING, die_with_parent
 from edgekit.runtimes import worker
+from edgekit.util.forking import ENDING, die_with_parent
 
 from .device import Process
 from .local import LocalDevice

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Literal
 
 from edgekit.errors import EdgeKitError
-from edgekit.files import make_temporary
-from edgekit.files import remove as remove_temporary
+from edgekit.util.atomic_files import make_temporary
+from edgekit.util.atomic_files import remove as remove_temporary
 
 from . import facts
 from .device import STALL_S, Device, Exit, Process, listen

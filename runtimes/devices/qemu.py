@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from edgekit import files
 from edgekit.errors import EdgeKitError
 from edgekit.runtimes.cache import cached, step, wheels
+from edgekit.util import atomic_files
 
 from . import facts
 from .device import Device, Exit
@@ -116,7 +116,7 @@ class QemuDevice(LocalDevice):
 
         Raises EdgeKitError where they cannot be counted: a static QEMU takes no plugins, and ours has to be compiled.
         """
-        with files.temporary_folder() as folder:
+        with atomic_files.temporary_folder() as folder:
             marks = Path(folder, "marks")
             self._counter = f"{_plugin(self._program)},out={marks},mark={GETPPID}"
             try:

@@ -10,8 +10,8 @@ import shlex
 from pathlib import Path
 from typing import NamedTuple
 
-from edgekit import files
 from edgekit.errors import EdgeKitError
+from edgekit.util import atomic_files
 
 from .device import Device
 from .shell import ShellDevice, options, tool
@@ -90,7 +90,7 @@ class SshLink:
         self.name = f"{self._target}:{address.port}" if address.port else self._target
         self.uri = f"ssh://{self.name}"
         # A socket's path has 104 characters at most, and TMPDIR may be longer.
-        self._folder = files.make_temporary(Path("/tmp"))
+        self._folder = atomic_files.make_temporary(Path("/tmp"))
         settings = {**OPTIONS, "ControlPath": f"{self._folder}/socket"}
         self._ssh = [program, *(word for key, value in settings.items() for word in ("-o", f"{key}={value}"))]
         if address.port:
@@ -121,7 +121,7 @@ class SshLink:
 
     def close(self) -> None:
         """Remove the connection's socket."""
-        files.remove(self._folder)
+        atomic_files.remove(self._folder)
 
 
 def _sh(script: str) -> str:

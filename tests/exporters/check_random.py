@@ -31,7 +31,7 @@ from tflite_tools import run_onnx, run_tflite
 
 from edgekit.errors import EdgeKitError
 from edgekit.exporters.tflite import convert, convert_with_notes
-from edgekit.exporters.tflite.forced import steps
+from edgekit.exporters.tflite.int8_check import steps
 
 CLOSE = 2e-4  # of a float's size
 NOISE = 2e-6  # of a float's size, added to every value in between: what moves an output by more says nothing
@@ -239,7 +239,7 @@ def check(kind: str, seeds: range) -> dict[int, Verdict]:
     if kind == "torch":
         import random_torch
 
-        import edgekit.exporters.to_executorch  # noqa: F401 (imported before the forks, which then need not)
+        import edgekit.exporters.executorch.lower  # noqa: F401 (imported before the forks, which then need not)
 
         return dict(outcomes(random_torch.export_and_compare, seeds, 300))
     make, judge = KINDS[kind]

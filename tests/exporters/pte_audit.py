@@ -27,10 +27,10 @@ from torch import nn
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from edgekit.artifacts.int8_coverage import missing_kernels
 from edgekit.errors import EdgeKitError
-from edgekit.exporters.to_executorch import to_executorch
-from edgekit.quant.recipes import float32, half_compute, int8_static
-from edgekit.suspects import missing_kernels
+from edgekit.exporters.executorch.lower import to_executorch
+from edgekit.quant.ptq.recipes import float32, half_compute, int8_static
 
 Shape = tuple[int, ...]
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from formats import RUNTIMES, through
 from torch import nn
 
-from edgekit.quant.recipes import float32
+from edgekit.quant.ptq.recipes import float32
 
 LENGTHS = torch.tensor([0.0, 3.0])  # of the two sequences: the first is all padding
 MASKS = {

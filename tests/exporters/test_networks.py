@@ -11,11 +11,11 @@ import pytest
 import torch
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
-from edgekit.exporters.onnx_codes import for_onnxruntime
+from edgekit.exporters.executorch.lower import to_executorch
+from edgekit.exporters.onnx.export import to_onnx
+from edgekit.exporters.onnx.ort_passes import for_onnxruntime
 from edgekit.exporters.tflite import convert
-from edgekit.exporters.to_executorch import to_executorch
-from edgekit.exporters.to_onnx import to_onnx
-from edgekit.quant import recipes
+from edgekit.quant.ptq import recipes
 
 SOURCE = Path(__file__).parents[2] / "benchmarks" / "networks.py"
 SIZES = {"resnet20": 32}  # pixels; 64 for the others

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from edgekit.errors import EdgeKitError
-from edgekit.exporters import onnx_bytes
-from edgekit.exporters.onnx_bytes import file_pieces
-from edgekit.exporters.onnx_codes import fastest, for_onnxruntime
-from edgekit.exporters.onnx_graph import LIGHT
-from edgekit.exporters.to_onnx import to_onnx
-from edgekit.quant.recipes import RECIPES
+from edgekit.exporters.onnx import pieces
+from edgekit.exporters.onnx.export import to_onnx
+from edgekit.exporters.onnx.graph import LIGHT
+from edgekit.exporters.onnx.ort_passes import fastest, for_onnxruntime
+from edgekit.exporters.onnx.pieces import file_pieces
+from edgekit.quant.ptq.recipes import RECIPES
 
 PRECISIONS = {"fp32": False, "fp16": True, "int8": False, "int8-dynamic": False, "int8-weight-only": False}
 
@@ -69,6 +69,6 @@ def test_pieces_of_any_model_are_read_as_the_same_model(change: Callable[[onnx.M
 
 
 def test_model_of_more_than_a_file_holds_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_bytes, "LARGEST", 300_000)
+    monkeypatch.setattr(pieces, "LARGEST", 300_000)
     with pytest.raises(EdgeKitError, match="ends at 2 GB"):
         file_pieces(fastest(exported("fp32")))

@@ -11,11 +11,11 @@ import torch
 from int8_nets import conv, sqnr
 from torch import nn
 
-from edgekit.exporters import onnx_codes
-from edgekit.exporters.onnx_codes import for_onnxruntime
-from edgekit.exporters.to_onnx import to_onnx
-from edgekit.quant.passes import aten, capture
-from edgekit.quant.recipes import int8_static
+from edgekit.exporters.onnx import ort_passes
+from edgekit.exporters.onnx.export import to_onnx
+from edgekit.exporters.onnx.ort_passes import for_onnxruntime
+from edgekit.quant.graph.passes import aten, capture
+from edgekit.quant.ptq.recipes import int8_static
 from edgekit.runtimes.ort import session_options
 
 torch.set_num_threads(1)
@@ -77,7 +77,7 @@ def test_a_layer_in_float_is_computed_in_float(name: str, monkeypatch: pytest.Mo
 
     guarded = decibel()
     assert guarded > 25
-    monkeypatch.setattr(onnx_codes, "guard_float_layers", lambda model: None)
+    monkeypatch.setattr(ort_passes, "guard_float_layers", lambda model: None)
     unguarded = decibel()
     print(f"{name}: {guarded:.1f} dB guarded, {unguarded:.1f} dB not")
     assert unguarded < guarded - 6  # ONNX Runtime's own doing; where this fails, the guard is not needed any more

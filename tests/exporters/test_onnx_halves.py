@@ -11,7 +11,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from edgekit.errors import EdgeKitError
-from edgekit.exporters.onnx_halves import halve, has_halves
+from edgekit.exporters.onnx.halves import halve, has_halves
 
 SIZE = 1000
 WEIGHT = np.random.default_rng(0).standard_normal(SIZE).astype(np.float32)

@@ -12,10 +12,10 @@ from int8_nets import sqnr
 from tflite_tools import run_onnx, run_tflite
 from torch import nn
 
+from edgekit.exporters.onnx.export import to_onnx
 from edgekit.exporters.tflite import convert
-from edgekit.exporters.to_onnx import to_onnx
-from edgekit.quant.recipes import RECIPES
-from edgekit.quant.shares import shares
+from edgekit.quant.ptq.recipes import RECIPES
+from edgekit.quant.ptq.shares import shares
 
 
 class Layer(nn.Module):

@@ -17,10 +17,10 @@ from tflite_tools import run_tflite
 from weight_nets import NAMES, PRECISIONS, batch, cases, program
 
 from edgekit.errors import EdgeKitError
-from edgekit.exporters.onnx_codes import for_onnxruntime
+from edgekit.exporters.onnx.export import to_onnx
+from edgekit.exporters.onnx.ort_passes import for_onnxruntime
 from edgekit.exporters.tflite import convert
-from edgekit.exporters.to_onnx import to_onnx
-from edgekit.quant.recipes import float32
+from edgekit.quant.ptq.recipes import float32
 from edgekit.runtimes.ort import session_options
 
 WEIGHTED = {"MatMul", "Gemm", "Conv", "ConvTranspose", "Gather", "LSTM", "GRU"}

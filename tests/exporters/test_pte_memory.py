@@ -7,8 +7,8 @@ import gc
 import torch
 from torch import nn
 
-from edgekit.exporters.to_executorch import to_executorch
-from edgekit.quant.recipes import RECIPES
+from edgekit.exporters.executorch.lower import to_executorch
+from edgekit.quant.ptq.recipes import RECIPES
 
 
 def held(least: int) -> int:

@@ -10,9 +10,9 @@ import torch
 from int8_nets import sqnr
 from torch import nn
 
-from edgekit.exporters.pte_recurrent import LONG
-from edgekit.exporters.to_executorch import to_executorch
-from edgekit.quant.recipes import RECIPES, half_compute
+from edgekit.exporters.executorch.lower import to_executorch
+from edgekit.exporters.executorch.recurrent import LONG
+from edgekit.quant.ptq.recipes import RECIPES, half_compute
 from edgekit.runtimes import pte
 
 

@@ -9,11 +9,11 @@ import torch
 from int8_nets import sqnr
 from weight_nets import batch, cases, program
 
-from edgekit.exporters.pte_weights import prepare_weights
-from edgekit.exporters.to_executorch import Lowered, to_executorch
-from edgekit.quant.recipes import float32
+from edgekit.artifacts.summary import inspect_artifact
+from edgekit.exporters.executorch.lower import Lowered, to_executorch
+from edgekit.exporters.executorch.weights import prepare_weights
+from edgekit.quant.ptq.recipes import float32
 from edgekit.runtimes import pte
-from edgekit.summary import inspect_artifact
 
 # network and precision → how many linear layers the delegate computes
 CASES = {("mlp", "int8-dynamic"): 3, ("mlp", "int8-weight-only"): 3, ("tied", "int8-dynamic"): 1}

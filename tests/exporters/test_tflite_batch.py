@@ -11,7 +11,8 @@ from test_tflite_int8 import small_cnn
 from tflite_tools import interpreter, model, node, op_names, run_onnx
 
 from edgekit.errors import EdgeKitError
-from edgekit.exporters.tflite import batch, convert, convert_with_notes
+from edgekit.exporters.tflite import convert, convert_with_notes
+from edgekit.exporters.tflite.read import batch
 
 Arrays = dict[str, np.ndarray]
 

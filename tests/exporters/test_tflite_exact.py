@@ -12,9 +12,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from tflite_tools import model, node, run_onnx, run_tflite
 
+from edgekit.artifacts.summary import inspect_artifact
 from edgekit.errors import EdgeKitError
 from edgekit.exporters.tflite import convert_with_notes
-from edgekit.summary import inspect_artifact
 
 F32, I8, U8, I64 = np.float32, np.int8, np.uint8, np.int64
 X = np.linspace(-12.8, 12.7, 2 * 12, dtype=F32).reshape(2, 12)

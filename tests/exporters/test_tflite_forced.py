@@ -13,7 +13,7 @@ from tflite_tools import node, op_names, run_onnx, run_tflite
 
 from edgekit.errors import EdgeKitError
 from edgekit.exporters.tflite import Converted, check_int8, convert_with_notes
-from edgekit.exporters.tflite.forced import NOTED, REFUSED, judged, steps
+from edgekit.exporters.tflite.int8_check import NOTED, REFUSED, judged, steps
 
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])

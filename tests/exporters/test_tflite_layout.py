@@ -16,12 +16,12 @@ from tflite_tools import model, node, run_tflite
 from torch import nn
 
 import edgekit
-from edgekit import bundle as bundling
-from edgekit import pipeline, stages, summary
-from edgekit.bundle import Bundle
+from edgekit.artifacts import bundles, summary
+from edgekit.artifacts.bundles import Bundle
 from edgekit.errors import EdgeKitError
 from edgekit.exporters.tflite import convert
-from edgekit.results import LAYOUTS, axis_order
+from edgekit.measuring import feeds, running, schedule
+from edgekit.types import LAYOUTS, axis_order
 
 IMAGE_OUT = nn.Conv2d(3, 5, 3, padding=1)  # rank 4 in and out, and 3, 16, 16 and 5 tell the axes apart
 
@@ -62,7 +62,7 @@ def test_the_file_is_channels_last_and_the_bundle_is_not(last: Bundle) -> None:
 
 
 def test_golden_values_are_nchw_and_replay(last: Bundle) -> None:
-    golden = bundling.read_golden(last)
+    golden = bundles.read_golden(last)
     name = last.manifest["outputs"][0]["name"]
     with torch.inference_mode():
         expected = IMAGE_OUT(torch.from_numpy(golden["input/input"][:, 0])).numpy()
@@ -75,13 +75,13 @@ def test_a_wrong_layout_in_the_manifest_does_not_pass(last: Bundle, tmp_path: Pa
     """The transpose is made because the manifest says so, and for no other reason."""
     artifact = replace(last.artifacts[1], layout="nchw")
     with pytest.raises(EdgeKitError):
-        stages.run(artifact, stages.random_feeds(artifact.inputs))
+        running.run(artifact, feeds.random_feeds(artifact.inputs))
     shutil.copytree(last.path, tmp_path / "bundle")
-    manifest = json.loads((last.path / bundling.MANIFEST).read_text())
+    manifest = json.loads((last.path / bundles.MANIFEST).read_text())
     manifest["artifacts"][1]["layout"] = "CHWN"
-    (tmp_path / "bundle" / bundling.MANIFEST).write_text(json.dumps(manifest))
+    (tmp_path / "bundle" / bundles.MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(EdgeKitError, match=r"damaged.*unknown layout 'CHWN'"):
-        bundling.read(tmp_path / "bundle")
+        bundles.read(tmp_path / "bundle")
 
 
 def test_bundles_without_a_layout_are_nchw(last: Bundle) -> None:
@@ -94,13 +94,13 @@ def test_int8_is_compared_with_fp32_of_the_same_layout(tmp_path: Path, monkeypat
     quick(monkeypatch)
     bundle = export(network(), tmp_path, formats="tflite", precision="int8", data=samples(), tflite_layout="nhwc")
     references = []
-    before = pipeline.race
+    before = schedule.race
 
     def race(original: object, artifacts: Sequence[object], *rest: object) -> object:
         references.extend(artifacts[1:])
         return before(original, artifacts, *rest)
 
-    monkeypatch.setattr(pipeline, "race", race)
+    monkeypatch.setattr(schedule, "race", race)
     (measured,) = edgekit.compare(network(), [bundle], data=samples()).artifacts
     assert measured.parity.agreement >= 0.9
     assert [(r.precision, r.layout) for r in references] == [("fp32", "nhwc")]

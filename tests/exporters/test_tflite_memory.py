@@ -16,7 +16,7 @@ from tflite_tools import model, node
 from edgekit.errors import EdgeKitError
 from edgekit.exporters.tflite import convert
 from edgekit.exporters.tflite.ir import Op, Tensor
-from edgekit.exporters.tflite.write import LARGEST, write
+from edgekit.exporters.tflite.write.flatbuffer import LARGEST, write
 
 ROOT = Path(__file__).parents[2]
 CHILD = """

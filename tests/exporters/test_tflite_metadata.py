@@ -17,7 +17,7 @@ from kit import CLASSES, SHAPE, network
 from tflite_tools import model, node, run_tflite
 
 import edgekit
-from edgekit.bundle import Bundle
+from edgekit.artifacts.bundles import Bundle
 from edgekit.exporters.tflite import Description, convert_with_notes, versions
 
 OLD_RUNTIME = "EDGEKIT_TFLITE_RUNTIME_PYTHON"

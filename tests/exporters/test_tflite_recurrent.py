@@ -11,7 +11,7 @@ import pytest
 from tflite_tools import interpreter, model, node, op_names, run_onnx, run_tflite
 
 from edgekit.exporters.tflite import convert
-from edgekit.exporters.tflite.ops_rnn import LONG
+from edgekit.exporters.tflite.ops.recurrent import LONG
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 FEATURES, HIDDEN = 5, 8

@@ -11,14 +11,14 @@ from executorch.backends.xnnpack._passes.decompose_cat import DecomposeConcatena
 from int8_nets import CASES, Batches, build, flat, quantized, sqnr
 from torch.fx.traceback import NodeSource
 
-from edgekit.contents import ITEM_BITS
+from edgekit.artifacts.int8_coverage import missing_kernels
+from edgekit.artifacts.pte_file import DTYPES
+from edgekit.artifacts.summary import inspect_artifact
 from edgekit.errors import EdgeKitError
-from edgekit.exporters.to_executorch import to_executorch
-from edgekit.quant.recipes import float32, half_compute
-from edgekit.read_pte import DTYPES
+from edgekit.exporters.executorch.lower import to_executorch
+from edgekit.quant.ptq.recipes import float32, half_compute
 from edgekit.runtimes import run_artifact
-from edgekit.summary import inspect_artifact
-from edgekit.suspects import missing_kernels
+from edgekit.types import ITEM_BITS
 
 # network → the ops that stay outside the delegate
 UNDELEGATED: dict[str, set[str]] = {
@@ -135,8 +135,8 @@ def test_lean_passes_make_the_same_file(name: str, monkeypatch: pytest.MonkeyPat
     lean_file = to_executorch(program).data
     assert (str(program), set(program.state_dict)) == (before, weights)
     assert not hasattr(NodeSource, "__deepcopy__")
-    monkeypatch.setattr("edgekit.exporters.to_executorch.lean", nullcontext)
-    monkeypatch.setattr("edgekit.exporters.to_executorch.spell_as_core", lambda program: None)
+    monkeypatch.setattr("edgekit.exporters.executorch.lower.lean", nullcontext)
+    monkeypatch.setattr("edgekit.exporters.executorch.lower.spell_as_core", lambda program: None)
     assert to_executorch(program).data == lean_file
 
 

@@ -17,11 +17,11 @@ from onnx import numpy_helper
 from torch import nn
 
 from edgekit.errors import EdgeKitError
-from edgekit.exporters.onnx_codes import for_onnxruntime
-from edgekit.exporters.onnx_halves import halve
-from edgekit.exporters.to_onnx import OPSET, to_onnx
-from edgekit.quant.passes import aten, q
-from edgekit.quant.recipes import float32
+from edgekit.exporters.onnx.export import OPSET, to_onnx
+from edgekit.exporters.onnx.halves import halve
+from edgekit.exporters.onnx.ort_passes import for_onnxruntime
+from edgekit.quant.graph.passes import aten, q
+from edgekit.quant.ptq.recipes import float32
 from edgekit.runtimes.ort import EXACT, session_options
 
 FLOAT = {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "Add", "Clip", "Relu", "HardSwish", "ReduceMean"}
@@ -231,7 +231,7 @@ def test_lean_passes_make_the_same_file(name: str, monkeypatch: pytest.MonkeyPat
     lean_file = to_onnx(program, *names).SerializeToString()
     assert str(program) == before
     for part in ("unread_notes", "needed_decompositions"):
-        monkeypatch.setattr(f"edgekit.exporters.to_onnx.{part}", nullcontext)
+        monkeypatch.setattr(f"edgekit.exporters.onnx.export.{part}", nullcontext)
     assert to_onnx(program, *names).SerializeToString() == lean_file
 
 
@@ -283,15 +283,15 @@ def test_half_weights_out_of_range_are_refused() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("amounts", [(0, 1, 0, 1), (2, 1, 0, 3), (1, 1, 1, 1)])
 def test_folded_pads_equal_explicit_ones(amounts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    from edgekit.exporters import to_onnx as exporter
-    from edgekit.quant.recipes import int8_static
+    from edgekit.exporters.onnx import export
+    from edgekit.quant.ptq.recipes import int8_static
 
     torch.manual_seed(0)
     layers = (conv(), nn.Sigmoid(), nn.ZeroPad2d(amounts), conv(8, 4, padding=1, stride=2))
     batches = [(torch.randn(1, 3, 9, 9),) for _ in range(4)]
     program = int8_static(nn.Sequential(*layers).eval(), batches[0], batches).program
     folded = to_onnx(program, ["x"], ["y"])
-    monkeypatch.setattr(exporter, "fold_quantized_pads", lambda model: None)
+    monkeypatch.setattr(export, "fold_quantized_pads", lambda model: None)
     explicit = to_onnx(program, ["x"], ["y"])
     assert not [n for n in folded.graph.node if n.op_type == "Pad"]
     assert len([n for n in explicit.graph.node if n.op_type == "Pad"]) == (amounts[0] != amounts[1])

@@ -20,7 +20,7 @@ from int8_nets import chain, conv, flat, net, sqnr
 from torch import nn
 
 from edgekit.errors import EdgeKitError
-from edgekit.quant.recipes import int8_static
+from edgekit.quant.ptq.recipes import int8_static
 
 GRAPH_DB, FILE_DB = 25.0, 35.0
 SHAPES = {1: (1, 4, 12), 2: (1, 4, 9, 10), 3: (1, 4, 5, 6, 7)}

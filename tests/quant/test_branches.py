@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgekit.quant import channels, pruning, recovery, surgery
-from edgekit.quant.branches import branches
-from edgekit.quant.passes import capture
+from edgekit.quant.graph.passes import capture
+from edgekit.quant.graph.residual_branches import branches
+from edgekit.quant.pruning import allocation, dependency_graph, distillation, surgery
 
 LAYERS = {
     "linear": (lambda: nn.Linear(6, 4), (2, 5, 6)),
@@ -72,8 +72,10 @@ def test_branches_are_what_only_a_sum_with_a_shortcut_reads() -> None:
 
 
 def without_branches(network: nn.Module, example: tuple[Tensor, ...]) -> tuple[nn.Module, set[str]]:
-    groups = [group for group in channels.structure(network, example).groups if group.branch]
-    return pruning.prune(network, {group: [0] for group in groups}), {path for group in groups for path in group.branch}
+    groups = [group for group in dependency_graph.structure(network, example).groups if group.branch]
+    return allocation.prune(network, {group: [0] for group in groups}), {
+        path for group in groups for path in group.branch
+    }
 
 
 def test_nothing_of_a_branch_is_exported() -> None:
@@ -97,7 +99,7 @@ def test_nothing_of_a_branch_is_exported() -> None:
 def test_well_known_networks_lose_all_branches(name: str) -> None:
     network, example = architectures.build(name), architectures.example(name)
     pruned, gone = without_branches(network, example)
-    layers = pruning.changes(network, pruned, example, {})
+    layers = allocation.changes(network, pruned, example, {})
     assert gone
     assert {layer.name for layer in layers if not layer.after} == {layer.name for layer in layers} & gone
     assert sum(layer.macs_after for layer in layers) < 0.9 * sum(layer.macs_before for layer in layers)
@@ -121,17 +123,18 @@ def test_weights_tell_which_layers_went() -> None:
 
 def test_branches_go_first_and_no_more_than_asked() -> None:
     network, example = architectures.build("resnet18"), architectures.example("resnet18")
-    found = channels.structure(network, example)
+    found = dependency_graph.structure(network, example)
     whole = [group for group in found.groups if group.branch]
     scores = {group: torch.rand(group.size, generator=torch.Generator().manual_seed(0)) for group in found.groups}
-    costs = pruning.Costs(network, found, example)
+    costs = allocation.Costs(network, found, example)
     losses = {
-        group: {count: (group.size - count) / group.size for count in pruning.levels(group)} for group in found.groups
+        group: {count: (group.size - count) / group.size for count in allocation.levels(group)}
+        for group in found.groups
     }
     losses[whole[0]][0] = 1e-3  # the cheapest of all
     removed = {}
     for depth in (0.0, 0.5, 1.0):
-        kept = pruning.allocate(costs, scores, 0.5, "sensitivity", 8, losses, depth)
+        kept = allocation.allocate(costs, scores, 0.5, "sensitivity", 8, losses, depth)
         assert 0.5 <= 1 - costs.macs(kept) / costs.total < 0.58
         removed[depth] = [group for group in whole if not kept[group]]
     assert not removed[0.0]
@@ -146,8 +149,8 @@ def test_blocks_make_up_for_a_branch_by_the_output_of_their_stage() -> None:
     wrapped, student = nn.ModuleDict({"inner": network}), nn.ModuleDict()
     student["inner"], _ = without_branches(network, (x,))
     wrapped.forward, student.forward = wrapped["inner"].forward, student["inner"].forward
-    with recovery.ExitStack() as stack:
-        pairs = recovery._features(student, wrapped, (x,), stack)
+    with distillation.ExitStack() as stack:
+        pairs = distillation._features(student, wrapped, (x,), stack)
         assert [tuple(tap.value.shape for tap in pair) for pair in pairs] == [((2, 16, 8, 8),) * 2]
 
 
@@ -155,7 +158,7 @@ def test_mixed_images_are_made_of_two() -> None:
     images = torch.arange(8.0)[:, None, None, None].expand(8, 3, 16, 24).contiguous()
     kinds = set()
     for seed in range(30):
-        (mixed,), labels = recovery.augment((images,), torch.arange(8), torch.Generator().manual_seed(seed))
+        (mixed,), labels = distillation.augment((images,), torch.arange(8), torch.Generator().manual_seed(seed))
         assert mixed.shape == images.shape
         values = [torch.unique(image) for image in mixed]
         whole = all(len(v) == 1 and float(v) == i for i, v in enumerate(values))
@@ -169,5 +172,5 @@ def test_mixed_images_are_made_of_two() -> None:
 @pytest.mark.parametrize(("mixed", "share"), [(0.0, 0.0), (0.8, 0.8), (1.0, 1.0)])
 def test_so_many_batches_are_mixed(mixed: float, share: float) -> None:
     images, generator = torch.randn(2, 3, 16, 16), torch.Generator().manual_seed(0)
-    labels = [recovery.augment((images,), torch.arange(2), generator, mixed)[1] for _ in range(200)]
+    labels = [distillation.augment((images,), torch.arange(2), generator, mixed)[1] for _ in range(200)]
     assert sum(found is None for found in labels) / 200 == pytest.approx(share, abs=0.06)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from edgekit.errors import EdgeKitError
-from edgekit.quant.passes import capture
+from edgekit.quant.graph.passes import capture
 
 Forward = Callable[[torch.Tensor], Any]
 

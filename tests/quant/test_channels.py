@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchao.prototype.sparsity.pruner.saliency_pruner import SaliencyPruner
 
 from edgekit.errors import EdgeKitError
-from edgekit.quant import channels, pruning, saliency, surgery
+from edgekit.quant.pruning import allocation, dependency_graph, saliency, surgery
 
 # Architecture → how many groups of channels can go, how many branches, and how many layers keep their outputs.
 FOUND = {
@@ -25,7 +25,7 @@ FOUND = {
 @pytest.mark.parametrize("name", FOUND)
 def test_what_is_left_computes_as_with_zeros(name: str) -> None:
     network, example = architectures.build(name), architectures.example(name)
-    found = channels.structure(network, example)
+    found = dependency_graph.structure(network, example)
     whole = sum(bool(group.branch) for group in found.groups)
     assert (len(found.groups) - whole, whole, len(found.kept)) == FOUND[name]
     gone = {group: range(0, group.size, 3) for group in found.groups}
@@ -36,16 +36,18 @@ def test_what_is_left_computes_as_with_zeros(name: str) -> None:
         got, expected = pruned(*example), zeroed(*example)
     for a, b in zip(got, expected, strict=True) if isinstance(got, tuple) else [(got, expected)]:
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
-    assert pruning.parameters(pruned) < 0.95 * pruning.parameters(network)
+    assert allocation.parameters(pruned) < 0.95 * allocation.parameters(network)
 
 
 def test_costs_are_those_of_the_pruned_network() -> None:
     for name in ("mobilenet_v2", "densenet121", "regnet_y400", "lstm", "vae"):
         network, example = architectures.build(name), architectures.example(name)
-        found = channels.structure(network, example)
+        found = dependency_graph.structure(network, example)
         kept = {group: group.size - group.size // 3 for group in found.groups}
-        pruned = pruning.prune(network, {group: range(group.size - kept[group]) for group in kept})
-        assert pruning.Costs(network, found, example).macs(kept) == sum(pruning.macs(pruned, example).values()), name
+        pruned = allocation.prune(network, {group: range(group.size - kept[group]) for group in kept})
+        assert allocation.Costs(network, found, example).macs(kept) == sum(allocation.macs(pruned, example).values()), (
+            name
+        )
 
 
 class Shuffled(nn.Module):
@@ -72,13 +74,13 @@ class BuiltIn(nn.Module):
 
 
 def test_reshapes_that_are_not_followed_keep_their_channels() -> None:
-    found = channels.structure(Shuffled().eval(), (torch.randn(1, 3, 8, 8),))
+    found = dependency_graph.structure(Shuffled().eval(), (torch.randn(1, 3, 8, 8),))
     assert [group.name for group in found.groups] == ["b"]
     assert set(found.kept) == {"a", "c"}
 
 
 def test_a_width_in_the_forward_pass_keeps_the_layer() -> None:
-    found = channels.structure(BuiltIn().eval(), (torch.randn(1, 3, 8, 8),))
+    found = dependency_graph.structure(BuiltIn().eval(), (torch.randn(1, 3, 8, 8),))
     assert [group.name for group in found.groups] == ["a"]
     assert "built in" in found.kept["b"]
 
@@ -96,13 +98,13 @@ class Detached(nn.Module):
 @pytest.mark.parametrize("network", [Detached(), nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.ReLU())])
 def test_nothing_to_prune_is_said(network: nn.Module) -> None:
     with pytest.raises(EdgeKitError):
-        channels.structure(network.eval(), (torch.randn(1, 4),))
+        dependency_graph.structure(network.eval(), (torch.randn(1, 4),))
 
 
 def test_weights_narrow_the_layers_of_the_code() -> None:
     network, example = architectures.build("densenet121"), architectures.example("densenet121")
-    groups = channels.structure(network, example).groups
-    pruned = pruning.prune(network, {group: range(group.size // 2) for group in groups})
+    groups = dependency_graph.structure(network, example).groups
+    pruned = allocation.prune(network, {group: range(group.size // 2) for group in groups})
     again = architectures.build("densenet121")
     surgery.narrow(again, pruned.state_dict())
     again.load_state_dict(pruned.state_dict())
@@ -119,7 +121,7 @@ def plain() -> nn.Module:
 
 def test_l1_takes_the_channels_that_torchao_takes() -> None:
     network, example = plain(), (torch.randn(1, 3, 12, 12),)
-    groups = channels.structure(network, example).groups
+    groups = dependency_graph.structure(network, example).groups
     scores = saliency.saliency(network, groups, "l1")
     masked = plain()
     pruner = SaliencyPruner({})
@@ -129,13 +131,13 @@ def test_l1_takes_the_channels_that_torchao_takes() -> None:
     for group in groups:
         mask = masked.get_submodule(group.name).parametrizations.weight[0].mask
         gone = (~mask.bool()).nonzero().flatten().tolist()
-        assert gone == sorted(pruning.least_salient(scores[group], group.size // 2))
+        assert gone == sorted(allocation.least_salient(scores[group], group.size // 2))
 
 
 def test_taylor_is_the_slope_of_the_loss() -> None:
     network, x = plain().double(), torch.randn(4, 3, 12, 12, dtype=torch.float64)
     labels = torch.tensor([0, 1, 2, 3])
-    groups = channels.structure(network, (x,)).groups
+    groups = dependency_graph.structure(network, (x,)).groups
     scores = saliency.saliency(network, groups, "taylor", [((x,), labels)])[groups[1]]
     slopes = []
     for unit in range(groups[1].size):  # of the loss, as the weights that read the channel shrink
@@ -153,7 +155,7 @@ def test_taylor_is_the_slope_of_the_loss() -> None:
 @pytest.mark.parametrize("method", saliency.METHODS)
 def test_every_method_finds_dead_channels_least_salient(method: str) -> None:
     network, x = plain(), torch.randn(8, 3, 12, 12)
-    groups = channels.structure(network, (x[:1],)).groups
+    groups = dependency_graph.structure(network, (x[:1],)).groups
     dead = [1, 5, 11]
     with torch.no_grad():
         weights = network[2].weight
@@ -161,26 +163,26 @@ def test_every_method_finds_dead_channels_least_salient(method: str) -> None:
         network[2].bias[dead] = 0.0
         network[6].weight[:, dead] = 0.0
     scores = saliency.saliency(network, groups, method, [((x,), None)])[groups[1]]
-    assert sorted(pruning.least_salient(scores, 3)) == dead
+    assert sorted(allocation.least_salient(scores, 3)) == dead
 
 
-@pytest.mark.parametrize("how", pruning.ALLOCATIONS)
+@pytest.mark.parametrize("how", allocation.ALLOCATIONS)
 @pytest.mark.parametrize("ratio", [0.2, 0.6])
 def test_allocation_reaches_the_ratio_in_eights(how: str, ratio: float) -> None:
     network, example = architectures.build("resnet18"), architectures.example("resnet18")
-    found = channels.structure(network, example)
+    found = dependency_graph.structure(network, example)
     scores = saliency.saliency(network, found.groups, "l2")
-    losses = pruning.sensitivity(network, scores, [example])
-    costs = pruning.Costs(network, found, example)
-    kept = pruning.allocate(costs, scores, ratio, how, 8, losses)
+    losses = allocation.sensitivity(network, scores, [example])
+    costs = allocation.Costs(network, found, example)
+    kept = allocation.allocate(costs, scores, ratio, how, 8, losses)
     assert ratio <= 1 - costs.macs(kept) / costs.total < ratio + 0.08
     assert all(count % 8 == 0 for group, count in kept.items() if not group.branch)
 
 
 def test_a_ratio_out_of_reach_says_what_can_be_reached() -> None:
     network, example = architectures.build("vit_tiny"), architectures.example("vit_tiny")
-    found = channels.structure(network, example)
+    found = dependency_graph.structure(network, example)
     scores = saliency.saliency(network, found.groups, "l2")
     with pytest.raises(EdgeKitError, match=r"cannot be removed: .* % go") as caught:
-        pruning.allocate(pruning.Costs(network, found, example), scores, 0.9, "uniform")
+        allocation.allocate(allocation.Costs(network, found, example), scores, 0.9, "uniform")
     assert "--ratio 0." in str(caught.value.help)

@@ -11,9 +11,9 @@ from int8_nets import flat, sqnr
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from edgekit.quant.passes import aten, capture, is_attribute
-from edgekit.quant.quantizer import WEIGHTED
-from edgekit.quant.recipes import int8_static, int8_weight_only
+from edgekit.quant.graph.passes import aten, capture, is_attribute
+from edgekit.quant.ptq.quantizer import WEIGHTED
+from edgekit.quant.ptq.recipes import int8_static, int8_weight_only
 
 IMAGE = (2, 3, 8, 8)
 

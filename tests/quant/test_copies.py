@@ -12,8 +12,8 @@ from torch import nn
 
 import edgekit
 from edgekit import Qat
-from edgekit.finetune import Samples
-from edgekit.quant.copies import deep_copy, state_tensors
+from edgekit.compression.finetuning import Samples
+from edgekit.quant.graph.copies import deep_copy, state_tensors
 
 
 class Keeps(nn.Module):

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from edgekit.quant.passes import capture
+from edgekit.quant.graph.passes import capture
 
 IMAGE, LINE, VOLUME = (2, 3, 8, 6), (2, 3, 10), (2, 3, 8, 6, 5)
 WEIGHT = torch.randn(4, 6, 6, generator=torch.Generator().manual_seed(1))

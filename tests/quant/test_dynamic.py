@@ -9,9 +9,9 @@ from torch import nn
 from weight_nets import NAMES, PRECISIONS, batch, cases, compressed, program
 
 from edgekit.errors import EdgeKitError
-from edgekit.quant.dynamic import WeightQuantizer
-from edgekit.quant.passes import aten, capture, q
-from edgekit.quant.recipes import int8_dynamic, int8_weight_only
+from edgekit.quant.graph.passes import aten, capture, q
+from edgekit.quant.ptq.dynamic import WeightQuantizer
+from edgekit.quant.ptq.recipes import int8_dynamic, int8_weight_only
 
 CONVOLUTIONS = {"convolution", "transposed convolution"}
 

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from int8_nets import CASES, Batches, Net, build, conv, flat, sqnr
 from torch import nn
 
-from edgekit.quant import recipes
-from edgekit.quant.equalize import apply, equalize, find_groups
-from edgekit.quant.passes import capture
+from edgekit.quant.graph.passes import capture
+from edgekit.quant.ptq import recipes
+from edgekit.quant.ptq.cross_layer_equalization import apply, equalize, find_groups
 
 # network → writers, readers of each group of tensors that may be scaled together
 GROUPS = {

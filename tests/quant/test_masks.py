@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from edgekit.errors import EdgeKitError
-from edgekit.quant import masks
-from edgekit.quant.masks import Pattern
+from edgekit.quant.pruning import masks
+from edgekit.quant.pruning.masks import Pattern
 
 
 class Net(nn.Module):

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from int8_nets import Net, conv
 from torch import nn
 
-from edgekit.quant.mixed import fewest, head_notes, uneven_heads
-from edgekit.quant.passes import aten, capture, q
-from edgekit.quant.recipes import int8_static
+from edgekit.quant.graph.passes import aten, capture, q
+from edgekit.quant.ptq.float_heads import fewest, head_notes, uneven_heads
+from edgekit.quant.ptq.recipes import int8_static
 
 torch.set_num_threads(1)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from edgekit.quant import channels, surgery
-from edgekit.quant.pruning import prune
+from edgekit.quant.pruning import dependency_graph, surgery
+from edgekit.quant.pruning.allocation import prune
 
 
 class Residual(nn.Module):
@@ -25,7 +25,7 @@ class Residual(nn.Module):
 
 def test_a_branch_that_is_gone_has_the_width_of_its_narrower_shortcut() -> None:
     net, x = Residual().eval(), torch.randn(2, 3, 8, 8)
-    groups = channels.structure(net, (x,)).groups
+    groups = dependency_graph.structure(net, (x,)).groups
     gone = {group: [0] if group.branch else range(group.size // 3) for group in groups}
     assert any(group.branch for group in groups) and any(not group.branch for group in groups)
     pruned = prune(net, gone)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from edgekit.quant.observers import BINS, KnownScale, MSEObserver
+from edgekit.quant.ptq.observers import BINS, KnownScale, MSEObserver
 
 COUNT = 4000
 FRACTIONS = torch.logspace(math.log10(0.02), 0, 28, dtype=torch.float64).tolist()

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from edgekit.quant import passes
-from edgekit.quant.passes import aten, capture, drop_implied_clips, q
+from edgekit.quant.graph import passes
+from edgekit.quant.graph.passes import aten, capture, drop_implied_clips, q
 
 IMAGE = (2, 4, 6, 6)
 

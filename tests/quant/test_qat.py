@@ -15,18 +15,20 @@ from kit import NET, interrupted_training, invoke, network, samples, tree
 from torch import nn
 
 import edgekit
-from edgekit import Qat, stages, zeros
-from edgekit import bundle as bundles
-from edgekit import qat as stage
+from edgekit import Qat
+from edgekit.artifacts import bundles, sparsity
+from edgekit.artifacts.pte_file import XNN_TENSOR, Program
+from edgekit.compression import qat_training
+from edgekit.compression.training_samples import Memory
 from edgekit.errors import EdgeKitError
-from edgekit.progress import Silent
-from edgekit.quant import qat, recovery
-from edgekit.quant.passes import attribute
-from edgekit.quant.pruning import divergence
-from edgekit.quant.quantizer import WEIGHTED
-from edgekit.quant.recipes import Calibrated, convert
-from edgekit.read_pte import XNN_TENSOR, Program
-from edgekit.training import Memory
+from edgekit.loading import with_data
+from edgekit.quant import qat
+from edgekit.quant.graph.passes import attribute
+from edgekit.quant.pruning import distillation
+from edgekit.quant.pruning.allocation import divergence
+from edgekit.quant.ptq.quantizer import WEIGHTED
+from edgekit.quant.ptq.recipes import Calibrated, convert
+from edgekit.util.progress import Silent
 
 ANY_BATCH = ("residual", "head", "attention", "two_inputs", "two_outputs")
 
@@ -71,14 +73,14 @@ def prepared(module: nn.Module, x: torch.Tensor) -> Calibrated:
     return qat.prepare(module, (x[:1],), [(part,) for part in x.split(1)])
 
 
-def learn(module: nn.Module, x: torch.Tensor, plan: recovery.Plan, **options: Any) -> tuple[Calibrated, nn.Module]:
+def learn(module: nn.Module, x: torch.Tensor, plan: distillation.Plan, **options: Any) -> tuple[Calibrated, nn.Module]:
     found = prepared(module, x)
     pair = qat.pupil(found, module, (x[:3],))
     assert pair is not None
-    return found, recovery.recover(*pair, Memory((x,), None, 16, ()), plan, **options).module
+    return found, distillation.recover(*pair, Memory((x,), None, 16, ()), plan, **options).module
 
 
-PLAN = recovery.Plan(10, 1e-3, weight_decay=0.0, features=0.0, augment=False)
+PLAN = distillation.Plan(10, 1e-3, weight_decay=0.0, features=0.0, augment=False)
 
 
 @pytest.mark.parametrize("channels", [False, True])
@@ -167,7 +169,7 @@ def test_training_brings_int8_nearer_to_the_original() -> None:
 def test_ranges_are_learned_and_never_outgrow_calibration() -> None:
     """A clip that the ranges imply is not computed, before the training and after it."""
     module, x = Flat(build("depthwise")), images()
-    found, learned = learn(module, x, recovery.Plan(5, 0.03, weight_decay=0.0, features=0.0, augment=False))
+    found, learned = learn(module, x, distillation.Plan(5, 0.03, weight_decay=0.0, features=0.0, augment=False))
     before = {name: q.scale().detach().clone() for name, q in qat.quantizers(found.prepared).items()}
     trained = qat.trained(found, learned)
     after = {name: q.scale() for name, q in qat.quantizers(trained.prepared).items()}
@@ -266,7 +268,7 @@ def in_pte(path: Path) -> tuple[set[tuple[float, int]], list[tuple[np.ndarray, n
                 index = quantized.table("params", "scale channel_dim buffer count").number("buffer")
                 key = payload.root.tables("constant_data", "offset size key")[index].text("key")
                 scales.append(np.frombuffer(program._segment(segments[key]), np.float32))
-    codes = [array for array in zeros.weights(path) if array.dtype == np.int8]
+    codes = [array for array in sparsity.weights(path) if array.dtype == np.int8]
     return activations, [(scale[: len(c)], c) for scale, c in zip(scales, codes, strict=True)]
 
 
@@ -292,7 +294,7 @@ def test_files_hold_what_was_trained(
         return result
 
     monkeypatch.setattr(qat, "trained", spy)
-    monkeypatch.setattr(stage, "_is_better", lambda *_: True)
+    monkeypatch.setattr(qat_training, "_is_better", lambda *_: True)
     model, data = f"{folder / 'net.py'}:make", folder / "data.npz"
     options = ("--qat", "--epochs", 2, "--learning-rate", 0.01, "--train", data, "--out", tmp_path)
     ran = invoke(capfd, "export", model, "--target", "x86", "--precision", "int8", "--data", data, *options)
@@ -311,23 +313,23 @@ def test_files_hold_what_was_trained(
     assert tree(tmp_path) == [bundle.path.name, *(f"{bundle.path.name}/{file}" for file in tree(bundle.path))]
 
 
-def run(tmp_path: Path, model: Any = None, data: Any = None, **options: Any) -> stage.Trained:
+def run(tmp_path: Path, model: Any = None, data: Any = None, **options: Any) -> qat_training.Trained:
     """Trains without exporting: on the samples of `data`, or on sixteen."""
     drawn = samples(24)["x"]
     data = data or {"x": drawn[:8], "calib_x": drawn[8:]}
     tmp_path.mkdir(exist_ok=True)
     model = network() if model is None else model
-    original, source = stages.load(model, data=data, inputs=(), code=None, mean=(), std=())
+    original, source = with_data.load(model, data=data, inputs=(), code=None, mean=(), std=())
     assert source is not None
     plan = Qat(**{"epochs": None if "finetune" in options else 3, **options})
-    return stage.train(original, source, plan, tmp_path / "checkpoint.pt", Silent())
+    return qat_training.train(original, source, plan, tmp_path / "checkpoint.pt", Silent())
 
 
-def state(trained: stage.Trained) -> dict[str, torch.Tensor]:
+def state(trained: qat_training.Trained) -> dict[str, torch.Tensor]:
     return dict(trained.compressed.program.state_dict)
 
 
-def equal(one: stage.Trained, other: stage.Trained) -> bool:
+def equal(one: qat_training.Trained, other: qat_training.Trained) -> bool:
     a, b = state(one), state(other)
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
@@ -386,7 +388,7 @@ def teach(student: nn.Module, teacher: nn.Module, batches: Any) -> None:
 
 
 def test_a_function_of_the_user_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "_is_better", lambda *_: True)
+    monkeypatch.setattr(qat_training, "_is_better", lambda *_: True)
     x = torch.from_numpy(samples(24)["x"][:1])
     outputs: list[torch.Tensor] = []
 
@@ -446,7 +448,7 @@ def test_a_training_that_makes_it_worse_is_not_kept(tmp_path: Path) -> None:
 def test_labels_decide_before_distances(
     distances: tuple[float, float], right: tuple[int, int, int] | None, better: bool
 ) -> None:
-    assert stage._is_better(distances, right) is better
+    assert qat_training._is_better(distances, right) is better
 
 
 BAD_FUNCTIONS: dict[str, tuple[Callable[..., Any], str]] = {

@@ -7,7 +7,7 @@ import torch
 from int8_nets import CASES, flat, quantized, sqnr
 from torch.fx import Node
 
-from edgekit.quant.passes import aten, q
+from edgekit.quant.graph.passes import aten, q
 
 Q, DQ = q.quantize_per_tensor.default, q.dequantize_per_tensor.default
 CHANNELS = q.dequantize_per_channel.default

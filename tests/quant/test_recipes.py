@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 
 import edgekit
 from edgekit.errors import EdgeKitError
-from edgekit.quant.recipes import RECIPES, float32, half_compute, int8_static, io_qparams
+from edgekit.quant.ptq.recipes import RECIPES, float32, half_compute, int8_static, io_qparams
 
 
 class Counted:
@@ -53,7 +53,7 @@ def codes(program: ExportedProgram) -> dict[str, torch.Tensor]:
 def test_two_processes_calibrate_as_one_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = [(batch[0].repeat(9, 1, 1, 1)[index : index + 1],) for index, batch in enumerate(Batches(CASES[name], 9))]
     two = int8_static(build(name), batches[0], batches).program
-    monkeypatch.setattr("edgekit.beside.can_fork", lambda: False)
+    monkeypatch.setattr("edgekit.util.forking.can_fork", lambda: False)
     one = int8_static(build(name), batches[0], batches).program
     assert codes(one) and all(torch.equal(value, codes(two)[key]) for key, value in codes(one).items())
     with torch.no_grad():

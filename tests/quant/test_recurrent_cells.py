@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from edgekit.quant.passes import aten, capture
-from edgekit.quant.recurrent_cells import LAYERS
+from edgekit.quant.graph.passes import aten, capture
+from edgekit.quant.graph.recurrent_cells import LAYERS
 
 TIME, BATCH = 7, 2
 

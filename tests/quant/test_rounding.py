@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from edgekit.errors import EdgeKitError
-from edgekit.quant import rounding
-from edgekit.quant.passes import attribute, capture
-from edgekit.quant.rounding import channel_scales, gptq, round_weights, roundable
+from edgekit.quant.graph.passes import attribute, capture
+from edgekit.quant.ptq import gptq_rounding
+from edgekit.quant.ptq.gptq_rounding import channel_scales, gptq, round_weights, roundable
 
 
 class Case(NamedTuple):
@@ -88,7 +88,7 @@ def rounded(
 @pytest.fixture(autouse=True)
 def every_position(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looks at whole images, so that what is proved holds for the very data."""
-    monkeypatch.setattr(rounding, "POSITIONS", 10_000)
+    monkeypatch.setattr(gptq_rounding, "POSITIONS", 10_000)
 
 
 @torch.no_grad()
@@ -137,7 +137,7 @@ def test_moments_are_those_of_unfolded_inputs(name: str) -> None:
     layer, batches = case.make().eval(), correlated(case.shape, 0, 3)
     graph = capture(layer, batches[0])
     layers = [node for node in graph.graph.nodes if roundable(node)]
-    seen = rounding.Collector(graph, layers, layers)
+    seen = gptq_rounding.Collector(graph, layers, layers)
     for batch in batches:
         seen.see(batch)
     (moments,) = seen.moments.values()
@@ -181,7 +181,7 @@ def test_parts_are_rounded_as_the_whole_is(monkeypatch: pytest.MonkeyPatch) -> N
     batches = correlated(IMAGE, 0)
     whole, parts = (capture(copy.deepcopy(model), batches[0]) for _ in range(2))
     round_weights(whole, batches)
-    monkeypatch.setattr(rounding, "MOST_BYTES", 4 * 100 * 100)
+    monkeypatch.setattr(gptq_rounding, "MOST_BYTES", 4 * 100 * 100)
     round_weights(parts, batches)
     assert whole.state_dict().keys() == parts.state_dict().keys()
     for name, value in whole.state_dict().items():
@@ -206,7 +206,7 @@ def test_two_runs_are_equal() -> None:
 @torch.no_grad()
 def test_layers_that_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Too wide, and computed weights; not an image without a batch dimension."""
-    monkeypatch.setattr(rounding, "MOST_COLUMNS", 20)
+    monkeypatch.setattr(gptq_rounding, "MOST_COLUMNS", 20)
 
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -253,7 +253,7 @@ def test_scales() -> None:
     weight[0], weight[1, 0, 0], weight[2, 1, 1] = 1.27, -2.54, 1e-9
     scales = channel_scales(weight)
     torch.testing.assert_close(scales[:2], torch.tensor([0.01, 0.02]))
-    assert (scales[2:] == scales[1] * rounding.SMALLEST).all()
+    assert (scales[2:] == scales[1] * gptq_rounding.SMALLEST).all()
     torch.testing.assert_close(channel_scales(weight.transpose(0, 1), 1), scales)
     torch.testing.assert_close(channel_scales(weight, None), scales[1:2])
     assert (channel_scales(torch.zeros(3, 4)) > 1e-4).all()

@@ -9,8 +9,8 @@ import pytest
 import torch
 from int8_nets import CASES, Batches, build, flat, sqnr
 
-from edgekit.quant.recipes import Calibrated, calibrate, convert
-from edgekit.quant.sensitivity import LOST_DB, Layer, Simulation, _worst, sensitivity
+from edgekit.quant.ptq.recipes import Calibrated, calibrate, convert
+from edgekit.quant.ptq.sensitivity import LOST_DB, Layer, Simulation, _worst, sensitivity
 
 SIMULATED = (
     "conv_hardswish", "residual", "dense", "squeeze_excite", "attention", "two_outputs", "two_inputs", "moves",

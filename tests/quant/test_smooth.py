@@ -8,11 +8,11 @@ from attention_nets import Block
 from int8_nets import Net, sqnr
 from torch import nn
 
-from edgekit.quant import recipes
-from edgekit.quant.passes import aten, attribute, capture
-from edgekit.quant.quantizer import feeds_residual, is_residual
-from edgekit.quant.recipes import int8_static
-from edgekit.quant.smooth import find_groups, smooth
+from edgekit.quant.graph.passes import aten, attribute, capture
+from edgekit.quant.ptq import recipes
+from edgekit.quant.ptq.quantizer import feeds_residual, is_residual
+from edgekit.quant.ptq.recipes import int8_static
+from edgekit.quant.ptq.smoothquant import find_groups, smooth
 
 WIDTH = 32
 

@@ -12,8 +12,8 @@ import onnx
 from conformance import INPUTS
 from onnx import TensorProto, helper
 
-from edgekit.results import SUFFIXES
 from edgekit.runtimes import RUNTIMES
+from edgekit.types import SUFFIXES
 
 
 def artifact(files: Path, model: str, runtime: str) -> Path:

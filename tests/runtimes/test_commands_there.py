@@ -16,9 +16,9 @@ import pytest
 from kit import invoke, quick
 from servers import Sshd, mounted, uri
 
-from edgekit import pipeline, stages
-from edgekit.bundle import Bundle
-from edgekit.journal import KEPT
+from edgekit.artifacts.bundles import Bundle
+from edgekit.measuring import running, schedule
+from edgekit.measuring.run_cache import KEPT
 from edgekit.runtimes import Timing
 from edgekit.runtimes.devices import device as device_module
 
@@ -104,8 +104,8 @@ class Runs:
     """`stages.run`, which counts, and has `cause` called before the run number `fails_at`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fails_at: int, cause: Callable[[], None]) -> None:
-        self.count, self._fails_at, self._cause, self._run = 0, fails_at, cause, stages.run
-        monkeypatch.setattr(stages, "run", self)
+        self.count, self._fails_at, self._cause, self._run = 0, fails_at, cause, running.run
+        monkeypatch.setattr(running, "run", self)
 
     def __call__(self, *args: object, **options: object) -> object:
         self.count += 1
@@ -121,9 +121,9 @@ def test_a_mishap_is_told_soon_and_resume_completes(
 ) -> None:  # fmt: skip
     cause, said = MISHAPS[mishap]
     name = sshd.uri.removeprefix("ssh://")
-    monkeypatch.setattr(pipeline, "ROUNDS", 2)
-    monkeypatch.setattr(pipeline, "MOST_ROUNDS", 2)
-    monkeypatch.setattr(pipeline, "TIMING", Timing(warmup_runs=1, seconds=0.3, min_runs=5, max_runs=1_000_000))
+    monkeypatch.setattr(schedule, "ROUNDS", 2)
+    monkeypatch.setattr(schedule, "MOST_ROUNDS", 2)
+    monkeypatch.setattr(schedule, "TIMING", Timing(warmup_runs=1, seconds=0.3, min_runs=5, max_runs=1_000_000))
     monkeypatch.setattr(device_module, "GRACE_S", 0.5)
     typed: list[object] = [a.path for a in bundles["fp32"].artifacts if a.format in formats]
     if command == "compare":

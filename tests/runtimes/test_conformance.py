@@ -13,8 +13,8 @@ import pytest
 import torch
 from conformance import CHECKS, INPUTS, OUTPUTS, Subject, close_to, raises
 
-from edgekit.results import SUFFIXES
 from edgekit.runtimes import RUNTIMES, eager, table
+from edgekit.types import SUFFIXES
 
 SCRIPT = Path(__file__).with_name("conformance.py")
 ELSEWHERE = {"tflite-runtime": "EDGEKIT_TFLITE_RUNTIME_PYTHON"}

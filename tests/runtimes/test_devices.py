@@ -18,9 +18,10 @@ from jobs import artifact, processes_of, stacked
 from rich.console import Console
 from servers import Adbd, missing_qemu, skip
 
-from edgekit import device_doctor
-from edgekit.bundle import Bundle, read_golden
+from edgekit.artifacts.bundles import Bundle, read_golden
+from edgekit.doctor.device import _diagnosis
 from edgekit.errors import EdgeKitError
+from edgekit.reports.doctor import render_device
 from edgekit.runtimes import DEVICES, RUNTIMES, Timing, open_device, pte_runner, run_artifact
 from edgekit.runtimes.devices import facts, qemu
 from edgekit.runtimes.devices.device import Device
@@ -81,13 +82,13 @@ def test_runtime_on_device(device: Device, runtime: str, files: Path) -> None:
 
 def test_doctor(device: Device) -> None:
     """What the device is and has, as a table and as JSON."""
-    diagnosis = device_doctor._diagnosis(device, device.probe())
+    diagnosis = _diagnosis(device, device.probe())
     assert diagnosis.ok and diagnosis.uri in diagnosis.verdict
     assert diagnosis.python is not None and diagnosis.cpu and diagnosis.cores and diagnosis.memory_bytes
     versions = {runtime.name: runtime.version for runtime in diagnosis.runtimes}
     assert versions["onnxruntime"] and versions["litert"] and versions["executorch"]
     console = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: PTH123, SIM115
-    console.print(device_doctor.render_device(diagnosis))
+    console.print(render_device(diagnosis))
     text = console.export_text()
     assert diagnosis.verdict in text and all(version in text for version in versions.values() if version)
     emulated = device.timing == "emulated"
@@ -243,7 +244,7 @@ class Phone:
 
 
 def test_doctor_of_a_phone() -> None:
-    diagnosis = device_doctor._diagnosis(Phone(), facts.read(PHONE))
+    diagnosis = _diagnosis(Phone(), facts.read(PHONE))
     assert diagnosis.ok and diagnosis.verdict == "executorch files run on adb:phone"
     assert diagnosis.ghz == (2.85, 2.85) and diagnosis.model == "Google Pixel 7"
     notes = " | ".join(diagnosis.notes)

@@ -12,9 +12,9 @@ from rich.console import Console, RenderableType
 from servers import missing_qemu, skip
 
 import edgekit
-from edgekit import report
-from edgekit.bundle import Bundle
+from edgekit.artifacts.bundles import Bundle
 from edgekit.errors import EdgeKitError
+from edgekit.reports import tables
 from edgekit.runtimes.devices import qemu
 
 FIGURES = ("latency_ms", "load_ms", "first_ms", "peak_rss_bytes")
@@ -38,7 +38,7 @@ def test_profile(bundles: dict[str, Bundle]) -> None:
     profile = edgekit.profile(path, device="qemu:arm64?cpu=cortex-a76")
     values = profile.to_dict()
     assert values["timing"] == "emulated" and not any(values[name] for name in FIGURES)
-    text = shown(report.profile_report(profile))
+    text = shown(tables.profile_report(profile))
     assert "instructions" in text and "emulated" in text and not re.search(r"\bms\b", text)
     again = edgekit.profile(path, device="qemu:arm64?cpu=cortex-a76")
     older = edgekit.profile(path, device="qemu:arm64?cpu=cortex-a72")
@@ -77,5 +77,5 @@ def test_compare(bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch) ->
     assert not any("speed of fp32" in reason for reason in int8.verdict.reasons)
     assert int8.accuracy is not None and int8.accuracy.n == len(samples()["y"])
     assert any("no speed-up" in note for note in comparison.notes)
-    text = shown(report.comparison_report(comparison))
+    text = shown(tables.comparison_report(comparison))
     assert "% of fp32" in text and "emulated: instructions" in text

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from edgekit import measure
+from edgekit.runtimes import stopwatch
 
 
 class Counter:
@@ -30,20 +30,20 @@ class Counter:
 )
 def test_counts(warmup_runs: int, seconds: float, min_runs: int, max_runs: int, samples: int) -> None:
     call = Counter()
-    got = measure.time_runs(call, warmup_runs=warmup_runs, seconds=seconds, min_runs=min_runs, max_runs=max_runs)
+    got = stopwatch.time_runs(call, warmup_runs=warmup_runs, seconds=seconds, min_runs=min_runs, max_runs=max_runs)
     assert len(got) == samples and call.calls == samples + warmup_runs and all(sample >= 0 for sample in got)
     assert call.collecting == {False} and gc.isenabled()
 
 
 def test_goes_on_for_the_seconds_asked() -> None:
     start = time.perf_counter()
-    got = measure.time_runs(Counter(0.001), warmup_runs=0, seconds=0.05, min_runs=1, max_runs=10_000)
+    got = stopwatch.time_runs(Counter(0.001), warmup_runs=0, seconds=0.05, min_runs=1, max_runs=10_000)
     assert time.perf_counter() - start >= 0.05 and len(got) > 1 and min(got) >= 1.0
 
 
 def test_warmup_of_a_slow_call_is_capped() -> None:
     call = Counter(0.12)
-    measure.time_runs(call, warmup_runs=8, seconds=0.0, min_runs=1, max_runs=1)
+    stopwatch.time_runs(call, warmup_runs=8, seconds=0.0, min_runs=1, max_runs=1)
     assert 4 <= call.calls <= 6  # 8 runs of 50 ms are spent after 3 or 4 of these
 
 
@@ -52,7 +52,7 @@ def test_collector_comes_back_after_an_error() -> None:
         raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        measure.time_runs(fail, warmup_runs=0, seconds=0.0, min_runs=1, max_runs=1)
+        stopwatch.time_runs(fail, warmup_runs=0, seconds=0.0, min_runs=1, max_runs=1)
     assert gc.isenabled()
 
 
@@ -60,7 +60,7 @@ def test_collector_comes_back_after_an_error() -> None:
 def test_contradicting_bounds(bounds: tuple[int, float, int, int]) -> None:
     names = ("warmup_runs", "seconds", "min_runs", "max_runs")
     with pytest.raises(ValueError, match="min_runs <= max_runs"):
-        measure.time_runs(Counter(), **dict(zip(names, bounds, strict=True)))
+        stopwatch.time_runs(Counter(), **dict(zip(names, bounds, strict=True)))
 
 
 @pytest.mark.parametrize(
@@ -68,27 +68,27 @@ def test_contradicting_bounds(bounds: tuple[int, float, int, int]) -> None:
     [([3.0], 99, 3.0), ([1.0, 2.0], 50, 1.5), ([4.0, 1.0, 3.0, 2.0], 90, 3.7), (list(range(101)), 99, 99.0)],
 )
 def test_percentile(samples: list[float], q: float, value: float) -> None:
-    assert measure.percentile(samples, q) == pytest.approx(value)
+    assert stopwatch.percentile(samples, q) == pytest.approx(value)
 
 
 def test_percentile_of_nothing() -> None:
     with pytest.raises(ValueError, match="at least one sample"):
-        measure.percentile([], 50)
+        stopwatch.percentile([], 50)
 
 
 def test_peak_memory_grows_with_use() -> None:
-    before = measure.peak_rss_bytes()
+    before = stopwatch.peak_rss_bytes()
     held = np.ones((before or 0) + 100_000_000, dtype=np.uint8)
-    after = measure.peak_rss_bytes()
+    after = stopwatch.peak_rss_bytes()
     assert before is not None and after is not None and after > held.nbytes
 
 
 def test_pin() -> None:
     allowed = os.sched_getaffinity(0)
     try:
-        chosen = measure.pin(1)
+        chosen = stopwatch.pin(1)
         assert len(chosen) == 1 and os.sched_getaffinity(0) == set(chosen) <= allowed
         os.sched_setaffinity(0, allowed)
-        assert measure.pin(1000) == sorted(allowed)
+        assert stopwatch.pin(1000) == sorted(allowed)
     finally:
         os.sched_setaffinity(0, allowed)

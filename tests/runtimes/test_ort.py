@@ -11,8 +11,8 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from edgekit import stages
-from edgekit.results import Artifact
+from edgekit.artifacts.artifact import Artifact
+from edgekit.measuring import running
 from edgekit.runtimes import ort, run_artifact
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -64,5 +64,5 @@ def test_a_convolution_of_extreme_codes_is_exact(kernel: int, tmp_path: Path) ->
 )
 def test_the_user_is_told_what_an_application_has_to_set(precision: str, settings: dict, told: bool) -> None:
     result = SimpleNamespace(settings=settings, runtime="onnxruntime")
-    notes = stages.settings_notes(Artifact(Path("model.onnx"), "onnx", precision, (), ()), result)
+    notes = running.settings_notes(Artifact(Path("model.onnx"), "onnx", precision, (), ()), result)
     assert [("session.x64quantprecision=1" in note) for note in notes] == [True] * told

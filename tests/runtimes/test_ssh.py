@@ -20,8 +20,8 @@ from executorch.exir import to_edge
 from jobs import SPOILED, Spoil, artifact, endless_onnx, processes_of, stacked, wait_for
 from servers import PYTHON, Sshd, missing_sshd, mounted, skip, uri
 
-from edgekit import ops
 from edgekit.errors import EdgeKitError
+from edgekit.measuring import op_times
 from edgekit.runtimes import RUNTIMES, Timing, open_device, pte_runner, run_artifact
 from edgekit.runtimes.devices import shell, ssh
 
@@ -74,7 +74,7 @@ def test_times_ops(sshd: Sshd, files: Path) -> None:
     for runtime in HERE:
         path = artifact(files, "cnn", runtime)
         result = run_artifact(path, stacked(files, "cnn", 1), device=uri(sshd), trace_runs=10)
-        runs = ops.read(runtime, result.trace or b"")
+        runs = op_times.read(runtime, result.trace or b"")
         assert len(runs) == 10 and all(run.us > 0 for run in runs)
         assert sum("conv" in event.op.lower() for event in runs[-1].events) == 2
 

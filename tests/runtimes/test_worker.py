@@ -26,13 +26,13 @@ from executorch.exir import to_edge
 from jobs import SPOILED, Spoil, artifact, endless_onnx, stacked, wait_for
 from servers import skip
 
-from edgekit import limits, measure, ops
-from edgekit.beside import beside
 from edgekit.errors import EdgeKitError
-from edgekit.runtimes import RUNTIMES, Timing, open_device, pte_runner, run_artifact, table, worker
-from edgekit.runtimes.devices import device as device_module
-from edgekit.runtimes.devices.device import Device
+from edgekit.measuring import op_times
+from edgekit.runtimes import RUNTIMES, Timing, open_device, pte_runner, run_artifact, stopwatch, table, worker
+from edgekit.runtimes.devices.device import STALL_S, Device
 from edgekit.runtimes.devices.forked import ForkedDevice
+from edgekit.screening import limits
+from edgekit.util.forking import beside
 
 QUICK = Timing(warmup_runs=2, seconds=0.0, min_runs=5, max_runs=5)
 HERE = tuple(name for name in RUNTIMES if name != "tflite-runtime")
@@ -69,7 +69,7 @@ def test_does_not_measure_unasked(files: Path) -> None:
 
 def test_peak_memory_is_the_workers(files: Path) -> None:
     held = np.ones(500_000_000, dtype=np.uint8)
-    parent = measure.peak_rss_bytes()
+    parent = stopwatch.peak_rss_bytes()
     result = run_artifact(files / "cnn.tflite", stacked(files, "cnn", 1))
     assert parent is not None and result.peak_rss_bytes is not None
     assert parent > held.nbytes > 2 * result.peak_rss_bytes > 20_000_000
@@ -235,7 +235,7 @@ def test_a_job_ends_with_the_copy_that_waits_for_it(tmp_path: Path) -> None:
 
 def test_a_hang_ends_within_half_a_minute_by_default() -> None:
     assert all(open_device(uri).stall_s <= 20 for uri in ("local:", f"python:{sys.executable}"))
-    assert device_module.STALL_S <= 20
+    assert STALL_S <= 20
 
 
 def without_python() -> Device:
@@ -275,7 +275,7 @@ def test_the_runner_without_python_profiles_too(files: Path) -> None:
     device.cleanup()
     here = run_artifact(files / "cnn.pte", feeds, trace_runs=12)
     np.testing.assert_array_equal(there.outputs[0], here.outputs[0])
-    runs = [ops.read("executorch", result.trace or b"") for result in (there, here)]
+    runs = [op_times.read("executorch", result.trace or b"") for result in (there, here)]
     kinds = [[event.op for event in run[-1].events] for run in runs]
     assert kinds[0] == kinds[1] and sum("Convolution" in kind for kind in kinds[0]) == 2
     assert [len(run) for run in runs] == [12, 12]
@@ -347,7 +347,7 @@ def test_program_that_is_no_python(files: Path) -> None:
 
 
 def test_damaged_on_the_way(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgekit.files.sha256", lambda path: "0" * 64)
+    monkeypatch.setattr("edgekit.util.atomic_files.sha256", lambda path: "0" * 64)
     with pytest.raises(EdgeKitError, match="SHA-256 differs"):
         run_artifact(files / "cnn.onnx", stacked(files, "cnn", 1))
 
@@ -379,7 +379,7 @@ print(len(os.listdir("/proc/self/task")) - before)
 @pytest.mark.parametrize(("threads", "added"), [(1, 0), (2, 1), (3, 2)])
 def test_executorch_uses_as_many_threads_as_asked(threads: int, added: int, files: Path) -> None:
     """The calling thread is one of them."""
-    root = str(Path(measure.__file__).parents[1])
+    root = str(Path(stopwatch.__file__).parents[1])
     argv = [sys.executable, "-c", THREADS, root, str(files / "cnn.pte"), str(threads)]
     assert int(subprocess.run(argv, capture_output=True, text=True, check=True).stdout) == added
 
@@ -389,7 +389,7 @@ def test_worker_leaves_a_result_file_and_a_log(files: Path, tmp_path: Path) -> N
     job = tmp_path / "job"
     job.mkdir()
     runtimes = Path(table.__file__).parent
-    for path in (runtimes / "worker.py", runtimes / "session.py", runtimes / "ort.py", Path(measure.__file__)):
+    for path in (runtimes / "worker.py", runtimes / "session.py", runtimes / "ort.py", Path(stopwatch.__file__)):
         shutil.copy(path, job)
     shutil.copy(files / "cnn.onnx", job / "model.onnx")
     np.save(job / "in_0.npy", stacked(files, "cnn", 2)[0])

@@ -1,0 +1,1 @@
+"""The jobs: export, compare, profile, verify, prune, and the checks before them."""

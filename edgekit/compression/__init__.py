@@ -1,0 +1,1 @@
+"""Compression: a model becomes a program of another precision, and a file."""

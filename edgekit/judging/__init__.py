@@ -1,0 +1,1 @@
+"""Judgments: parity, verdicts, and the parity ladder that says where a file goes wrong."""

@@ -1,0 +1,1 @@
+"""Models: every form of source becomes a Model with named inputs, outputs and state."""

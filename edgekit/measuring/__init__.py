@@ -1,0 +1,1 @@
+"""Measurements of files on devices: runs, latencies, and what is kept of them."""

@@ -1,0 +1,1 @@
+"""Metrics of accuracy, and how sure a difference of two is."""

@@ -1,0 +1,1 @@
+"""Pruning: options, steps and search, and the files of a pruned network."""

@@ -1,0 +1,1 @@
+"""ONNX files, as ONNX Runtime runs them fastest."""

@@ -1,0 +1,1 @@
+"""Graphs: capture, passes, constants."""

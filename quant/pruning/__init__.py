@@ -1,0 +1,1 @@
+"""Pruning of channels and of weights, and the recovery from it."""
