@@ -8,6 +8,7 @@ graph). Options: --full runs all cases (minutes) instead of a seeded choice, --o
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import logging
 import math
@@ -770,6 +771,8 @@ def _tried(cases: list[Case], context: str) -> tuple[str, int, tuple[str, ...]]:
     batches = [tuple(x for case in cases for x in case.inputs(seed)) for seed in range(4 if context in INT8 else 1)]
     inputs = batches[0]
     expected = leaves(module(*inputs))
+    if context == "half":
+        expected = [y for part, case in zip(modules, cases, strict=True) for y in in_halves(part, case.inputs())]
     try:
         if context in INT8:
             program = int8_static(module, inputs, batches).program
@@ -794,6 +797,16 @@ def _tried(cases: list[Case], context: str) -> tuple[str, int, tuple[str, ...]]:
     return compared(expected, got, context), lowered.delegates, outside
 
 
+def in_halves(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    """What torch computes in half precision, where functions jump elsewhere, or in float what it has no halves for."""
+    expected = leaves(module(*inputs))
+    try:
+        halves = leaves(copy.deepcopy(module).half()(*(x.half() if x.is_floating_point() else x for x in inputs)))
+    except RuntimeError:
+        return expected
+    return [half.to(whole.dtype) for half, whole in zip(halves, expected, strict=True)]
+
+
 def leaves(outputs: Any) -> list[torch.Tensor]:
     return torch.utils._pytree.tree_leaves(outputs)
 
@@ -804,7 +817,8 @@ def compared(expected: list[torch.Tensor], got: list[torch.Tensor], context: str
         if a.shape != b.shape or a.dtype != b.dtype:
             return f"{tuple(b.shape)} {b.dtype} instead of {tuple(a.shape)} {a.dtype}"
         if context == "half":
-            close = torch.allclose(a.float(), b.float(), rtol=2e-2, atol=2e-2, equal_nan=True)
+            largest = float(a.float().nan_to_num(posinf=0, neginf=0).abs().max()) if a.numel() else 0.0
+            close = torch.allclose(a.float(), b.float(), rtol=2e-2, atol=max(2e-2, 5e-3 * largest), equal_nan=True)
         elif context in INT8:
             close = signal_to_noise(a, b) > 30
         else:
