@@ -35,7 +35,12 @@ from executorch.backends.xnnpack.partition.config import (
 )
 from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType, XNNPartitionerConfig
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-from executorch.backends.xnnpack.utils.quant_utils import is_dequant, is_quant
+from executorch.backends.xnnpack.utils.quant_utils import (
+    IS_IMPLICIT_Q_DQ_TAG,
+    is_dequant,
+    is_quant,
+    is_tagged_as_implicit_q_dq,
+)
 from executorch.exir import (
     EdgeCompileConfig,
     EdgeProgramManager,
@@ -236,13 +241,22 @@ MOST_DIMENSIONS = 6  # of XNNPACK's tensors
 
 
 def bounded(row: type[XNNPartitionerConfig]) -> type[XNNPartitionerConfig]:
-    """Returns a row of the partitioner's table that leaves out tensors of more dimensions than XNNPACK has."""
+    """Returns a row of the partitioner's table that leaves out tensors of more dimensions than XNNPACK has.
+
+    What a row leaves out it forgets: ExecuTorch's tag the quantizations around an op as parts of it before they look
+    further, and would not convert those that the op outside then reads.
+    """
 
     class Bounded(row):
         def check_constraints(self, node: Node, ep: ExportedProgram) -> bool:
             values = [node.meta.get("val"), *(source.meta.get("val") for source in node.all_input_nodes)]
             ranks = [value.ndim for value in values if isinstance(value, torch.Tensor)]
-            return max(ranks, default=0) <= MOST_DIMENSIONS and super().check_constraints(node, ep)
+            behind = (reader for user in node.users for reader in user.users)  # of an activation that is fused
+            untagged = [n for n in (*node.all_input_nodes, *node.users, *behind) if not is_tagged_as_implicit_q_dq(n)]
+            takes = max(ranks, default=0) <= MOST_DIMENSIONS and super().check_constraints(node, ep)
+            for other in () if takes else untagged:
+                other.meta.pop(IS_IMPLICIT_Q_DQ_TAG, None)
+            return takes
 
     Bounded.__name__ = row.__name__
     return Bounded

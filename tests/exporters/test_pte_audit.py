@@ -36,7 +36,7 @@ ALWAYS: dict[str, tuple[str, ...]] = {
     "int8": (
         *("act " + name for name in ("Mish", "Softplus", "LogSigmoid", "CELU 0.5", "Hardshrink", "where", "max rows")),
         *("act " + name for name in ("comparisons", "amax", "position rows", "attention", "Softmax -1", "swapped")),
-        *("act unfold", "act sort"),
+        *("act unfold", "act sort", "act correlation int8", "act transposed correlation", "act computed addmm"),
         *("mean rank 4 all", "channels last", "clone channels last", "pad rank 4 [1, 2, 0, 1, 2, 0] 1.5"),
     ),
 }
