@@ -17,7 +17,7 @@ from onnx import numpy_helper
 from edgekit.artifacts import intermediate_outputs
 from edgekit.artifacts.artifact import Artifact, Culprit
 from edgekit.artifacts.bundles import Bundle
-from edgekit.commands import compare, export
+from edgekit.commands import compare
 from edgekit.judging import parity_ladder, verdicts
 from edgekit.judging.results import Rung, Verdict
 from edgekit.loading import with_data
@@ -210,7 +210,7 @@ def test_command_line(
 
 def test_without_explain_there_is_no_ladder(bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
     quick(monkeypatch)
-    monkeypatch.setattr(export.explaining, "explain", lambda *args: pytest.fail("nobody asked"))
+    monkeypatch.setattr(parity_ladder, "explain", lambda *args: pytest.fail("nobody asked"))
     artifact = next(a for a in bundles["fp32"].artifacts if a.format == "onnx")
     comparison = compare.compare(network(), [artifact.path], data=samples())
     assert comparison.to_dict()["ladder"] is None and comparison.first_divergence is None

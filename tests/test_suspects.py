@@ -14,6 +14,7 @@ import edgekit
 from edgekit.artifacts import int8_coverage
 from edgekit.artifacts.bundles import Bundle
 from edgekit.artifacts.contents import Contents, Kind, Node
+from edgekit.judging import verdicts
 from edgekit.types import SUFFIXES
 
 
@@ -105,7 +106,7 @@ def test_a_rejection_for_speed_names_the_suspects(tmp_path: Path, monkeypatch: p
         module.eval(), target="x86", formats=["onnx"], precision="int8", data=[(b[0], None) for b in batches],
         out=tmp_path, name="net",
     )  # fmt: skip
-    monkeypatch.setattr(edgekit.commands.export.judge, "MIN_SPEEDUP", 1e9)
+    monkeypatch.setattr(verdicts, "MIN_SPEEDUP", 1e9)
     (measured,) = edgekit.compare(module, [bundle], data=[(b[0], None) for b in batches], rounds=2).artifacts
     assert measured.verdict.word == "reject"
     (slow,) = (reason for reason in measured.verdict.reasons if reason.startswith("slower than fp32"))
