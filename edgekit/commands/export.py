@@ -9,7 +9,7 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekit import targets, types
+from edgekit import targets
 from edgekit.artifacts import bundles, int8_coverage
 from edgekit.artifacts.artifact import Artifact
 from edgekit.commands import preflight
@@ -23,6 +23,7 @@ from edgekit.loading import model_identity, with_data
 from edgekit.measuring import running
 from edgekit.measuring.feeds import first_target, golden_feeds
 from edgekit.metrics import parity
+from edgekit.types import INT8_ARITHMETIC
 from edgekit.util.atomic_files import new_folder, resumable, write_pieces
 from edgekit.util.progress import Progress, Silent
 
@@ -277,7 +278,7 @@ def _write(
             about_file = {"format": format, "file": artifact.path.name, "precision": artifact.precision}
             entries.append({**about_file, "layout": layouts[format].upper(), **facts})
             notes += exported.notes
-            known = row.int8_notes.get(format) if artifact.precision in types.INT8_ARITHMETIC else None
+            known = row.int8_notes.get(format) if artifact.precision in INT8_ARITHMETIC else None
             notes += (known,) if known else running.settings_notes(artifact, tried)
             notes += found.notes(format) if found else ()
         about_calibration: dict[str, Any] = {}

@@ -7,12 +7,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from edgekit import types
 from edgekit.artifacts.artifact import Artifact
 from edgekit.data.batch_axis import batch_of
 from edgekit.errors import EdgeKitError, UsageError
 from edgekit.loading import forward_errors
-from edgekit.types import State, TensorSpec, axis_order
+from edgekit.types import INT8_ARITHMETIC, State, TensorSpec, axis_order
 from edgekit.util import ragged_arrays
 
 if TYPE_CHECKING:
@@ -116,7 +115,7 @@ def run(artifact: Artifact, feeds: Sequence[np.ndarray], **options: Any) -> Any:
 
 def settings_notes(artifact: Artifact, result: Any) -> tuple[str, ...]:
     """Returns a note where int8 is right on this processor only with options that a runtime does not set itself."""
-    if not result.settings or artifact.precision not in types.INT8_ARITHMETIC:
+    if not result.settings or artifact.precision not in INT8_ARITHMETIC:
         return ()
     options = ", ".join(f"{key}={value}" for key, value in result.settings.items())
     return (
